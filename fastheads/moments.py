@@ -1,0 +1,107 @@
+"""Running moments: count, nonfinite, mean, m2, min, max, updated a batch at a time and merged exactly.
+
+Within a batch the mean is found first and the squares are taken around it, with the mean's own rounding error
+fed back (Chan, Golub & LeVeque 1983, the corrected two-pass algorithm). Batches merge by Chan's formula:
+
+    n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d n_b / n,  m2 = m2_a + m2_b + d² n_a n_b / n
+
+Counts are int64 and the rest float64: 10⁹ samples lose nothing, and no sum of squares is ever subtracted.
+"""
+
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+COUNT, NONFINITE, MEAN, M2, MIN, MAX = range(6)
+PLANES = 6
+
+
+class Moments(NamedTuple):
+    """Moments of one or many streams of samples; six tensors of one shape.
+
+    `m2` is the sum of squared deviations from the mean. With count 0, mean and m2 are 0, min is +inf, max -inf.
+    """
+
+    count: Tensor  # int64: finite samples
+    nonfinite: Tensor  # int64: samples that were NaN or infinite, left out of all else
+    mean: Tensor  # float64, as the three below
+    m2: Tensor
+    min: Tensor
+    max: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, present: Tensor | None = None) -> Self:
+        """Moments over the first dimension of `values` `[n, ...]` (n ≥ 1), less the rows where `present` `[n]` is False."""
+        values = values.double()
+        here = torch.ones_like(values, dtype=torch.bool)
+        if present is not None:
+            here &= present.view(-1, *[1] * (values.dim() - 1))
+        finite = here & values.isfinite()
+        count = finite.sum(0)
+        n = count.clamp(min=1)
+        # Selected, never multiplied by zero: 0 · NaN is NaN.
+        mean = torch.where(finite, values, 0.0).sum(0) / n
+        deviation = torch.where(finite, values - mean, 0.0)
+        residue = deviation.sum(0) / n  # what rounding left in the mean
+        return cls(
+            count=count,
+            nonfinite=(here & ~finite).sum(0),
+            mean=mean + residue,
+            m2=(deviation.square().sum(0) - n * residue.square()).clamp(min=0.0),
+            min=torch.where(finite, values, torch.inf).amin(0),
+            max=torch.where(finite, values, -torch.inf).amax(0),
+        )
+
+    def merged(self, other: Self) -> Self:
+        """The moments of both streams together, by Chan's formula."""
+        count = self.count + other.count
+        n = count.clamp(min=1).double()
+        delta = other.mean - self.mean
+        return type(self)(
+            count=count,
+            nonfinite=self.nonfinite + other.nonfinite,
+            mean=self.mean + delta * (other.count / n),
+            m2=self.m2 + other.m2 + delta.square() * (self.count * (other.count / n)),
+            min=torch.minimum(self.min, other.min),
+            max=torch.maximum(self.max, other.max),
+        )
+
+    def var(self) -> Tensor:
+        """Unbiased variance; NaN where count < 2."""
+        return torch.where(self.count > 1, self.m2 / (self.count - 1).clamp(min=1), torch.nan)
+
+
+class RunningMoments:
+    """The moments of `metrics × rows × heads` streams in one buffer on one device.
+
+    `buffer` is float64 `[6, metrics, rows, heads]`: the planes COUNT, NONFINITE (int64 bits), MEAN, M2, MIN, MAX. One buffer means
+    that a copy of the whole state is one copy, and that a kernel takes one pointer.
+    """
+
+    def __init__(self, metrics: int, rows: int, heads: int, device: torch.device) -> None:
+        device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+        with torch.inference_mode(False):  # an inference tensor could not be updated outside inference mode
+            self.buffer = torch.empty(PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every sample, in place (addresses stay)."""
+        self.buffer.zero_()
+        self.buffer[MIN].fill_(torch.inf)
+        self.buffer[MAX].fill_(-torch.inf)
+
+    def views(self) -> Moments:
+        """The planes as tensors `[metrics, rows, heads]` that share the buffer's memory."""
+        counts = self.buffer[:MEAN].view(torch.int64)
+        return Moments(counts[0], counts[1], *self.buffer[MEAN:])
+
+    def update(self, row: int, values: Tensor, present: Tensor | None = None) -> None:
+        """Merge samples `values` `[n, metrics, h ≤ heads]` into `row`; `present` `[n]` False leaves a row of them out."""
+        if values.shape[0] == 0:
+            return
+        heads = values.shape[-1]
+        state = Moments(*(plane[:, row, :heads] for plane in self.views()))
+        merged = state.merged(Moments.of(values.to(self.buffer.device), present))
+        for target, source in zip(state, merged, strict=True):
+            target.copy_(source)
