@@ -1,0 +1,123 @@
+"""Which tokens are real: everything that is not padding, less the first `skip_first` of each sequence.
+
+The arguments of the decoder's call say it, in this order of trust: a 2D attention mask, a 4D one, no mask at all.
+A sequence is one row of one call. What cannot be told apart for certain is refused.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RealTokens:
+    """The real tokens of one call of the decoder: B rows by S positions.
+
+    `valid` is bool `[B, S]` with `skip_first` already taken off; None means that every token is real but the first `skip_first` of
+    each row.
+    """
+
+    valid: Tensor | None = None
+    skip_first: int = 0
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """Bool `[B, S]` for `x` `[B, S, ...]` on x's device, or None where every token is real."""
+        batch, seq = x.shape[:2]
+        if self.valid is None:
+            if self.skip_first == 0:
+                return None
+            return (torch.arange(seq, device=x.device) >= self.skip_first).expand(batch, seq)
+        if self.valid.shape != (batch, seq):
+            raise ValueError(
+                f"the attention mask speaks of {list(self.valid.shape)} tokens, but an attention output is {[batch, seq]}"
+            )
+        return self.valid.to(x.device, non_blocking=True)
+
+
+def take_last(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The last real token of each row of `x` `[B, S, W]`: `[B, W]`, and which rows have one, bool `[B]` (None: all)."""
+    if mask is None:
+        return x[:, -1], None
+    rows, seq = mask.shape
+    last = torch.where(mask, torch.arange(seq, device=mask.device), -1).amax(dim=1)
+    return x[torch.arange(rows, device=mask.device), last.clamp(min=0)], last >= 0
+
+
+def mean_over_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The mean over the real tokens of each row, `values` `[..., B, S, H]` to `[..., B, H]`, and which rows have any."""
+    if mask is None:
+        return values.mean(dim=-2), None
+    count = mask.sum(dim=1)  # [B]
+    # Padding is selected away: it may hold NaN.
+    total = torch.where(mask.unsqueeze(-1), values, 0.0).sum(dim=-2)
+    return total / count.clamp(min=1).unsqueeze(-1), count > 0
+
+
+class DecoderArguments:
+    """Reads the real tokens off the arguments of a decoder's `forward`."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        parameters = inspect.signature(decoder.forward).parameters.values()
+        self._positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    def real_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any], skip_first: int) -> RealTokens:
+        """Raises ValueError for arguments whose real tokens cannot be told: packed rows, masks of unknown form."""
+        given = dict(zip(self._positional, args, strict=False)) | kwargs
+        mask, cache = given.get("attention_mask"), given.get("past_key_values")
+        if given.get("cu_seq_lens_q") is not None:
+            raise ValueError("packed rows (cu_seq_lens_q) are not supported: give one sequence a row")
+        if mask is None:
+            _refuse_packed(given.get("position_ids"), cache)
+            return RealTokens(skip_first=skip_first)
+        if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+            form = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"an attention mask of 2 or 4 dimensions is needed to tell real tokens, got {form}")
+        queries = _num_queries(given, mask)
+        past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
+        valid = (_columns if mask.dim() == 2 else _diagonal)(mask, queries, past)
+        if skip_first:
+            valid = valid & (valid.cumsum(dim=1) > skip_first)
+        return RealTokens(valid, skip_first)
+
+
+def _num_queries(given: dict[str, Any], mask: Tensor) -> int:
+    for name in ("input_ids", "inputs_embeds", "hidden_states"):
+        if isinstance(given.get(name), Tensor):
+            return given[name].shape[1]
+    return mask.shape[-2] if mask.dim() == 4 else mask.shape[1]
+
+
+def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
+    """The columns of a 2D mask `[B, past + S]` that speak of this call's S tokens: the last ones."""
+    keys = mask.shape[1]
+    if keys < queries:
+        raise ValueError(f"the attention mask has {keys} columns for {queries} tokens")
+    if keys > queries and isinstance(past, Tensor):
+        raise ValueError(
+            f"a 2D attention mask of {keys} columns for {queries} tokens beside a static cache does not tell which columns are theirs"
+        )
+    start = keys - queries
+    if isinstance(past, int) and past <= start:
+        start = past  # a mask may run past the tokens, up to the cache's length
+    return mask[:, start : start + queries] != 0
+
+
+def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
+    """A 4D mask `[B, 1, S, keys]`: a token is real where it may attend to itself (True, or 0 of an additive mask)."""
+    if mask.shape[-2] != queries or (past is None and mask.shape[-1] != queries):
+        raise ValueError(f"a 4D attention mask {list(mask.shape)} does not fit {queries} tokens without a cache")
+    query = torch.arange(queries, device=mask.device)
+    key = query + (0 if past is None else past)
+    diagonal = mask[:, 0, query, key]
+    return diagonal if diagonal.dtype == torch.bool else diagonal == 0
+
+
+def _refuse_packed(position_ids: Any, cache: Any) -> None:
+    """Positions that start again inside a row mean several sequences in it. Reads positions as transformers itself does here."""
+    if cache is not None or not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+        return
+    if bool((position_ids.diff(dim=1) != 1).any()):
+        raise ValueError("packed rows (position_ids that start again) are not supported: give one sequence a row")
