@@ -1,0 +1,361 @@
+"""HeadProfile: the moments of every head and metric, as tables, rankings, files and pictures."""
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastheads.errors import MissingExtraError, ProfileFileError
+from fastheads.files import write_atomic
+from fastheads.moments import Moments
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+STATS = ("mean", "var", "std", "sem", "min", "max", "count", "nonfinite")
+
+RANKING_METRIC = "relative_head_residual_contribution_norm"
+
+FILE_KEY = "fastheads"  # of the one string of metadata in the file
+FORMAT_VERSION = 1
+SAME_TO_MERGE = ("model", "sites", "token_agg", "skip_first")
+COUNTS = ("count", "nonfinite")
+
+
+class HeadProfile:
+    """What was measured of every head.
+
+    `moments` holds the running moments by metric; every plane is a CPU tensor `[rows, heads]`, int64 for
+    the two counts and float64 for the rest. Row i is `metadata["sites"][i]`: its `layer` is the number that
+    people see. Cells that do not exist (a layer with fewer heads, one that was left out) have count 0.
+    Where two sites share a layer, they share its number in `rank()`, `lowest()` and the tables too.
+    """
+
+    def __init__(self, moments: dict[str, Moments], metadata: dict[str, Any]) -> None:
+        """Keep `moments` and `metadata`, which must hold `sites`: a list of name, layer, num_heads, head_dim.
+
+        Raises:
+            ValueError: if shapes or dtypes are not those above, or the sites do not fit them.
+        """
+        _check_structure(moments, metadata)
+        self.moments = moments
+        self.metadata = metadata
+
+    def __repr__(self) -> str:
+        rows, heads = self.shape
+        samples = max(int(m.count.max()) if m.count.numel() else 0 for m in self.moments.values())
+        model = self.metadata.get("model", "?")
+        return f"HeadProfile({model}: {rows} rows x {heads} heads, {samples} samples)"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, heads) of every plane."""
+        rows, heads = next(iter(self.moments.values())).count.shape
+        return rows, heads
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(self.moments)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layer of each row."""
+        return [site["layer"] for site in self.metadata["sites"]]
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """`{metric: {stat: tensor [rows, heads]}, ..., "metadata": {...}}` with the statistics of `STATS`.
+
+        `var` is unbiased, `std` its root, `sem` = std/√count (samples taken as independent: true of
+        sequences, too small for tokens of one text). Mean, min and max are NaN at count 0; var, std and
+        sem below 2.
+        """
+        results: dict[str, dict[str, Any]] = {
+            metric: _stats(moments) for metric, moments in self.moments.items()
+        }
+        results["metadata"] = copy.deepcopy(self.metadata)
+        return results
+
+    def rank(self, metric: str = RANKING_METRIC) -> list[tuple[int, int]]:
+        """All measured heads as (layer, head), the lowest mean first; ties stand in order of position."""
+        return [(self.layers[row], head) for row, head in self.ranked_cells(metric)]
+
+    def lowest(self, fraction: float, metric: str = RANKING_METRIC) -> list[tuple[int, int]]:
+        """The lowest `fraction` (0 to 1) of the measured heads by mean, rounded to a whole number of heads.
+
+        Raises:
+            ValueError: if `fraction` is not between 0 and 1.
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction must be between 0 and 1, not {fraction}")
+        ranked = self.rank(metric)
+        return ranked[: round(fraction * len(ranked))]
+
+    def ranked_cells(self, metric: str = RANKING_METRIC) -> list[tuple[int, int]]:
+        """As `rank()`, with the row in place of the layer."""
+        moments = self._of(metric)
+        cells: list[tuple[int, int]] = [(row, head) for row, head in moments.count.nonzero().tolist()]
+        means = moments.mean.tolist()
+        return sorted(cells, key=lambda cell: means[cell[0]][cell[1]])  # stable
+
+    def _of(self, metric: str) -> Moments:
+        if metric not in self.moments:
+            raise ValueError(f"no metric {metric!r} in this profile; it has {', '.join(self.moments)}")
+        return self.moments[metric]
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row for each metric and head that got a sample: layer, head, metric and the `STATS`.
+
+        Raises:
+            ImportError: where pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise MissingExtraError("to_pandas()", "pandas", "plot") from error
+        layers = torch.tensor(self.layers)
+        frames = []
+        for metric, moments in self.moments.items():
+            row, head = (moments.count + moments.nonfinite).nonzero(as_tuple=True)
+            stats = {name: values[row, head].numpy() for name, values in _stats(moments).items()}
+            frames.append(
+                pd.DataFrame({"layer": layers[row].numpy(), "head": head.numpy(), "metric": metric, **stats})
+            )
+        return pd.concat(frames, ignore_index=True)
+
+    def plot(self, metric: str = RANKING_METRIC, stat: str = "mean") -> "Figure":
+        """A heatmap of `stat`, layers by heads, as a matplotlib figure (`figure.savefig(path)` writes it).
+
+        Raises:
+            ValueError: for an unknown metric or stat.
+            ImportError: where matplotlib is not installed.
+        """
+        from fastheads.plots import heatmap
+
+        return heatmap(self, metric, stat)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file: arrays `metric/plane` and the metadata as JSON. Whole or not at all.
+
+        Raises:
+            OSError: where `path` cannot be written.
+        """
+        write_atomic(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save()` writes."""
+        tensors = {
+            f"{metric}/{plane}": values.contiguous()
+            for metric, moments in self.moments.items()
+            for plane, values in moments._asdict().items()
+        }
+        document = {"format": FORMAT_VERSION, "metrics": list(self.metrics), "metadata": self.metadata}
+        text = json.dumps(document, allow_nan=False)
+        return safetensors.torch.save(tensors, {FILE_KEY: text})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save()` wrote. The file may come from anywhere: all of it is checked, none of it run.
+
+        Raises:
+            ProfileFileError: if it is no head profile, or a damaged one.
+            OSError: if it cannot be read.
+        """
+        path = Path(path)
+        with path.open("rb"):  # the usual errors: missing, a folder, no permission
+            pass
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metrics, metadata = _parse_document((file.metadata() or {}).get(FILE_KEY))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            moments = _moments_from_tensors(metrics, tensors)
+            profile = cls(moments, metadata)
+            _check_values(moments, metadata)
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ProfileFileError(f"{path} is not a head profile: {_one_line(error)}") from error
+        return profile
+
+    @classmethod
+    def merge(cls, profiles: Sequence[Self]) -> Self:
+        """The profile of all samples together, by Chan's formula, in the order given.
+
+        `metadata["data"]` then holds the sums and, under "parts", each part's own.
+
+        Raises:
+            ValueError: for no profiles, or ones that differ in model, sites, token_agg, skip_first, metrics.
+        """
+        profiles = list(profiles)
+        if not profiles:
+            raise ValueError("nothing to merge: no profiles were given")
+        first = profiles[0]
+        merged = dict(first.moments)
+        for other in profiles[1:]:
+            _check_mergeable(first, other)
+            merged = {metric: moments.merged(other.moments[metric]) for metric, moments in merged.items()}
+        return cls(merged, _merged_metadata([profile.metadata for profile in profiles]))
+
+
+def _stats(moments: Moments) -> dict[str, Tensor]:
+    """The statistics of `STATS`, each `[rows, heads]`."""
+    some = moments.count > 0
+    var = moments.var()
+    std = var.sqrt()
+    values = {
+        "mean": torch.where(some, moments.mean, torch.nan),
+        "var": var,
+        "std": std,
+        "sem": std / moments.count.double().sqrt(),
+        "min": torch.where(some, moments.min, torch.nan),
+        "max": torch.where(some, moments.max, torch.nan),
+        "count": moments.count.clone(),
+        "nonfinite": moments.nonfinite.clone(),
+    }
+    return {stat: values[stat] for stat in STATS}
+
+
+def _check_mergeable(a: HeadProfile, b: HeadProfile) -> None:
+    for key in SAME_TO_MERGE:
+        left, right = a.metadata.get(key), b.metadata.get(key)
+        if left != right:
+            shown = "" if key == "sites" else f": {left!r} and {right!r}"
+            raise ValueError(f"cannot merge profiles that differ in {key}{shown}")
+    if set(a.metrics) != set(b.metrics):
+        raise ValueError(f"cannot merge profiles that differ in metrics: {a.metrics} and {b.metrics}")
+
+
+def _merged_metadata(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first part's, with the layers united, options that differ listed, and the data summed."""
+    merged = copy.deepcopy(parts[0])
+    for key in ("backend", "precision"):
+        names = [name for part in parts if key in part for name in str(part[key]).split("+")]
+        if names:
+            merged[key] = "+".join(dict.fromkeys(names))
+    if "layers" in merged:
+        lists = [part.get("layers") for part in parts]
+        merged["layers"] = (
+            None if None in lists else sorted({layer for some in lists for layer in some or []})
+        )
+    data = [part["data"] for part in parts if "data" in part]
+    if len(parts) > 1 and data:
+        flat = [copy.deepcopy(leaf) for part in data for leaf in part.get("parts", [part])]
+        merged["data"] = {
+            "source": " + ".join(dict.fromkeys(str(leaf.get("source", "?")) for leaf in flat)),
+            "tokens": sum(leaf.get("tokens", 0) for leaf in flat),
+            "sequences": sum(leaf.get("sequences", 0) for leaf in flat),
+            "complete": len(data) == len(parts) and all(leaf.get("complete", False) for leaf in flat),
+            "parts": flat,
+        }
+    return merged
+
+
+def _check_structure(moments: dict[str, Moments], metadata: dict[str, Any]) -> None:
+    """Raise ValueError unless all planes have one shape, their dtypes and a site for each row."""
+    if not moments:
+        raise ValueError("it holds no metrics")
+    shape = next(iter(moments.values())).count.shape
+    if len(shape) != 2:
+        raise ValueError(f"planes must be [rows, heads], not {list(shape)}")
+    for metric, planes in moments.items():
+        for plane, values in planes._asdict().items():
+            dtype = torch.int64 if plane in COUNTS else torch.float64
+            if values.shape != shape or values.dtype != dtype or values.device.type != "cpu":
+                raise ValueError(
+                    f"{metric}/{plane} must be {dtype} {list(shape)} on the CPU, "
+                    f"not {values.dtype} {list(values.shape)} on {values.device}"
+                )
+    sites = metadata.get("sites")
+    if not isinstance(sites, list) or len(sites) != shape[0]:
+        raise ValueError(f"its metadata must name a site for each of the {shape[0]} rows")
+    for row, site in enumerate(sites):
+        if not isinstance(site, dict) or not isinstance(site.get("name"), str):
+            raise ValueError(f"site {row} of its metadata has no name")
+        numbers = [site.get(key) for key in ("layer", "num_heads", "head_dim")]
+        if not all(type(number) is int for number in numbers):  # True is an instance of int
+            raise ValueError(
+                f"site {row} of its metadata needs whole numbers as layer, num_heads and head_dim"
+            )
+        in_range = 0 <= site["layer"] < 2**31 and 1 <= site["head_dim"] < 2**31
+        if not (in_range and 1 <= site["num_heads"] <= shape[1]):
+            raise ValueError(f"site {row} of its metadata is out of range for {shape[1]} heads")
+
+
+def _check_values(moments: dict[str, Moments], metadata: dict[str, Any]) -> None:
+    """Raise ValueError for values that no run can have written: they would spread through merges."""
+    rows, heads = next(iter(moments.values())).count.shape
+    num_heads = torch.tensor([site["num_heads"] for site in metadata["sites"]]).view(rows, 1)
+    beyond = torch.arange(heads) >= num_heads  # [rows, heads]
+    for metric, m in moments.items():
+        empty = (m.count == 0) & (m.mean == 0) & (m.m2 == 0) & (m.min == torch.inf) & (m.max == -torch.inf)
+        some = (
+            (m.count > 0)
+            & m.mean.isfinite()
+            & (m.m2 >= 0)
+            & m.min.isfinite()
+            & m.max.isfinite()
+            & (m.min <= m.max)
+        )
+        if not bool(((empty | some) & (m.nonfinite >= 0)).all()):
+            raise ValueError(f"the moments of {metric} contradict each other")
+        if bool((beyond & ((m.count != 0) | (m.nonfinite != 0))).any()):
+            raise ValueError(f"{metric} has samples for heads that its sites do not have")
+
+
+def _parse_document(text: str | None) -> tuple[list[str], dict[str, Any]]:
+    """The names of the metrics, in order, and the metadata."""
+    if text is None:
+        raise ValueError("it has no fastheads metadata")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"its metadata hold {constant}")
+
+    try:
+        document = json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("its metadata are nested too deeply") from error
+    if not isinstance(document, dict) or not isinstance(document.get("metadata"), dict):
+        raise ValueError("its metadata are not an object")
+    if document.get("format") != FORMAT_VERSION:
+        raise ValueError(f"its format is {document.get('format')!r}; this version reads {FORMAT_VERSION}")
+    metrics = document.get("metrics")
+    if not isinstance(metrics, list) or not all(isinstance(m, str) and m.isidentifier() for m in metrics):
+        raise ValueError("its metadata do not name its metrics")
+    metadata: dict[str, Any] = document["metadata"]
+    _check_types(metadata, {"model": str, "token_agg": str, "skip_first": int, "data": dict})
+    _check_types(
+        metadata.get("data", {}),
+        {"source": str, "tokens": int, "sequences": int, "complete": bool, "parts": list},
+    )
+    if not all(isinstance(part, dict) for part in metadata.get("data", {}).get("parts", [])):
+        raise ValueError("the parts of its metadata are not objects")
+    return metrics, metadata
+
+
+def _check_types(record: dict[str, Any], types: dict[str, type]) -> None:
+    """Raise ValueError where an entry that is there has another type than `types` says."""
+    for key, expected in types.items():
+        if key in record and type(record[key]) is not expected:
+            raise ValueError(
+                f"{key} in its metadata must be {expected.__name__}, not {type(record[key]).__name__}"
+            )
+
+
+def _moments_from_tensors(metrics: list[str], tensors: dict[str, Tensor]) -> dict[str, Moments]:
+    expected = {f"{metric}/{plane}" for metric in metrics for plane in Moments._fields}
+    if set(tensors) != expected:
+        wrong = sorted(set(tensors) ^ expected)
+        raise ValueError(f"arrays are missing or unknown, {wrong[0]!r} among them")
+    return {
+        metric: Moments(**{plane: tensors[f"{metric}/{plane}"] for plane in Moments._fields})
+        for metric in metrics
+    }
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
