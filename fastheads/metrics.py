@@ -100,6 +100,13 @@ def samples(
         present = None if mask is None else mask.flatten()
     if token_agg == "all":
         norms, present = mean_over_tokens(rearrange(norms, "k (b s) h -> k b s h", b=x.shape[0]), mask)
-    # The layer's mean is divided out sample by sample: a running mean of the parts could not give it back.
-    relative = norms / norms.mean(dim=-1, keepdim=True)
-    return rearrange([*norms, *relative], "k n h -> n k h"), present
+    return rearrange([*norms, *relative_to_layer(norms)], "k n h -> n k h"), present
+
+
+def relative_to_layer(norms: Tensor) -> Tensor:
+    """Samples `[..., H]` divided by their mean over the layer's heads, sample by sample: a running mean could not give it back.
+
+    A sample of a layer whose mean is infinite is NaN, not 0: nothing was measured there.
+    """
+    mean = norms.mean(dim=-1, keepdim=True)
+    return norms / mean.masked_fill(mean.isinf(), torch.nan)

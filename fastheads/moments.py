@@ -23,7 +23,7 @@ class Moments(NamedTuple):
     `m2` is the sum of squared deviations from the mean. With count 0, mean and m2 are 0, min is +inf, max -inf.
     """
 
-    count: Tensor  # int64: finite samples
+    count: Tensor  # type: ignore[assignment]  # int64: finite samples (hides tuple.count)
     nonfinite: Tensor  # int64: samples that were NaN or infinite, left out of all else
     mean: Tensor  # float64, as the three below
     m2: Tensor
@@ -75,8 +75,8 @@ class Moments(NamedTuple):
 class RunningMoments:
     """The moments of `metrics × rows × heads` streams in one buffer on one device.
 
-    `buffer` is float64 `[6, metrics, rows, heads]`: the planes COUNT, NONFINITE (int64 bits), MEAN, M2, MIN, MAX. One buffer means
-    that a copy of the whole state is one copy, and that a kernel takes one pointer.
+    `buffer` is float64 `[6, metrics, rows, heads]`: the planes COUNT, NONFINITE (int64 bits), MEAN, M2, MIN, MAX. One buffer
+    means that a copy of the whole state is one copy, and that a kernel takes one pointer.
     """
 
     def __init__(self, metrics: int, rows: int, heads: int, device: torch.device) -> None:
@@ -105,3 +105,27 @@ class RunningMoments:
         merged = state.merged(Moments.of(values.to(self.buffer.device), present))
         for target, source in zip(state, merged, strict=True):
             target.copy_(source)
+
+
+class CommittedMoments:
+    """Running moments twice: `pending` takes the samples of a forward, `committed` holds those of forwards that ended normally.
+
+    Beginning and committing are one copy each on the device, which a CUDA graph can capture.
+    """
+
+    def __init__(self, metrics: int, rows: int, heads: int, device: torch.device) -> None:
+        self.committed = RunningMoments(metrics, rows, heads, device)
+        self.pending = RunningMoments(metrics, rows, heads, device)
+
+    def begin(self) -> None:
+        """Start a forward: what an exception left pending is overwritten."""
+        self.pending.buffer.copy_(self.committed.buffer)
+
+    def commit(self) -> None:
+        """End a forward: its samples count."""
+        self.committed.buffer.copy_(self.pending.buffer)
+
+    def clear(self) -> None:
+        """Forget every sample, in place."""
+        self.committed.clear()
+        self.pending.clear()

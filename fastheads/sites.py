@@ -15,7 +15,8 @@ NOT_ATTENTION = re.compile(
     r"Vision|Audio|Encoder|Mixer|DeltaNet|DeltaAttention|LinearAttention|Lightning|Conv|Indexer"
 )
 
-# Where an attention module keeps the width of one head of the projection's input; MLA's is the value's. The first that divides it is taken.
+# Where an attention module keeps the width of one head of the projection's input (MLA's is the value's); the first that divides
+# that input is taken.
 HEAD_DIM_ATTRIBUTES = ("v_head_dim", "value_head_dim", "head_dim", "head_size", "attention_head_size")
 NUM_HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 

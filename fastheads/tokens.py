@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class RealTokens:
     """The real tokens of one call of the decoder: B rows by S positions.
 
-    `valid` is bool `[B, S]` with `skip_first` already taken off; None means that every token is real but the first `skip_first` of
-    each row.
+    `valid` is bool `[B, S]` with `skip_first` already taken off; None means that every token is real but the first
+    `skip_first` of each row.
     """
 
     valid: Tensor | None = None
@@ -74,9 +74,11 @@ class DecoderArguments:
             return RealTokens(skip_first=skip_first)
         if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
             form = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"an attention mask of 2 or 4 dimensions is needed to tell real tokens, got {form}")
+            raise ValueError(
+                f"an attention mask of 2 or 4 dimensions is needed to tell real tokens, got {form}"
+            )
         queries = _num_queries(given, mask)
-        past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
+        past = None if not hasattr(cache, "get_seq_length") else cache.get_seq_length()  # type: ignore[union-attr]
         valid = (_columns if mask.dim() == 2 else _diagonal)(mask, queries, past)
         if skip_first:
             valid = valid & (valid.cumsum(dim=1) > skip_first)
@@ -97,7 +99,7 @@ def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
         raise ValueError(f"the attention mask has {keys} columns for {queries} tokens")
     if keys > queries and isinstance(past, Tensor):
         raise ValueError(
-            f"a 2D attention mask of {keys} columns for {queries} tokens beside a static cache does not tell which columns are theirs"
+            f"a 2D attention mask of {keys} columns for {queries} tokens beside a static cache does not say whose they are"
         )
     start = keys - queries
     if isinstance(past, int) and past <= start:
@@ -108,7 +110,9 @@ def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
 def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
     """A 4D mask `[B, 1, S, keys]`: a token is real where it may attend to itself (True, or 0 of an additive mask)."""
     if mask.shape[-2] != queries or (past is None and mask.shape[-1] != queries):
-        raise ValueError(f"a 4D attention mask {list(mask.shape)} does not fit {queries} tokens without a cache")
+        raise ValueError(
+            f"a 4D attention mask {list(mask.shape)} does not fit {queries} tokens without a cache"
+        )
     query = torch.arange(queries, device=mask.device)
     key = query + (0 if past is None else past)
     diagonal = mask[:, 0, query, key]
@@ -116,8 +120,10 @@ def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
 
 
 def _refuse_packed(position_ids: Any, cache: Any) -> None:
-    """Positions that start again inside a row mean several sequences in it. Reads positions as transformers itself does here."""
+    """Positions that start again inside a row mean several sequences. Reads them, as transformers itself does in this case."""
     if cache is not None or not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
         return
     if bool((position_ids.diff(dim=1) != 1).any()):
-        raise ValueError("packed rows (position_ids that start again) are not supported: give one sequence a row")
+        raise ValueError(
+            "packed rows (position_ids that start again) are not supported: give one sequence a row"
+        )

@@ -1,10 +1,9 @@
 """The dense W of an output projection, its factor, and the proof that the factor is not stale.
 
-With W_h `[hidden, head_dim]` one head's slice of W and G_h = W_hᵀW_h = L_h L_hᵀ, ‖W_h z‖ = ‖z L_h‖ exactly. G is built in float64:
-it squares W's condition number, and in float32 the weak directions of a head would be lost.
+With W_h `[hidden, head_dim]` one head's slice of W and G_h = W_hᵀW_h = L_h L_hᵀ, ‖W_h z‖ = ‖z L_h‖ exactly. G is built in
+float64: it squares W's condition number, and in float32 the weak directions of a head would be lost.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,8 +34,10 @@ def dense_weight(site: HeadSite) -> Tensor:
     base = getattr(module, "base_layer", None)
     if base is None:
         return _plain_weight(site, module)
-    weight = _plain_weight(site, base)
-    for name in _acting_adapters(site):
+    weight, acting = _plain_weight(site, base), _acting_adapters(site)
+    if acting and weight.dtype != torch.float64:
+        weight = weight.float()  # the layer adds the adapter's output unrounded: so must this
+    for name in acting:
         weight = weight + module.get_delta_weight(name).to(weight.dtype)  # type: ignore[operator]
     return weight
 
@@ -122,20 +123,51 @@ def checksum(weight: Tensor) -> Tensor:
     return total
 
 
-@dataclass
-class Factor:
-    """The factor L `[num_heads, head_dim, head_dim]`, lower triangular, float64, and what it was made from."""
+class SiteFactor:
+    """The factor of one projection, kept as long as the weight it was made from stands.
 
-    lower: Tensor
-    key: tuple[Any, ...]
-    checksum: Tensor
+    A weight that is replaced, moved or changed in place the ordinary way is seen by `refresh` before the next forward; one that is
+    changed behind autograd's back (`weight.data.mul_()`, a write through numpy) is seen by `verify` afterwards.
+    """
 
+    def __init__(self, site: HeadSite) -> None:
+        self.site = site
+        self.rebuild()
 
-def build_factor(site: HeadSite) -> Factor:
-    """The factor of a projection's present weight, on the weight's device (the CPU where that has no float64)."""
-    with torch.no_grad(), torch.inference_mode(False):
-        weight = dense_weight(site)
-        return Factor(lower_factor(weight, site.num_heads), weight_key(site), checksum(weight))
+    def rebuild(self) -> None:
+        """Make the factor of the weight as it is now, on the weight's device (the CPU where that has no float64)."""
+        with torch.no_grad(), torch.inference_mode(False):
+            weight = dense_weight(self.site)
+            self._key = weight_key(self.site)
+            self._checksum = checksum(weight)
+            self._lower = lower_factor(weight, self.site.num_heads)
+            if weight.dtype != torch.float64:
+                self._lower = (
+                    self._lower.float()
+                )  # a rounding of 6e-8, as large as that of the products themselves
+        self._unverified = False
+
+    def refresh(self) -> None:
+        """Rebuild where the weight is known to have changed; reads no value back."""
+        if weight_key(self.site) != self._key:
+            self.rebuild()
+
+    def lower(self, x: Tensor) -> Tensor:
+        """L `[num_heads, head_dim, head_dim]`, lower triangular, for an input `x`, on its device."""
+        self._unverified = True
+        return self._lower.to(x.device)
+
+    def verify(self) -> bool:
+        """Whether the bits of the weight are those that the factor was made from. Waits for the device.
+
+        Where the weight has since been changed the ordinary way there is nothing left to compare with, and nothing measured with
+        it either: that is no failure.
+        """
+        if self._unverified and weight_key(self.site) == self._key:
+            with torch.no_grad():
+                self._unverified = not torch.equal(checksum(dense_weight(self.site)), self._checksum)
+            return not self._unverified
+        return True
 
 
 def lower_factor(weight: Tensor, num_heads: int) -> Tensor:
@@ -159,7 +191,9 @@ def _factor_of_gram(gram: Tensor) -> Tensor:
     to have the factor triangular again. No jitter: it would be a bias.
     """
     lower, info = torch.linalg.cholesky_ex(gram)
-    failed = info.nonzero().flatten()
+    finite = gram.isfinite().all(dim=-1).all(dim=-1)
+    lower[~finite] = torch.nan  # as W z would be; eigh would raise
+    failed = ((info != 0) & finite).nonzero().flatten()
     if failed.numel():
         values, vectors = torch.linalg.eigh(gram[failed])
         root = vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2)  # root @ root.mT = gram

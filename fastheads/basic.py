@@ -1,0 +1,166 @@
+"""The basic HookManager: a pre-hook on each o_proj, a Python loop over heads, scalar Welford.
+
+It is the plain statement of what is measured, in float64 and without a trick, and the oracle of the tests. Use
+`fastheads.HookManager`, which gives the same results from the same calls, for anything larger than a test.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastheads.metadata import describe
+from fastheads.metrics import METRICS, TOKEN_AGGS
+from fastheads.moments import Moments
+from fastheads.results import HeadProfile
+from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
+from fastheads.tokens import DecoderArguments, RealTokens
+from fastheads.weights import dense_weight
+
+
+class Welford:
+    """Running mean and sum of squared deviations of one stream of numbers (Welford 1962)."""
+
+    def __init__(self) -> None:
+        self.count, self.nonfinite = 0, 0
+        self.mean, self.m2 = 0.0, 0.0
+        self.min, self.max = math.inf, -math.inf
+
+    def update(self, value: float) -> None:
+        if not math.isfinite(value):
+            self.nonfinite += 1
+            return
+        self.count += 1
+        delta = value - self.mean
+        self.mean += delta / self.count
+        self.m2 += delta * (value - self.mean)
+        self.min, self.max = min(self.min, value), max(self.max, value)
+
+
+class HookManager:
+    """Profiles every attention head of `model` while it runs, one head at a time.
+
+    token_agg: "last" (a sample is a sequence's value at its last real token), "all" (its mean over the real tokens) or "token"
+    (each real token is a sample). Raises NoSitesError where the model has no o_proj to profile.
+    """
+
+    def __init__(self, model: nn.Module, token_agg: str = "last") -> None:
+        if token_agg not in TOKEN_AGGS:
+            raise ValueError(f"unknown token_agg {token_agg!r}: choose one of {', '.join(TOKEN_AGGS)}")
+        self.model = unwrapped(model)
+        self.token_agg = token_agg
+        self.sites = find_sites(self.model)
+        self._decoder = decoder_of(self.model)
+        self._arguments = DecoderArguments(self._decoder)
+        self._real: RealTokens | None = None  # the real tokens of the running call of the decoder
+        self._paused = False
+        self._handles: list[Any] = []
+        self.reset()
+        self._attach_hooks()
+
+    def reset(self) -> None:
+        """Forget every sample."""
+        self._stats = [[[Welford() for _ in range(site.num_heads)] for _ in METRICS] for site in self.sites]
+
+    def _attach_hooks(self) -> None:
+        self._handles.append(self._decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
+        self._handles.append(self._decoder.register_forward_hook(self._leave, always_call=True))
+        for row, site in enumerate(self.sites):
+            self._handles.append(site.module.register_forward_pre_hook(self._make_o_proj_hook(row, site)))
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._real = None if self._paused else self._arguments.real_tokens(args, kwargs, skip_first=0)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._real = None
+
+    def _make_o_proj_hook(self, row: int, site: HeadSite) -> Callable[..., None]:
+        @torch.no_grad()
+        def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._real is None:
+                return
+            x = args[0].double()  # o_proj's input: [batch, seq, num_heads * head_dim]
+            batch, seq, _ = x.shape
+            head_outputs = x.view(batch, seq, site.num_heads, site.head_dim)
+            mask = self._real.mask(x)
+            weight = dense_weight(site).double()  # [hidden, num_heads * head_dim]
+            for i in range(batch):
+                real = (
+                    head_outputs[i] if mask is None else head_outputs[i][mask[i]]
+                )  # [tokens, heads, head_dim]
+                if len(real):
+                    self._update(row, site, real[-1:] if self.token_agg == "last" else real, weight)
+
+        return pre_hook
+
+    def _update(self, row: int, site: HeadSite, head_outputs: Tensor, weight: Tensor) -> None:
+        """Take the samples of one sequence: `head_outputs` `[tokens, num_heads, head_dim]`."""
+        per_head = []
+        for h in range(site.num_heads):
+            head_out = head_outputs[:, h]  # [tokens, head_dim]
+            o_proj_slice = weight[:, h * site.head_dim : (h + 1) * site.head_dim]  # [hidden, head_dim]
+            contrib = head_out @ o_proj_slice.T  # [tokens, hidden]
+            norms = torch.stack([torch.norm(head_out, dim=1), torch.norm(contrib, dim=1)])  # [2, tokens]
+            per_head.append(norms.mean(dim=1, keepdim=True) if self.token_agg == "all" else norms)
+        samples = torch.stack(per_head, dim=-1)  # [2, samples, num_heads]
+        layer_mean = samples.mean(dim=-1, keepdim=True)
+        relative = torch.where(layer_mean.isfinite(), samples / layer_mean, torch.nan)
+        for metric, values in enumerate([*samples, *relative]):
+            for sample in values.tolist():
+                for h, value in enumerate(sample):
+                    self._stats[row][metric][h].update(value)
+
+    def to_profile(self) -> HeadProfile:
+        """What was measured so far, as a HeadProfile."""
+        heads = max(site.num_heads for site in self.sites)
+        empty = Welford()
+
+        def plane(metric: int, name: str, dtype: torch.dtype) -> Tensor:
+            rows = [
+                [getattr(s, name) for s in row[metric]] + [getattr(empty, name)] * (heads - len(row[metric]))
+                for row in self._stats
+            ]
+            return torch.tensor(rows, dtype=dtype, device="cpu")
+
+        moments = {
+            name: Moments(
+                *(
+                    plane(m, f, torch.int64 if f in ("count", "nonfinite") else torch.float64)
+                    for f in Moments._fields
+                )
+            )
+            for m, name in enumerate(METRICS)
+        }
+        options = {"token_agg": self.token_agg, "skip_first": 0, "backend": "basic", "precision": "exact"}
+        return HeadProfile(moments, describe(self.model, self.sites, **options, layers=None))
+
+    def get_results(self) -> dict[str, Any]:
+        """`{metric: {statistic: tensor [num_layers, num_heads]}, ..., "metadata": {...}}`, as the fast manager gives it."""
+        return self.to_profile().results()
+
+    def remove(self) -> None:
+        """Take every hook off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which nothing is counted."""
+        self._paused, before = True, self._paused
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()

@@ -1,0 +1,327 @@
+"""Attaching, detaching, and the life of one forward."""
+
+import pytest
+import torch
+from oracle import METRICS, assert_results, captured_inputs, equal_results
+from tiny_models import build, tokens
+
+import fastheads
+from fastheads.basic import HookManager as BasicHookManager
+
+MANAGERS = [fastheads.HookManager, BasicHookManager]
+managers = pytest.mark.parametrize("manager", MANAGERS, ids=["fast", "basic"])
+
+
+def everything_on(model):
+    """All that a manager could leave behind: the attributes and hooks of every module."""
+    return {
+        name: {k: (dict(v) if isinstance(v, dict) else v) for k, v in vars(m).items() if "hook" in k}
+        | {"class": type(m), "keys": sorted(vars(m))}
+        for name, m in model.named_modules()
+    }
+
+
+def one_forward(model, seed=0, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=tokens(2, 6, seed=seed), **kwargs).logits
+
+
+@managers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_bit_identical(manager, dtype):
+    model = build(dtype=dtype)
+    plain = one_forward(model)
+    for token_agg in ("last", "all", "token"):
+        with manager(model, token_agg):
+            assert torch.equal(one_forward(model), plain)
+    assert torch.equal(one_forward(model), plain)
+
+
+@managers
+def test_nothing_is_left_after_remove(manager):
+    model = build()
+    before = everything_on(model)
+    hooks = manager(model)
+    assert everything_on(model) != before
+    one_forward(model)
+    hooks.remove()
+    hooks.remove()
+    assert everything_on(model) == before
+    count = hooks.get_results()["head_output_norm"]["count"].clone()
+    one_forward(model)
+    assert torch.equal(hooks.get_results()["head_output_norm"]["count"], count)
+    with manager(model):
+        one_forward(model)
+    assert everything_on(model) == before
+
+
+@managers
+def test_an_exception_in_the_block_removes_everything(manager):
+    model = build()
+    before = everything_on(model)
+    with pytest.raises(ZeroDivisionError), manager(model):
+        one_forward(model)
+        raise ZeroDivisionError
+    assert everything_on(model) == before
+
+
+def test_a_constructor_that_fails_leaves_nothing():
+    model = build()
+    model.model.layers[2].self_attn.o_proj.weight = torch.nn.Parameter(torch.empty(64, 96, device="meta"))
+    before = everything_on(model)
+    with pytest.raises(fastheads.UnsupportedWeightError, match=r"layers\.2\.self_attn\.o_proj.*meta"):
+        fastheads.HookManager(model)
+    assert everything_on(model) == before
+
+
+def test_two_managers_do_not_disturb_each_other():
+    model = build()
+    with fastheads.HookManager(model, "all") as alone:
+        one_forward(model)
+        one_forward(model, seed=1)
+        want = alone.get_results()
+    with fastheads.HookManager(model, "all") as first:
+        one_forward(model)
+        with fastheads.HookManager(model, "last") as second, BasicHookManager(model, "all") as third:
+            one_forward(model, seed=1)
+            assert (second.get_results()["head_output_norm"]["count"] == 2).all()
+            assert (third.get_results()["head_output_norm"]["count"] == 2).all()
+        assert equal_results(first.get_results(), want)
+
+
+@managers
+def test_paused_counts_nothing(manager):
+    model = build()
+    with manager(model) as hooks:
+        with hooks.paused():
+            one_forward(model)
+            with hooks.paused():
+                one_forward(model)
+            one_forward(model)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
+        one_forward(model)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
+
+
+@managers
+def test_reset_forgets(manager):
+    model = build()
+    with manager(model) as hooks:
+        one_forward(model)
+        want = hooks.get_results()
+        one_forward(model, seed=1)
+        hooks.reset()
+        stats = hooks.get_results()["head_output_norm"]
+        assert (stats["count"] == 0).all() and stats["mean"].isnan().all() and stats["max"].isnan().all()
+        one_forward(model)
+        assert equal_results(hooks.get_results(), want)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["model.layers.1.self_attn.o_proj", "model.layers.2.mlp", "lm_head"])
+def test_a_forward_counts_once_or_not_at_all(where, error):
+    model = build()
+    with fastheads.HookManager(model, "all") as hooks:
+        one_forward(model)
+        want_one = hooks.get_results()
+        one_forward(model, seed=1)
+        want_two = hooks.get_results()
+    failing = model.get_submodule(where)
+
+    def fail(_module, _args):
+        raise error
+
+    with fastheads.HookManager(model, "all") as hooks:
+        one_forward(model)
+        handle = failing.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            one_forward(model, seed=2)
+        handle.remove()
+        assert equal_results(hooks.get_results(), want_one)
+        one_forward(model, seed=1)
+        assert equal_results(hooks.get_results(), want_two)
+
+
+@managers
+def test_the_decoder_called_directly_counts(manager):
+    model = build()
+    with manager(model, "all") as hooks, torch.no_grad():
+        model(input_ids=tokens(2, 6))
+        through_model = hooks.get_results()
+        hooks.reset()
+        model.model(tokens(2, 6), torch.ones(2, 6, dtype=torch.long))  # the mask by position
+        assert equal_results(hooks.get_results(), through_model)
+
+
+def test_the_decoder_called_directly_counts_after_a_forward_that_failed():
+    model = build()
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        with pytest.raises(IndexError):
+            model(input_ids=torch.tensor([[10**6]]))
+        model.model(tokens(2, 6))
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
+
+
+@managers
+def test_a_layer_called_alone_does_not_count(manager):
+    model = build()
+    with manager(model) as hooks, torch.no_grad():
+        model.model.layers[0].self_attn.o_proj(torch.randn(1, 3, 96))
+        assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
+
+
+@managers
+def test_gradients_are_bit_identical_and_checkpointing_does_not_count_twice(manager):
+    ids = tokens(2, 6)
+
+    def gradients(model):
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    model = build().train()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    plain = gradients(model)
+    with manager(model) as hooks:
+        hooked = gradients(model)
+        results = hooks.get_results()
+    assert all(torch.equal(a, b) for a, b in zip(plain, hooked, strict=True))
+    assert (results["head_output_norm"]["count"] == 2).all()
+
+
+def test_a_module_that_fires_twice_gives_two_samples():
+    model = build()
+    model.model.layers.append(model.model.layers[0])  # a looped layer
+    model.config.num_hidden_layers = 4
+    with fastheads.HookManager(model, "all") as hooks:
+        one_forward(model)
+        count = hooks.get_results()["head_output_norm"]["count"]
+    assert count[:, 0].tolist() == [4, 2, 2]
+
+
+def test_inference_mode_and_ordinary_mode_mix():
+    model = build()
+    with torch.inference_mode():
+        hooks = fastheads.HookManager(model, "all")
+        model(input_ids=tokens(2, 6))
+    one_forward(model, seed=1)
+    model(input_ids=tokens(2, 6, seed=2))
+    results = hooks.get_results()
+    hooks.reset()
+    with torch.inference_mode():
+        model(input_ids=tokens(2, 6))
+    hooks.remove()
+    assert (results["head_output_norm"]["count"] == 6).all()
+
+
+@pytest.mark.parametrize("backend", ["loop", "einsum", "factored"])
+def test_ambient_settings_change_no_number(backend):
+    model = build()
+    sites = fastheads.find_sites(model)
+    ids = tokens(2, 6)
+    with captured_inputs([s.module for s in sites]) as inputs:
+        one_forward(model)
+
+    def feed(hooks):
+        """The same inputs to the hooks, whatever the settings make of the model's own products."""
+        handles = [
+            s.module.register_forward_pre_hook(lambda _m, _a, x=x: (x[0].float(),), prepend=True)
+            for s, x in zip(sites, inputs, strict=True)
+        ]
+        with torch.no_grad():
+            model(input_ids=ids)
+        for handle in handles:
+            handle.remove()
+        return hooks.get_results()
+
+    with fastheads.HookManager(model, "all", backend=backend) as hooks:
+        want = feed(hooks)
+    assert_results(want, sites, inputs, [None], "all", 5e-6)
+    precision = torch.get_float32_matmul_precision()
+    mkldnn, cuda = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting in ("medium", "high"):
+            torch.set_float32_matmul_precision(setting)
+            with fastheads.HookManager(model, "all", backend=backend) as hooks:
+                assert equal_results(feed(hooks), want)
+            assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision = mkldnn, cuda
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        fastheads.HookManager(model, "all", backend=backend) as hooks,
+    ):
+        assert equal_results(feed(hooks), want)
+    try:
+        torch.set_default_dtype(torch.float16)
+        with fastheads.HookManager(model, "all", backend=backend) as hooks:
+            got = hooks.get_results()
+            assert equal_results(feed(hooks), want)
+            assert got["head_output_norm"]["sem"].dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    try:
+        torch.set_default_device("meta")
+        hooks = fastheads.HookManager(model, "all", backend=backend)
+    finally:
+        torch.set_default_device(None)
+    try:
+        torch.set_default_device("meta")
+        got = feed(hooks)
+        hooks.remove()
+    finally:
+        torch.set_default_device(None)
+    assert equal_results(got, want)
+
+
+def test_float32_products_are_taken_in_float32():
+    """What holds on a CPU whose bfloat16 units would serve "medium", and on a GPU with TF32."""
+    from fastheads.numerics import exact_arithmetic
+
+    for device, matmul in (("cpu", torch.backends.mkldnn.matmul), ("cuda", torch.backends.cuda.matmul)):
+        before = matmul.fp32_precision
+        with exact_arithmetic(device):
+            assert matmul.fp32_precision == "ieee"
+            assert not torch.is_autocast_enabled(device) and not torch.is_grad_enabled()
+        assert matmul.fp32_precision == before
+
+
+# ---------------------------------------------------------------- the seed's integration
+
+
+MAIN = """
+import torch
+{imports}
+
+def main(model, loader, token_agg):
+    hook_manager = HookManager(model, token_agg=token_agg)
+    for input_ids, attention_mask in loader:
+        with torch.no_grad():
+            model(input_ids=input_ids, attention_mask=attention_mask)
+    results = hook_manager.get_results()
+    hook_manager.remove()
+    return results
+"""
+
+
+@pytest.mark.parametrize("token_agg", ["last", "all"])
+def test_the_seeds_main_runs_unchanged_with_either_import(token_agg):
+    loader = [
+        (tokens(3, 5, seed=i), torch.tensor([[1] * 5, [0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])) for i in range(3)
+    ]
+    results = []
+    for imports in ("from fastheads import HookManager", "from fastheads.basic import HookManager"):
+        namespace = {}
+        exec(MAIN.format(imports=imports), namespace)
+        results.append(namespace["main"](build(), loader, token_agg))
+    fast, basic = results
+    assert fast.keys() == basic.keys() == {*METRICS, "metadata"}
+    for metric in METRICS:
+        assert fast[metric].keys() == basic[metric].keys()
+        for stat, value in basic[metric].items():
+            assert fast[metric][stat].dtype == value.dtype and fast[metric][stat].shape == (3, 4)
+            torch.testing.assert_close(fast[metric][stat], value, rtol=2e-5, atol=1e-9)
+    assert fast["metadata"].keys() == basic["metadata"].keys()
+    assert fast["metadata"]["sites"] == basic["metadata"]["sites"]

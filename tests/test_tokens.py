@@ -1,0 +1,166 @@
+"""Which tokens are real: padding on any side, decode steps, no mask; and what is refused."""
+
+import pytest
+import torch
+from oracle import METRICS, assert_results, captured_inputs
+from tiny_models import build, tokens
+
+import fastheads
+from fastheads.basic import HookManager as BasicHookManager
+from fastheads.tokens import DecoderArguments
+
+LENGTHS = (6, 1, 4, 9)
+
+
+def sequences():
+    return [tokens(1, n, seed=n)[0] for n in LENGTHS]
+
+
+def padded(side):
+    width = max(LENGTHS)
+    ids = torch.zeros(len(LENGTHS), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences()):
+        start = {"left": width - len(sequence), "right": 0, "middle": (width - len(sequence)) // 2}[side]
+        ids[row, start : start + len(sequence)] = sequence
+        mask[row, start : start + len(sequence)] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return ids, mask, positions
+
+
+@pytest.mark.parametrize("skip_first", [0, 2])
+@pytest.mark.parametrize("token_agg", ["last", "all", "token"])
+def test_batch_invariance(token_agg, skip_first):
+    """The same sequences alone, and batched with padding on either side, give the same moments."""
+    model = build(dtype=torch.float64)
+    results = []
+    for way in ("alone", "left", "right", "middle"):
+        with fastheads.HookManager(model, token_agg, skip_first=skip_first) as hooks, torch.no_grad():
+            if way == "alone":
+                for sequence in sequences():
+                    model(input_ids=sequence[None])
+            else:
+                ids, mask, positions = padded(way)
+                model(input_ids=ids, attention_mask=mask, position_ids=positions)
+            results.append(hooks.get_results())
+    samples = [n - skip_first for n in LENGTHS if n > skip_first]
+    count = sum(samples) if token_agg == "token" else len(samples)
+    for result in results:
+        for metric in METRICS:
+            assert (result[metric]["count"] == count).all()
+            for stat in ("mean", "std", "min", "max"):
+                torch.testing.assert_close(
+                    result[metric][stat], results[0][metric][stat], rtol=1e-9, atol=1e-10
+                )
+
+
+@pytest.mark.parametrize("mask_type", [torch.long, torch.bool, torch.float32])
+@pytest.mark.parametrize("token_agg", ["last", "all", "token"])
+def test_generate_counts_prefill_and_each_decode_step(token_agg, mask_type):
+    model = build()
+    sites = fastheads.find_sites(model)
+    ids, mask, _ = padded("left")
+    new = 4
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, token_agg) as hooks,
+        BasicHookManager(model, token_agg) as basic,
+    ):
+        model.generate(
+            ids, attention_mask=mask.to(mask_type), max_new_tokens=new, min_new_tokens=new, do_sample=False
+        )
+        results, by_basic = hooks.get_results(), basic.get_results()
+    steps = [mask.tolist()] + [[[1]] * len(LENGTHS)] * (new - 1)
+    assert [x.shape[1] for x in inputs[0]] == [9, 1, 1, 1]
+    assert_results(results, sites, inputs, steps, token_agg, 5e-6)
+    assert_results(by_basic, sites, inputs, steps, token_agg, 5e-6)
+
+
+def test_rows_that_begin_with_padding_in_a_later_chunk():
+    """A prompt in two calls over one cache: each call's own columns of the mask count."""
+    model = build()
+    sites = fastheads.find_sites(model)
+    ids, mask, positions = padded("left")
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, "all") as hooks,
+        torch.no_grad(),
+    ):
+        out = model(
+            input_ids=ids[:, :5], attention_mask=mask[:, :5], position_ids=positions[:, :5], use_cache=True
+        )
+        model(
+            input_ids=ids[:, 5:],
+            attention_mask=mask,
+            position_ids=positions[:, 5:],
+            past_key_values=out.past_key_values,
+        )
+        results = hooks.get_results()
+    assert_results(results, sites, inputs, [mask[:, :5].tolist(), mask[:, 5:].tolist()], "all", 5e-6)
+
+
+def test_a_static_cache_passes_a_4d_mask():
+    model = build()
+    sites = fastheads.find_sites(model)
+    ids, mask, _ = padded("left")
+    with captured_inputs([s.module for s in sites]) as inputs, fastheads.HookManager(model, "all") as hooks:
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=3,
+            min_new_tokens=3,
+            do_sample=False,
+            cache_implementation="static",
+            disable_compile=True,
+        )
+        results = hooks.get_results()
+    assert_results(results, sites, inputs, [mask.tolist()] + [[[1]] * 4] * 2, "all", 5e-6)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_the_diagonal_of_a_4d_mask(additive):
+    model = build()
+    sites = fastheads.find_sites(model)
+    ids, mask, positions = padded("right")
+    square = torch.ones(9, 9).tril().bool() & mask[:, None, None, :].bool() & mask[:, None, :, None].bool()
+    if additive:
+        square = torch.where(square, 0.0, torch.finfo(torch.float32).min)
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, "all") as hooks,
+        torch.no_grad(),
+    ):
+        model(input_ids=ids, attention_mask=square, position_ids=positions)
+        results = hooks.get_results()
+    assert_results(results, sites, inputs, [mask.tolist()], "all", 5e-6)
+
+
+def test_what_does_not_tell_the_real_tokens_is_refused():
+    model = build()
+    ids = tokens(2, 6)
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    cu = torch.tensor([0, 3, 6], dtype=torch.int32)
+    for manager in (fastheads.HookManager, BasicHookManager):
+        with manager(model) as hooks, torch.no_grad():
+            with pytest.raises(ValueError, match="packed rows .position_ids"):
+                model.model(input_ids=ids, position_ids=packed)
+            with pytest.raises(ValueError, match="packed rows .cu_seq_lens_q"):
+                model.model(input_ids=ids, cu_seq_lens_q=cu)
+            with pytest.raises(ValueError, match="2 or 4 dimensions.*got dict"):
+                model.model(input_ids=ids, attention_mask={"full_attention": None})
+            with pytest.raises(ValueError, match="3 columns for 6 tokens"):
+                model.model(input_ids=ids, attention_mask=torch.ones(2, 3))
+            assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
+    # ascending positions are no packing, and a mask goes before positions
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        model.model(input_ids=ids, position_ids=torch.arange(6).expand(2, 6))
+        model.model(input_ids=ids, position_ids=packed, attention_mask=torch.ones(2, 6))
+        assert (hooks.get_results()["head_output_norm"]["count"] == 4).all()
+
+
+def test_a_mask_of_another_batch_is_refused():
+    model = build()
+    arguments = DecoderArguments(model.model)
+    real = arguments.real_tokens((), {"input_ids": tokens(2, 6), "attention_mask": torch.ones(3, 6)}, 0)
+    with pytest.raises(ValueError, match=r"\[3, 6\] tokens.*\[2, 6\]"):
+        real.mask(torch.zeros(2, 6, 8))
