@@ -56,7 +56,7 @@ def text_file(path: str | os.PathLike[str], field: str = "text") -> TextSource:
     """A text file as a stream; a file named .jsonl, .ndjson or .json as JSON lines with the text in `field`.
 
     Raises:
-        DataError: if there is no such file, it cannot be read or is empty.
+        DataError: if there is no such file, it cannot be read, is empty or starts with no text.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe cannot be read twice, as it is here
@@ -72,7 +72,9 @@ def text_file(path: str | os.PathLike[str], field: str = "text") -> TextSource:
     kind: Literal["stream", "documents"] = "stream"
     if path.suffix.lower() in JSON_LINES_SUFFIXES:
         kind = "documents"
-    return TextSource(str(path), kind, sha256, path=path, field=field)
+    source = TextSource(str(path), kind, sha256, path=path, field=field)
+    next(source.texts(), None)  # most faults show at once, before a model is loaded
+    return source
 
 
 def held_texts(texts: Iterable[str]) -> TextSource:

@@ -120,8 +120,15 @@ def test_a_malformed_line_is_named(write, second, says):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_text_that_is_not_utf8_is_refused(write, name):
-    source = data.text_file(write(name, "zwölf".encode("latin-1")))
+    path = write(name, "zwölf".encode("latin-1"))
     with pytest.raises(DataError, match=r"a\.\w+ is not UTF-8 text"):
+        data.text_file(path)
+
+
+def test_text_that_is_not_utf8_further_on_is_refused(write, monkeypatch):
+    monkeypatch.setattr(data, "PIECE_CHARACTERS", 4)
+    source = data.text_file(write("a.txt", b"abc\n" * 4000 + b"\xff"))
+    with pytest.raises(DataError, match=r"a\.txt is not UTF-8 text"):
         sequences(source)
 
 
