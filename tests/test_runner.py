@@ -1,0 +1,274 @@
+"""profile(): every number against a float64 oracle, every kind of data, and what it leaves behind."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from checkpoints import LAYERS, POSITIONS, ascii_tokenizer, save_checkpoint, tiny_llama
+from oracle import METRICS, assert_results, captured_inputs
+
+import fastheads
+from fastheads import HeadProfile, find_sites
+from fastheads.errors import DataError, LoadError, ProfileInterrupted
+from fastheads.runner import profile
+
+TEXT = "The quick brown fox jumps over the lazy dog.\n" * 3  # 135 tokens
+
+
+@pytest.fixture
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def tokenizer():
+    return ascii_tokenizer()
+
+
+def ids_of(text: str) -> list[int]:
+    return [ord(c) + 1 for c in text]
+
+
+def assert_agrees(
+    found: HeadProfile, model, sequences: list[list[int]], token_agg: str = "all", skip_first: int = 0
+) -> None:
+    """Every statistic equals that of `sequences` run one at a time."""
+    sites = find_sites(model)
+    with captured_inputs([site.module for site in sites]) as inputs, torch.no_grad():
+        for sequence in sequences:
+            model(input_ids=torch.tensor([sequence]))
+    # 5e-6: float32 activations, batched here and alone there
+    assert_results(found.results(), sites, inputs, [None] * len(sequences), token_agg, 5e-6, skip_first)
+
+
+@pytest.mark.parametrize("token_agg", ["last", "all", "token"])
+def test_a_text_file_is_profiled_as_contiguous_blocks(model, tokenizer, tmp_path, token_agg):
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    ids = ids_of(TEXT)
+    found = profile(model, path, tokenizer=tokenizer, token_agg=token_agg, seq_len=20, batch_size=3)
+    assert_agrees(found, model, [ids[i : i + 20] for i in range(0, len(ids), 20)], token_agg)
+    assert found.metadata["token_agg"] == token_agg
+
+
+def test_documents_are_padded_and_padding_changes_nothing(model, tokenizer, tmp_path):
+    texts = ["one", "a much longer document than that", "", "two"]
+    documents = [ids_of(text) for text in texts if text]
+    sequences = [d[i : i + 16] for d in documents for i in range(0, len(d), 16)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    for data, field in ((texts, "text"), (iter(texts), "text"), (str(path), "body")):
+        found = profile(model, data, tokenizer=tokenizer, seq_len=16, batch_size=3, field=field)
+        assert_agrees(found, model, sequences)
+        assert found.metadata["data"]["sequences"] == 4
+        assert found.metadata["data"]["tokens"] == 38
+
+
+def test_token_batches_run_as_they_are(model):
+    first, second = ids_of("abcdefgh"), ids_of("hij")
+    left = {
+        "input_ids": torch.tensor([[0] * 5 + second, first]),
+        "attention_mask": torch.tensor([[0] * 5 + [1] * 3, [1] * 8]),
+    }
+    whole = model, [second, first]
+    assert_agrees(profile(model, left), *whole)
+    assert_agrees(profile(model, [torch.tensor(second), {"input_ids": torch.tensor([first])}]), *whole)
+    assert_agrees(profile(model, (torch.tensor([row]) for row in (first, second))), model, [first, second])
+    assert profile(model, left).metadata["data"]["tokens"] == 11
+
+
+def test_the_budget_is_met_exactly(model, tokenizer):
+    ids = ids_of(TEXT)
+    found = profile(
+        model, [TEXT], tokenizer=tokenizer, seq_len=16, batch_size=2, max_tokens=37, token_agg="token"
+    )
+    assert_agrees(found, model, [ids[:16], ids[16:32], ids[32:37]], "token")
+    assert (found.results()[METRICS[0]]["count"] == 37).all()
+    assert found.metadata["data"]["tokens"] == 37
+
+    rows = torch.tensor(ids[:32]).view(4, 8)
+    found = profile(model, [rows, rows], max_tokens=13, token_agg="token")
+    assert_agrees(found, model, [ids[:8], ids[8:13]], "token")
+    assert found.metadata["data"] | {"seconds": 0} == {
+        "source": "token batches",
+        "sha256": None,
+        "max_tokens": 13,
+        "tokens": 13,
+        "sequences": 2,
+        "seconds": 0,
+        "complete": True,
+    }
+
+
+def test_options_reach_the_hooks(model, tokenizer):
+    found = profile(
+        model,
+        ["abcdefgh"],
+        tokenizer=tokenizer,
+        layers=[1],
+        skip_first=2,
+        backend="einsum",
+        token_agg="token",
+    )
+    counts = found.results()[METRICS[0]]["count"]
+    assert counts.tolist() == [[0] * 4, [6] * 4, [0] * 4]
+    assert found.metadata["backend"] == "einsum"
+    assert found.metadata["skip_first"] == 2
+
+
+def test_the_default_data_is_the_text_of_every_python(model, tokenizer):
+    found = profile(model, tokenizer=tokenizer, max_tokens=100)
+    data = found.metadata["data"]
+    assert data["source"].startswith("pydoc_data.topics of Python")
+    assert len(data["sha256"]) == 64
+    assert data["seq_len"] == POSITIONS  # the model has no more
+    assert (data["tokens"], data["sequences"], data["max_tokens"]) == (100, 2, 100)
+
+
+def test_a_name_is_loaded_and_names_the_profile(tmp_path, model):
+    folder = save_checkpoint(tmp_path / "tiny")
+    found = profile(str(folder), ["abc"], device="cpu")
+    assert found.metadata["model"] == str(folder)
+    assert_agrees(found, model, [ids_of("abc")])
+    assert profile(folder, torch.tensor([[3, 4]])).metadata["data"]["tokens"] == 2
+
+
+def test_the_model_is_left_as_it_was(model, tokenizer):
+    model.train()
+    model.model.layers[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    seen = []
+
+    def look(module, args, kwargs, output):
+        seen.append(
+            (module.training, torch.is_inference_mode_enabled(), kwargs["use_cache"], output.past_key_values)
+        )
+
+    handle = model.model.register_forward_hook(look, with_kwargs=True)
+    head = model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head ran"))
+    profile(model, [TEXT], tokenizer=tokenizer)
+    handle.remove()
+    head.remove()
+    assert set(seen) == {(False, True, False, None)}
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert all(not m._forward_pre_hooks and not m._forward_hooks for m in model.modules())
+    assert model.config.use_cache
+
+
+def test_an_error_on_the_way_leaves_the_model_as_it_was_too(model):
+    model.train()
+    with pytest.raises(IndexError):
+        profile(model, torch.tensor([[10_000]]))
+    assert all(m.training and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_progress_is_reported_in_real_tokens(model, tokenizer):
+    calls = []
+    profile(
+        model, ["abc", "defgh", "i"], tokenizer=tokenizer, batch_size=2, progress=lambda *c: calls.append(c)
+    )
+    assert calls == [(0, 9), (8, 9), (9, 9)]
+    calls.clear()
+    profile(model, torch.tensor([[1, 2]]), progress=lambda *c: calls.append(c))
+    assert calls == [(0, None), (2, None)]
+
+
+def test_nothing_is_written_to_the_terminal_unless_asked_for(model, tokenizer, capfd):
+    profile(model, [TEXT], tokenizer=tokenizer)
+    assert capfd.readouterr() == ("", "")
+
+
+@contextlib.contextmanager
+def interrupt_at(module, firing: int):
+    """Ctrl-C in the middle of that forward."""
+    count = 0
+
+    def hook(*_):
+        nonlocal count
+        count += 1
+        if count == firing:
+            raise KeyboardInterrupt
+
+    handle = module.register_forward_pre_hook(hook)
+    yield
+    handle.remove()
+
+
+def test_ctrl_c_hands_over_what_the_finished_batches_gave(model, tokenizer):
+    ids = ids_of(TEXT)
+    model.train()
+    middle = model.model.layers[1].mlp  # layers 0 and 1 have already seen the batch
+    with interrupt_at(middle, 3), pytest.raises(ProfileInterrupted) as interrupted:
+        profile(model, [TEXT], tokenizer=tokenizer, seq_len=10, batch_size=2)
+    found = interrupted.value.profile
+    model.eval()
+    assert_agrees(found, model, [ids[i : i + 10] for i in range(0, 40, 10)])
+    data = found.metadata["data"]
+    assert (data["tokens"], data["sequences"], data["complete"]) == (40, 4, False)
+    assert isinstance(interrupted.value, KeyboardInterrupt)
+    assert all(not m._forward_pre_hooks for m in model.modules())
+
+
+def test_ctrl_c_in_the_first_batch_hands_over_an_empty_profile(model, tokenizer):
+    with interrupt_at(model.model.layers[1].mlp, 1), pytest.raises(ProfileInterrupted) as interrupted:
+        profile(model, [TEXT], tokenizer=tokenizer)
+    assert interrupted.value.profile.metadata["data"]["tokens"] == 0
+    assert interrupted.value.profile.rank() == []
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("no-such-file.txt", "no data file 'no-such-file.txt'; to profile a text itself, pass it in a list"),
+        ("many\nlines", "no data file"),
+        ([], "no data"),
+        (iter(()), "no data"),
+        ([""], "no tokens in texts"),
+        (["text", 3], "text 1 of the data is not a text"),
+        (3, "not int"),
+        ([3], "not int"),
+        ([torch.ones(2, 2)], "whole numbers"),
+        (torch.empty(2, 0, dtype=torch.long), "no tokens"),
+    ],
+)
+def test_bad_data_are_refused_in_one_line(model, tokenizer, data, says):
+    with pytest.raises(DataError, match=says) as error:
+        profile(model, data, tokenizer=tokenizer)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"seq_len": 0}, "seq_len must be at least 1"),
+        ({"seq_len": POSITIONS + 1}, f"max_position_embeddings, {POSITIONS}"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"backend": "magic"}, "unknown backend 'magic'"),
+        ({"token_agg": "some"}, "unknown token_agg 'some'"),
+        ({"tokenizer": None}, "tokenizer="),
+        ({"layers": [LAYERS]}, "layers"),
+    ],
+)
+def test_bad_options_are_refused(model, tokenizer, options, says):
+    with pytest.raises(ValueError, match=says):
+        profile(model, [TEXT], **{"tokenizer": tokenizer, **options})
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    model = tiny_llama()
+    model.resize_token_embeddings(100)
+    with pytest.raises(
+        ValueError, match="the tokenizer is not the model's: it gave token 122, the model has 100"
+    ):
+        profile(model, ["y"], tokenizer=tokenizer)
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(LoadError, match="no model './none'"):
+        profile("./none", ["abc"])
+
+
+def test_profile_is_a_public_name():
+    assert fastheads.profile is profile
