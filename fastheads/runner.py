@@ -63,6 +63,7 @@ def profile(
             - a tensor of token ids `[rows, tokens]`, a mapping with `input_ids` and perhaps `attention_mask`
               (all of it goes to the model), or an iterable of these: token batches, run as they are.
             - None: the English text that every CPython carries (`pydoc_data.topics`).
+            - what `fastheads.data.text_file` and its kin return.
         tokenizer: needed for texts where `model` is a module.
         token_agg: what one sample is: "last", the value at a sequence's last real token; "all", the mean
             over its real tokens; "token", each real token.
@@ -175,6 +176,8 @@ class _Run:
 
 def _as_source(data: Any, field: str) -> TextSource | Iterator[dict[str, Any]]:
     """Texts, or token batches."""
+    if isinstance(data, TextSource):
+        return data
     if data is None:
         return sources.default_text()
     if isinstance(data, str | os.PathLike):

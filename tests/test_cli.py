@@ -1,0 +1,407 @@
+"""The command line: what it prints, what it writes, and one clear line for every bad input."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+from checkpoints import save_checkpoint
+
+from fastheads import HeadProfile, __version__, loading
+from fastheads.cli import main
+
+PROGRAM = [sys.executable, "-c", "from fastheads.cli import main; main()"]
+TEXT = "The quick brown fox jumps over the lazy dog.\n" * 5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_checkpoint(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder with a text in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return run
+
+
+def files(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_profile_is_measured_saved_drawn_and_shown(run, here, model):
+    arguments = [
+        "--data",
+        "text.txt",
+        "-o",
+        "new/p.safetensors",
+        "--plot",
+        "pictures/p.png",
+        "--seq-len",
+        "32",
+    ]
+    code, out, err = run("profile", model, *arguments)
+    assert code == 0, err
+    found = HeadProfile.load(here / "new" / "p.safetensors")
+    data = found.metadata["data"]
+    assert (data["source"], data["tokens"], data["complete"]) == ("text.txt", 225, True)
+    assert data["seq_len"] == 32
+    assert found.metadata["model"] == model
+    assert (here / "pictures" / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert files(here) == {"text.txt", "new", "new/p.safetensors", "pictures", "pictures/p.png"}
+
+    for said in ("225 tokens in 8 sequences", "10 highest heads", "10 lowest heads", "pictures/p.png"):
+        assert said in out
+    highest, lowest = found.rank()[-1], found.rank()[0]
+    first = next(
+        line.split() for line in out.splitlines() if re.match(r"\s+\d+\s+\d+\s+[\d.]+\s+[\d.]+", line)
+    )
+    assert [int(cell) for cell in first[:2] + first[4:6]] == [*highest, *lowest]
+    stats = found.results()["relative_head_residual_contribution_norm"]
+    assert first[2] == f"{stats['mean'][highest]:.4g}"  # rows are layers here
+    assert first[3] == f"{stats['std'][highest]:.3g}"
+
+    code, again, err = run("show", "new/p.safetensors")
+    assert (code, err) == (0, "")
+    assert again.strip() == out[: out.index("\nsaved new/p.safetensors")].strip()
+
+
+def test_another_metric_can_be_shown(run, here, model):
+    run("profile", model, "--data", "text.txt")
+    code, out, _ = run("show", "head_profile.safetensors", "--metric", "head_output_norm")
+    assert code == 0
+    assert re.search(r"metric +head_output_norm", out)
+    assert "1 is the layer's" not in out
+    code, out, err = run("show", "head_profile.safetensors", "--metric", "size")
+    assert (code, out) == (1, "")
+    assert err.startswith("fastheads: no metric 'size' in this profile; it has head_output_norm, ")
+
+
+def test_options_reach_the_profile(run, here, model):
+    (here / "d.jsonl").write_text('{"body": "one"}\n{"body": "three"}\n')
+    code, _, err = run(
+        *(
+            "profile",
+            model,
+            "--data",
+            "d.jsonl",
+            "--field",
+            "body",
+            "--token-agg",
+            "token",
+            "--layers",
+            "0,2-2",
+        ),
+        *(
+            "--backend",
+            "loop",
+            "--skip-first",
+            "1",
+            "--max-tokens",
+            "7",
+            "--batch-size",
+            "1",
+            "--dtype",
+            "bfloat16",
+        ),
+    )
+    assert code == 0, err
+    found = HeadProfile.load("head_profile.safetensors")
+    assert found.results()["head_output_norm"]["count"].tolist() == [[5] * 4, [0] * 4, [5] * 4]
+    metadata = found.metadata
+    assert (metadata["backend"], metadata["token_agg"], metadata["skip_first"]) == ("loop", "token", 1)
+    assert metadata["data"]["tokens"] == 7
+
+
+def test_a_profile_may_be_written_again_but_no_other_file(run, here, model):
+    arguments = ("profile", model, "--data", "text.txt", "-o", "p.safetensors")
+    assert run(*arguments)[0] == run(*arguments)[0] == 0
+    (here / "p.safetensors").write_bytes(b"the weights of a model")
+    code, _, err = run(*arguments)
+    assert (code, err.splitlines()[-1]) == (
+        1,
+        "fastheads: p.safetensors exists and is no head profile: it is not overwritten",
+    )
+    assert (here / "p.safetensors").read_bytes() == b"the weights of a model"
+
+
+def write_latin(here):
+    (here / "latin.txt").write_bytes("zwölf".encode("latin-1"))
+
+
+def write_broken_lines(here):
+    (here / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["{model}", "--data", "none.txt"], "cannot read the data file none.txt: No such file or directory"),
+        (["{model}", "--data", "empty.txt"], "the data file empty.txt is empty"),
+        (["{model}", "--data", "latin.txt"], "latin.txt is not UTF-8 text: .*"),
+        (["{model}", "--data", "broken.jsonl"], "broken.jsonl, line 2 is not JSON: .*"),
+        (["{model}", "--data", "lines.jsonl"], "lines.jsonl, line 1 has no field 'text' .*"),
+        (["{model}", "--data", "."], "the data file . is not a regular file"),
+        (["{model}", "--max-tokens", "0"], "max_tokens must be at least 1, not 0: nothing would be measured"),
+        (["{model}", "--seq-len", "0"], "seq_len must be at least 1 token, not 0"),
+        (["{model}", "--seq-len", "65"], "seq_len 65 is more than the model's max_position_embeddings, 64"),
+        (["{model}", "--batch-size", "0"], "batch_size must be at least 1 sequence, not 0"),
+        (["{model}", "--skip-first", "-1"], "skip_first must be 0 tokens or more, not -1"),
+        (["{model}", "--backend", "magic"], "unknown backend 'magic': choose one of auto, loop, .*"),
+        (["{model}", "--precision", "high"], "unknown precision 'high': choose one of exact, fast"),
+        (["{model}", "--dtype", "int3"], "unknown dtype 'int3': choose one of .*"),
+        (["{model}", "--device", "quantum"], "no device 'quantum' here: .*"),
+        (["{model}", "--layers", "1-"], "--layers '1-': expected numbers and ranges, as in 0-3,8"),
+        (
+            ["{model}", "--layers", "99"],
+            "layers must name some of the layers 0 to 2 that have a site, not .*",
+        ),
+        (["{model}", "-o", "p.pt"], "the output's name must end in .safetensors, not 'p.pt'"),
+        (["{model}", "-o", "text.txt/p.safetensors"], "cannot write to the folder text.txt: it is a file"),
+        (["{model}", "-o", "text.txt/a/p.safetensors"], "cannot write to the folder text.txt/a: .*"),
+        (["{model}", "--plot", "p.bmp"], "a picture's name must end in one of .png, .pdf, .svg, not 'p.bmp'"),
+        (["{model}", "--plot", "text.txt/p.png"], "cannot write to the folder text.txt: it is a file"),
+        (["./none"], "no model './none': there is no such folder or GGUF file, and it is no Hub id"),
+        (["nobody/nothing"], "no model 'nobody/nothing': .* the Hub is switched off by HF_HUB_OFFLINE"),
+        (["text.txt"], "text.txt is not a GGUF file; name a folder, a GGUF file or a Hub id"),
+        (["."], "the folder . holds no model: it has no config.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(run, here, model, monkeypatch, arguments, says):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (here / "empty.txt").touch()
+    (here / "lines.jsonl").write_text('{"body": "x"}\n')
+    write_latin(here)
+    write_broken_lines(here)
+    before = files(here)
+    code, out, err = run("profile", *[model if argument == "{model}" else argument for argument in arguments])
+    assert code == 1
+    assert out == ""
+    *notes, line = err.splitlines()
+    assert re.fullmatch("fastheads: " + says, line)
+    assert all(note == "starting" or note.startswith("loading ") for note in notes)
+    assert files(here) == before
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_work(run, here, model, monkeypatch):
+    def denied(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    code, _, err = run("profile", model, "-o", "new/deep/p.safetensors")
+    assert code == 1
+    assert err.splitlines()[-1] == "fastheads: cannot write to the folder new/deep: Permission denied"
+    assert files(here) == {"text.txt"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["profile", "--token-agg", "some"], "Invalid value for '--token-agg'"),
+        (["profile", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
+        (["profile", "--colour"], "No such option"),
+        (["profile", "a", "b"], "unexpected extra argument"),
+        (["prof"], "No such command"),
+        (["show"], "Missing argument"),
+    ],
+)
+def test_wrong_usage_is_one_line(run, here, arguments, says):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err.startswith("fastheads: ")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file or directory"),
+        (b"hello", "is not a head profile"),
+        (b"", "is not a head profile"),
+    ],
+)
+def test_show_refuses_what_is_no_profile(run, here, content, says):
+    if content is not None:
+        (here / "f").write_bytes(content)
+    code, out, err = run("show", "f")
+    assert (code, out) == (1, "")
+    assert err.startswith("fastheads: f")
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_a_file_cannot_steer_the_terminal(run, here, model):
+    run("profile", model, "--data", "text.txt")
+    found = HeadProfile.load("head_profile.safetensors")
+    found.metadata["model"] = "[red]\x1b[2J\x1b]0;owned\x07name"
+    found.metadata["data"]["source"] = "a\rb[/]"
+    found.save("head_profile.safetensors")
+    code, out, _ = run("show", "head_profile.safetensors")
+    assert code == 0
+    assert "[red]?[2J?]0;owned?name" in out
+    assert "a?b[/]" in out
+    assert not set(out) & {"\x1b", "\x07", "\r"}
+
+
+def test_version_and_help(run):
+    assert run("--version") == (0, f"fastheads {__version__}\n", "")
+    for arguments in ([], ["--help"]):
+        code, out, err = run(*arguments)
+        assert (code, err) == (0, "")
+        assert "profile" in out
+        assert "show" in out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["profile", "--help"], ["--version"]])
+def test_help_imports_no_heavy_library(arguments):
+    code = (
+        "import sys, importlib.util, types\n"
+        # the package's own __init__ may import what it likes; the command line by itself must not
+        "package = types.ModuleType('fastheads'); "
+        "package.__path__ = importlib.util.find_spec('fastheads').submodule_search_locations\n"
+        "sys.modules['fastheads'] = package\n"
+        "from fastheads.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print({'torch', 'transformers', 'pandas', 'matplotlib'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.strip() == "set()"
+
+
+def interrupted(model: str, when: str, *arguments: str) -> tuple[int, str]:
+    """Ctrl-C at the first line of stderr that holds `when`: the exit status and all of stderr."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default", "NO_COLOR": "1"}
+    process = subprocess.Popen(
+        [*PROGRAM, "profile", model, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    said = ""
+    for line in process.stderr:
+        said += line
+        if when in line:
+            process.send_signal(signal.SIGINT)
+            break
+    _, rest = process.communicate(timeout=60)
+    return process.returncode, said + rest
+
+
+def test_ctrl_c_while_measuring_saves_what_there_is_and_says_so(here, model):
+    code, err = interrupted(
+        model, "tokens/s", "--max-tokens", "100000", "--plot", "p.png", "--backend", "loop"
+    )
+    assert code == 130
+    found = HeadProfile.load(here / "head_profile.safetensors")
+    data = found.metadata["data"]
+    assert data["complete"] is False
+    assert 10_000 <= data["tokens"] < 100_000
+    assert found.results()["head_output_norm"]["count"].unique().tolist() == [data["sequences"]]
+    assert err.splitlines()[-1] == (
+        f"fastheads: interrupted: what {data['tokens']:,} tokens gave is saved in head_profile.safetensors"
+    )
+    assert "Traceback" not in err
+    assert files(here) == {"text.txt", "head_profile.safetensors", "p.png"}
+
+
+@pytest.mark.parametrize("when", ["starting", "loading"])
+def test_ctrl_c_before_that_leaves_nothing(here, model, when):
+    code, err = interrupted(model, when)
+    assert code == 130
+    assert err.splitlines()[-1] == "fastheads: interrupted before anything was measured; nothing is saved"
+    assert "Traceback" not in err
+    assert files(here) == {"text.txt"}
+
+
+def test_ctrl_c_in_the_first_batch_saves_nothing(run, here, model, monkeypatch):
+    load_model = loading.load_model
+
+    def load(*arguments, **options):
+        loaded = load_model(*arguments, **options)
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        loaded.model.layers[1].register_forward_pre_hook(interrupt)
+        return loaded
+
+    monkeypatch.setattr(loading, "load_model", load)
+    code, out, err = run("profile", model, "--data", "text.txt")
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "fastheads: interrupted before anything was measured; nothing is saved"
+    assert files(here) == {"text.txt"}
+
+
+def test_warnings_are_lines_of_their_own(run, here, model, monkeypatch):
+    import warnings
+
+    load_model = loading.load_model
+
+    def load(*arguments, **options):
+        warnings.simplefilter("always")
+        loaded = load_model(*arguments, **options)
+        with torch.no_grad():
+            loaded.model.layers[1].self_attn.o_proj.weight.fill_(0)
+        return loaded
+
+    monkeypatch.setattr(loading, "load_model", load)
+    code, out, err = run("profile", model, "--data", "text.txt")
+    assert code == 0
+    assert re.search(r"^fastheads: warning: \d+ samples were NaN or infinite", err, re.MULTILINE)
+    assert "samples were NaN or infinite and are left out" in out
+
+
+def test_a_bug_is_not_hidden(here, model, monkeypatch):
+    def broken(*_, **__):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr(loading, "load_model", broken)
+    with pytest.raises(AttributeError, match="a bug"):
+        main(["profile", model, "--data", "text.txt"])
+
+
+@pytest.mark.slow
+def test_the_demonstration_model_knows_paris_and_is_profiled(here):
+    source = loading.find_model()
+    loaded, tokenizer = loading.load_model(source), loading.load_tokenizer(source)
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        assert tokenizer.decode(loaded(ids).logits[0, -1].argmax()).strip() == "Paris"
+    del loaded
+    done = subprocess.run(
+        [*PROGRAM, "profile", "--max-tokens", "600"], capture_output=True, text=True, check=True
+    )
+    found = HeadProfile.load(here / "head_profile.safetensors")
+    assert found.shape == (30, 9)
+    assert found.metadata["model"] == "SmolLM2-135M-Instruct.Q4_1"
+    assert "pydoc_data.topics" in done.stdout
+    assert "600 tokens in 2 sequences" in done.stdout
