@@ -16,6 +16,7 @@ from rich.text import Text
 from fastheads.results import HeadProfile
 
 LISTED = 10  # heads in each of the two tables
+BAR_FROM = 70  # columns from which on the numbers leave room for a bar
 SIDE_BY_SIDE = 72  # columns from which on the two tables stand beside each other
 
 # matplotlib's viridis at nine equal steps
@@ -25,7 +26,7 @@ VIRIDIS = (
 )
 SHADES = " ░▒▓█"
 ASCII_SHADES = " .:-=+*#%@"
-LEGEND = 24  # columns of the scale below the heatmap
+LEGEND = 24  # columns of the scale below the heatmap, where there is room
 
 
 @contextmanager
@@ -35,8 +36,9 @@ def progress_bar(console: Console | None = None) -> Iterator[Callable[[int, int 
     if not console.is_terminal:
         yield _PlainProgress(console)
         return
-    columns = (BarColumn(bar_width=None), _Tokens(), _Speed(), TextColumn("[dim]left"), TimeRemainingColumn())
-    with Progress(*columns, console=console, expand=True, speed_estimate_period=60) as bar:
+    bar_column = [BarColumn(bar_width=None)] if console.width >= BAR_FROM else []
+    columns = (*bar_column, _Tokens(), _Speed(), TextColumn("[dim]left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, expand=bool(bar_column), speed_estimate_period=60) as bar:
         task = bar.add_task("tokens", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -154,6 +156,8 @@ def heatmap(profile: HeadProfile, metric: str, console: Console) -> RenderableTy
     heads = profile.shape[1]
     cell = min(max(room // heads, 1), 4)
     columns = min(room // cell, heads)
+    if 8 <= columns < heads:
+        columns -= columns % 8  # blocks that start with a head whose number is easy to find
 
     lines: list[Text] = []
     for first in range(0, heads, columns):
@@ -170,8 +174,9 @@ def heatmap(profile: HeadProfile, metric: str, console: Console) -> RenderableTy
                     line.append_text(paint((row[head] - low) / ((high - low) or 1.0), cell))
             lines.append(line)
     legend = Text(" " * margin + f"{low:.4g} ", no_wrap=True)
-    for step in range(LEGEND):
-        legend.append_text(paint(step / (LEGEND - 1), 1))
+    steps = max(min(LEGEND, room - 16), 2)
+    for step in range(steps):
+        legend.append_text(paint(step / (steps - 1), 1))
     lines += [Text(), legend.append(f" {high:.4g}")]
     return Group(*lines)
 
