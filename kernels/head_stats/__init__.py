@@ -1,0 +1,11 @@
+"""The fused Triton kernel: one read of o_proj's input leaves updated moments of every head.
+
+Installed as `fastheads.kernels`. Importing it imports triton; `import fastheads` does not import it.
+"""
+
+from .config import Config
+from .factor import KernelFactor
+from .launch import prepare, unsupported
+from .op import head_stats
+
+__all__ = ["Config", "KernelFactor", "head_stats", "prepare", "unsupported"]

@@ -1,0 +1,163 @@
+"""The factor as the kernel reads it: split into parts of the input's dtype, scaled, its triangle packed in blocks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Config, triangle_elements
+from .kernel import TICKET_BYTES
+
+PRECISIONS = ("exact", "fast")
+# One pass serves a head only where no token at all can be wrong by more than this.
+FAST_LIMIT = 2e-3
+_HEADS_AT_A_TIME = 16  # float64 [heads, D, D] temporaries: 8 MB each at D = 256
+# fp16 has few exponents: the largest element of a head goes just under the top, so that small ones stay normal.
+_TOP_EXPONENT = {torch.float16: 14, torch.bfloat16: 0, torch.float32: 0}
+
+
+@dataclass(eq=False)
+class KernelFactor:
+    """L of all heads of one layer on one device, in one buffer whose address never changes.
+
+    Bytes: a ticket (128), float32 scale [heads], int32 flag [heads] (1: two passes), padding to 128, float32
+    column scales [heads, columns], then the blocks [heads, elements] in `part_dtype`, a row of the high part of a block
+    followed by the same row of the low part. With s the scale
+    and c the column scales, L = s (high + low) diag(c) to the rounding of the parts.
+    Launches that share a factor share its ticket: a stream must order them.
+    """
+
+    buffer: Tensor  # uint8
+    heads: int
+    head_dim: int
+    dtype: torch.dtype  # of x
+    precision: str
+    config: Config
+
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        return self.config.pieces(self.head_dim)
+
+    @property
+    def part_dtype(self) -> torch.dtype:
+        return part_dtype(self.dtype)
+
+    def two_passes(self) -> Tensor:
+        """Which heads are computed with both parts, bool `[heads]`."""
+        start = int(TICKET_BYTES.value) + 4 * self.heads
+        return self.buffer[start : start + 4 * self.heads].view(torch.int32) != 0
+
+    def refresh(self, L: Tensor) -> None:
+        """Write new factors `[heads, D, D]` into the same memory: what a CUDA graph captured follows. Never waits."""
+        write_factor(self, L)
+
+
+def part_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the parts of L. float32 is split into bfloat16, whose exponents reach as far."""
+    return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
+def buffer_bytes(heads: int, pieces: tuple[int, ...]) -> int:
+    header = int(TICKET_BYTES.value) + -(-heads * 8 // 128) * 128
+    return header + heads * sum(pieces) * 4 + heads * 2 * triangle_elements(pieces) * 2
+
+
+def new_factor(L: Tensor, dtype: torch.dtype, precision: str, config: Config) -> KernelFactor:
+    """Allocate and fill."""
+    heads, head_dim, _ = L.shape
+    with torch.inference_mode(False):
+        buffer = torch.zeros(buffer_bytes(heads, config.pieces(head_dim)), dtype=torch.uint8, device=L.device)
+    factor = KernelFactor(buffer, heads, head_dim, dtype, precision, config)
+    write_factor(factor, L)
+    return factor
+
+
+@torch.no_grad()
+def write_factor(factor: KernelFactor, L: Tensor) -> None:
+    """Split L and write it; asynchronous on a GPU."""
+    heads, pieces = factor.heads, factor.pieces
+    shape = (heads, factor.head_dim, factor.head_dim)
+    if tuple(L.shape) != shape or L.dtype != torch.float64:
+        raise ValueError(f"expected float64 {list(shape)}, got {L.dtype} {list(L.shape)}")
+    start = int(TICKET_BYTES.value)
+    scale = factor.buffer[start : start + 4 * heads].view(torch.float32)
+    flag = factor.buffer[start + 4 * heads : start + 8 * heads].view(torch.int32)
+    start += -(-heads * 8 // 128) * 128
+    columns = factor.buffer[start : start + 4 * heads * sum(pieces)].view(torch.float32).view(heads, -1)
+    blocks = factor.buffer[start + columns.numel() * 4 :].view(factor.part_dtype).view(heads, -1)
+    for a in range(0, heads, _HEADS_AT_A_TIME):
+        part = slice(a, a + _HEADS_AT_A_TIME)
+        power, column, high, low = split(L[part], factor.dtype)
+        scale[part] = power
+        columns[part].fill_(1.0)
+        columns[part, : factor.head_dim] = column
+        if factor.precision == "fast":
+            rounded = high.double() * column.double()[:, None, :] * power.double()[:, None, None]
+            flag[part] = ~(worst_error(L[part], rounded) <= FAST_LIMIT)  # NaN counts as wrong
+        else:
+            flag[part] = 1
+        blocks[part] = pack(high, low, pieces)
+
+
+def split(L: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L `[heads, D, D]` as a power of two `[heads]`, column scales `[heads, D]` (float32) and two parts `[heads, D, D]`.
+
+    The power of two moves the largest element to a fixed exponent. The column scales are the mantissas of the
+    diagonal: the diagonal of the high part is then exact, and with it goes the largest part of the rounding, which is a
+    bias of the norms (ten times less error for weights drawn at random, and a bias under 1e-6, with one part).
+    """
+    parts = part_dtype(dtype)
+    largest = L.abs().amax((-2, -1))
+    usable = largest.isfinite() & (largest > 0)
+    _, exponent = torch.frexp(torch.where(usable, largest, 1.0))
+    # frexp: largest = m 2^e with m in [1/2, 1). A float32 holds the power; weights are far inside its range.
+    power = torch.ldexp(torch.ones_like(largest), (exponent - _TOP_EXPONENT[dtype]).clamp(-126, 126))
+    scaled = L / power[:, None, None]
+    diagonal = scaled.diagonal(dim1=-2, dim2=-1)
+    mantissa, _ = torch.frexp(torch.where(diagonal.isfinite() & (diagonal != 0), diagonal, 0.5))
+    column = mantissa.abs().float() * 2  # in [1, 2]: dividing by it cannot overflow
+    scaled = scaled / column.double()[:, None, :]
+    high = scaled.to(parts)
+    return power.float(), column, high, (scaled - high.double()).to(parts)
+
+
+def worst_error(L: Tensor, rounded: Tensor) -> Tensor:
+    """The largest relative error of |z M| for |z L| over all z, `[heads]`, from above; M is `rounded`.
+
+    |z M|² / |z L|² - 1 lies between the extreme eigenvalues of E = X Xᵀ - 1, X = L⁻¹ M. Their size is at most
+    |E^64|_F^(1/64), at most 1.05 times too large at D = 256, and needs no eigenvalue solver (which would wait for the GPU).
+    """
+    ratio = torch.linalg.solve_triangular(L, rounded, upper=False)
+    error = ratio @ ratio.mT
+    error.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+    bound = torch.zeros(L.shape[0], dtype=torch.float64, device=L.device)
+    for doubling in range(7):
+        # Of E^(2^doubling), less the factors taken out. The bound keeps E = 0 from 0/0; NaN passes through.
+        size = error.square().sum((-2, -1)).sqrt().clamp(min=1e-300)
+        bound = bound + size.log() / 2**doubling
+        error = error / size[:, None, None]
+        if doubling < 6:
+            error = error @ error
+    bound = bound.exp()
+    # sqrt(1 + e) - 1 and 1 - sqrt(1 - e): the second is the larger.
+    return 1.0 - (1.0 - bound).clamp(min=0.0).sqrt()
+
+
+def pack(high: Tensor, low: Tensor, pieces: tuple[int, ...]) -> Tensor:
+    """The blocks [I, J], I ≥ J, of two `[heads, D, D]`, column by column: `[heads, elements]`.
+
+    A block is row-major [I's width, 2, J's width], zero beyond D: one product with it is both parts at once.
+    """
+    pad = sum(pieces) - high.shape[-1]
+    both = torch.nn.functional.pad(
+        torch.stack((high, low), dim=-2), (0, pad, 0, 0, 0, pad)
+    )  # [heads, D, 2, D]
+    edges = [sum(pieces[:i]) for i in range(len(pieces) + 1)]
+    return torch.cat(
+        [
+            both[:, edges[i] : edges[i + 1], :, edges[j] : edges[j + 1]].flatten(1)
+            for j in range(len(pieces))
+            for i in range(j, len(pieces))
+        ],
+        dim=1,
+    )

@@ -1,0 +1,570 @@
+"""The fused kernel: one read of x leaves updated moments. kernels/README.md derives what is done here and why.
+
+Shapes: x `[batch, seq, heads * head_dim]` per layer of the group; L_h lower triangular with |W_h z| = |z L_h|.
+Prefixes: `i_` index of a program or loop, `o_` offsets, `m_` masks, `p_` pointers, `b_` loaded blocks.
+"""
+
+import triton
+import triton.language as tl
+
+# Byte layout of a factor's buffer; KernelFactor writes it and the kernel reads it.
+TICKET_BYTES = tl.constexpr(128)
+SLOT = tl.constexpr(
+    16
+)  # factors and rows travel as multiples of 16: one specialisation, whatever their values
+
+ALL = tl.constexpr(0)
+LAST = tl.constexpr(1)
+TOKEN = tl.constexpr(2)
+
+
+@triton.jit
+def entry(table, i, SIZE: tl.constexpr):
+    """table[i] for an index known only at run time; kernel arguments have no addresses, hence selects."""
+    value = table[0]
+    for k in tl.static_range(1, SIZE):
+        value = tl.where(i == k, table[k], value)
+    return value
+
+
+@triton.jit
+def triangle(p_blocks, PIECES: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr):
+    """The blocks L[I, J], I >= J, column by column, each [PIECES[I], PARTS * PIECES[J]].
+
+    In memory a block is [PIECES[I], 2, PIECES[J]]: a row of the high part, then the same row of the low part.
+    """
+    blocks = ()
+    for j in tl.static_range(COUNT):
+        for i in tl.static_range(j, COUNT):
+            o_i = tl.arange(0, PIECES[i])[:, None]
+            o_j = tl.arange(0, PARTS * PIECES[j])[None, :]
+            block = tl.load(p_blocks + o_i * (2 * PIECES[j]) + o_j)
+            if UPCAST:
+                block = block.to(tl.float32)
+            blocks = blocks + (block,)
+            p_blocks += 2 * PIECES[i] * PIECES[j]
+    return blocks
+
+
+@triton.jit
+def low_triangle(p_blocks, PIECES: tl.constexpr, COUNT: tl.constexpr, UPCAST: tl.constexpr):
+    """The low parts alone, each [PIECES[I], PIECES[J]]."""
+    blocks = ()
+    for j in tl.static_range(COUNT):
+        for i in tl.static_range(j, COUNT):
+            o_i = tl.arange(0, PIECES[i])[:, None]
+            o_j = PIECES[j] + tl.arange(0, PIECES[j])[None, :]
+            block = tl.load(p_blocks + o_i * (2 * PIECES[j]) + o_j)
+            if UPCAST:
+                block = block.to(tl.float32)
+            blocks = blocks + (block,)
+            p_blocks += 2 * PIECES[i] * PIECES[j]
+    return blocks
+
+
+@triton.jit
+def column_scales(p_scales, PIECES: tl.constexpr, COUNT: tl.constexpr):
+    """The scale of each column of L, one vector [PIECES[J]] a piece."""
+    scales = ()
+    for j in tl.static_range(COUNT):
+        scales = scales + (tl.load(p_scales + tl.arange(0, PIECES[j])),)
+        p_scales += PIECES[j]
+    return scales
+
+
+@triton.jit
+def no_sums(BT: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.zeros([BT, WIDTH], dtype=tl.float32)
+
+
+@triton.jit
+def column_dot(parts, blocks, acc, J: tl.constexpr, COUNT: tl.constexpr):
+    """Acc += sum over I >= J of z_I L[I, J]; the zero blocks above the diagonal are not there."""
+    # Blocks of the columns before J: COUNT + (COUNT - 1) + ... , J terms.
+    for i in tl.static_range(J, COUNT):
+        acc = tl.dot(parts[i], blocks[J * COUNT - J * (J - 1) // 2 + i - J], acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def high_plus_low(acc, BT: tl.constexpr, WIDTH: tl.constexpr):
+    """[BT, 2 * WIDTH] as the sum of its halves; both lie in the registers of one thread."""
+    high, low = acc.reshape(BT, 2, WIDTH).permute(0, 2, 1).split()
+    return high + low
+
+
+@triton.jit
+def tile_norms(
+    p_rows,  # [BT] pointers to the first element of the head in each token's row
+    blocks,
+    lows,
+    scales,
+    head_scale,
+    HEAD_DIM: tl.constexpr,
+    PIECES: tl.constexpr,
+    COUNT: tl.constexpr,
+    BT: tl.constexpr,
+    PASSES: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
+    Z_PARTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """|z| and |z L| of a tile of tokens, float32 [BT] each."""
+    first = ()
+    second = ()
+    third = ()
+    square_z = tl.zeros([BT], dtype=tl.float32)
+    for i in tl.static_range(COUNT):
+        o_i = i * PIECES[0] + tl.arange(0, PIECES[i])[None, :]  # only the last piece may be narrower
+        if i * PIECES[0] + PIECES[i] > HEAD_DIM:
+            # Beyond head_dim lies the next head, or nothing: select it away, it may hold NaN.
+            b_z = tl.load(p_rows[:, None] + o_i, mask=o_i < HEAD_DIM, other=0.0)
+        else:
+            b_z = tl.load(p_rows[:, None] + o_i)
+        z = b_z.to(tl.float32)
+        square_z += tl.sum(z * z, axis=1)
+        if Z_PARTS == 1:
+            if UPCAST:
+                b_z = z
+            first = first + (b_z,)
+        else:
+            # float32 input as a sum of bfloat16 parts, each what the ones before left over.
+            one = z.to(tl.bfloat16)
+            rest = z - one.to(tl.float32)
+            two = rest.to(tl.bfloat16)
+            three = (rest - two.to(tl.float32)).to(tl.bfloat16)
+            if UPCAST:
+                first = first + (one.to(tl.float32),)
+                second = second + (two.to(tl.float32),)
+                third = third + (three.to(tl.float32),)
+            else:
+                first = first + (one,)
+                second = second + (two,)
+                third = third + (three,)
+    square_c = tl.zeros([BT], dtype=tl.float32)
+    for j in tl.static_range(COUNT):
+        # Small products first: what they add is not lost under the large ones.
+        if SIDE_BY_SIDE:
+            acc = no_sums(BT, 2 * PIECES[j])
+        else:
+            acc = no_sums(BT, PIECES[j])
+        if PASSES == 2 and not SIDE_BY_SIDE:
+            acc = column_dot(first, lows, acc, j, COUNT)
+            if Z_PARTS == 3:
+                acc = column_dot(second, lows, acc, j, COUNT)
+        if Z_PARTS == 3:
+            acc = column_dot(third, blocks, acc, j, COUNT)
+            acc = column_dot(second, blocks, acc, j, COUNT)
+        acc = column_dot(first, blocks, acc, j, COUNT)
+        if SIDE_BY_SIDE:
+            acc = high_plus_low(acc, BT, PIECES[j])
+        acc *= scales[j][None, :]
+        square_c += tl.sum(acc * acc, axis=1)
+    return tl.sqrt(square_z), tl.sqrt(square_c) * head_scale
+
+
+@triton.jit
+def no_moments(HP: tl.constexpr):
+    """The moments of no samples, six float64 [4, HP]: count, nonfinite, mean, m2, min, max."""
+    zero = tl.zeros([4, HP], dtype=tl.float64)
+    return zero, zero, zero, zero, zero + float("inf"), zero - float("inf")
+
+
+@triton.jit
+def combine(n, bad, mean, m2, low, high):
+    """The moments of several parts of a stream, [4, parts, HP] each, as one: [4, HP] each.
+
+    n = sum n_i, mean = sum n_i mean_i / n, m2 = sum m2_i + n_i (mean_i - mean)^2, with the rounding error of the
+    mean fed back (Chan, Golub & LeVeque 1983). A sample is a part with n = 1 and m2 = 0; an absent one has n = 0.
+    """
+    count = tl.sum(n, axis=1)
+    divisor = tl.maximum(count, 1.0)
+    centre = tl.sum(n * mean, axis=1) / divisor
+    # Absent parts have mean 0: their deviation is finite, and n = 0 takes it out.
+    deviation = mean - centre[:, None, :]
+    residue = tl.sum(n * deviation, axis=1) / divisor
+    squares = tl.sum(m2 + n * deviation * deviation, axis=1) - count * residue * residue
+    return (
+        count,
+        tl.sum(bad, axis=1),
+        centre + residue,
+        tl.maximum(squares, 0.0),
+        tl.min(low, axis=1),
+        tl.max(high, axis=1),
+    )
+
+
+@triton.jit
+def merged(a, b):
+    """Chan's formula for two streams; either may be empty."""
+    n = tl.maximum(a[0] + b[0], 1.0)
+    delta = b[2] - a[2]
+    share = b[0] / n
+    return (
+        a[0] + b[0],
+        a[1] + b[1],
+        a[2] + delta * share,
+        a[3] + b[3] + delta * delta * (a[0] * share),
+        tl.minimum(a[4], b[4]),
+        tl.maximum(a[5], b[5]),
+    )
+
+
+@triton.jit
+def sample_moments(values, present, m_heads, heads):
+    """Moments of the four metrics over samples, from float64 values [4, samples, HP].
+
+    The metrics are |z|, |W z|, and each over its mean over the layer's heads: values holds the first two twice.
+    """
+    mean = (tl.sum(tl.where(m_heads, values, 0.0), axis=2) / heads)[:, :, None]
+    # A mean of norms is 0 where all are, and 0/0 is NaN; NaN in one head is NaN in the layer's mean.
+    relative = tl.where(mean == 0, float("nan"), values / tl.where(mean == 0, 1.0, mean))
+    values = tl.where(tl.arange(0, 4)[:, None, None] >= 2, relative, values)
+    present = present & m_heads
+    finite = present & (tl.abs(values) < float("inf"))  # false for NaN
+    n = finite.to(tl.float64)
+    kept = tl.where(finite, values, 0.0)  # selected, never multiplied by zero
+    return combine(
+        n,
+        present.to(tl.float64) - n,
+        kept,
+        tl.zeros_like(kept),
+        tl.where(finite, values, float("inf")),
+        tl.where(finite, values, -float("inf")),
+    )
+
+
+@triton.jit
+def commit(moments, state, row, heads, state_rows, state_heads, HP: tl.constexpr):
+    """Merge moments [4, HP] into one row of the state. Its counts are int64 bits in float64 storage."""
+    stride_metric = state_rows.to(tl.int64) * state_heads
+    stride_plane = 4 * stride_metric
+    o_h = tl.arange(0, HP)[None, :]
+    m = (o_h < heads) & (tl.arange(0, 4)[:, None] >= 0)
+    p = state + row.to(tl.int64) * state_heads + tl.arange(0, 4)[:, None] * stride_metric + o_h
+    p_counts = p.to(tl.pointer_type(tl.int64))
+    count = tl.load(p_counts, mask=m, other=0)
+    bad = tl.load(p_counts + stride_plane, mask=m, other=0)
+    old = (
+        count.to(tl.float64),
+        tl.zeros_like(moments[1]),  # added as integers below
+        tl.load(p + 2 * stride_plane, mask=m, other=0.0),
+        tl.load(p + 3 * stride_plane, mask=m, other=0.0),
+        tl.load(p + 4 * stride_plane, mask=m, other=float("inf")),
+        tl.load(p + 5 * stride_plane, mask=m, other=-float("inf")),
+    )
+    both = merged(old, moments)
+    tl.store(p_counts, count + moments[0].to(tl.int64), mask=m)
+    tl.store(p_counts + stride_plane, bad + moments[1].to(tl.int64), mask=m)
+    for plane in tl.static_range(2, 6):
+        tl.store(p + plane * stride_plane, both[plane], mask=m)
+
+
+@triton.jit
+def arrived_last(p_ticket, programs):
+    """True in the program of the layer that comes last; it then reads (with .cg) what the others stored."""
+    # The ticket is taken by one thread: without the barrier it may overtake the stores of the others.
+    tl.debug_barrier()
+    before = tl.atomic_add(p_ticket, 1, sem="acq_rel")
+    tl.debug_barrier()
+    last = before == programs - 1
+    if last:
+        tl.store(p_ticket, 0)  # for the next launch
+    return last
+
+
+@triton.jit
+def stream_tokens(
+    p_x,
+    p_blocks,
+    p_columns,
+    p_scale,
+    partial,
+    norms,
+    valid,
+    last_index,
+    token_scale,
+    stride_xb,
+    stride_xs,
+    batch,
+    seq,
+    heads,
+    skip_first,
+    tiles_per_program,
+    rows_per_program,
+    chunks,
+    i_h,
+    i_c,
+    i_r,
+    MODE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PIECES: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BT: tl.constexpr,
+    PASSES: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
+    Z_PARTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One head, a range of rows and of tiles: sums (ALL), samples (LAST) or norms of each token (TOKEN)."""
+    if SIDE_BY_SIDE:
+        blocks = triangle(p_blocks, PIECES, COUNT, 2, UPCAST)
+    else:
+        blocks = triangle(p_blocks, PIECES, COUNT, 1, UPCAST)
+    lows = ()
+    if PASSES == 2 and not SIDE_BY_SIDE:
+        lows = low_triangle(p_blocks, PIECES, COUNT, UPCAST)
+    scales = column_scales(p_columns, PIECES, COUNT)
+    head_scale = tl.load(p_scale)
+    plane = chunks * batch * heads  # of this layer's partial sums: three planes [chunks, batch, heads]
+    o_t = tl.arange(0, BT)
+    if MODE == LAST:
+        # A tile is BT rows of the batch at their last real tokens.
+        o_b = i_r * BT + o_t
+        m_b = o_b < batch
+        row = tl.minimum(o_b, batch - 1).to(tl.int64)
+        if last_index is not None:
+            token = tl.load(last_index + row)
+            m_b = m_b & (token >= 0)
+            token = tl.maximum(token, 0)
+        else:
+            token = tl.zeros_like(row) + (seq - 1)
+            m_b = m_b & (seq > skip_first)
+        n_z, n_c = tile_norms(
+            p_x + row * stride_xb + token * stride_xs, blocks, lows, scales, head_scale,
+            HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, Z_PARTS, UPCAST,
+        )  # fmt: skip
+        if token_scale is not None:
+            n_c *= tl.load(token_scale + row * seq + token)
+        p_out = partial + row * heads + i_h
+        tl.store(p_out, n_z.to(tl.float64), mask=o_b < batch)
+        tl.store(p_out + plane, n_c.to(tl.float64), mask=o_b < batch)
+        tl.store(p_out + 2 * plane, m_b.to(tl.float64), mask=o_b < batch)
+    else:
+        tiles = tl.minimum(tiles_per_program, tl.cdiv(seq, BT) - i_c * tiles_per_program)
+        rows = tl.minimum(rows_per_program, batch - i_r * rows_per_program)
+        sum_z = tl.zeros([BT], dtype=tl.float32)
+        sum_c = tl.zeros([BT], dtype=tl.float32)
+        count = tl.zeros([BT], dtype=tl.int32)
+        for i in tl.range(0, rows * tiles, num_stages=STAGES):
+            i_b = (i_r * rows_per_program + i // tiles).to(tl.int64)
+            i_t = i % tiles
+            t = (i_c * tiles_per_program + i_t) * BT + o_t
+            real = t < seq
+            # Tokens past the end repeat the last one: no mask on the loads, and they are selected away below.
+            token = tl.minimum(t, seq - 1).to(tl.int64)
+            n_z, n_c = tile_norms(
+                p_x + i_b * stride_xb + token * stride_xs, blocks, lows, scales, head_scale,
+                HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, Z_PARTS, UPCAST,
+            )  # fmt: skip
+            if token_scale is not None:
+                n_c *= tl.load(token_scale + i_b * seq + token)
+            if MODE == TOKEN:
+                # [2, heads, batch * seq]: tokens fastest, so that a tile is one stretch of memory.
+                p_out = norms + i_h.to(tl.int64) * batch * seq + i_b * seq + token
+                tl.store(p_out, n_z, mask=real)
+                tl.store(p_out + heads.to(tl.int64) * batch * seq, n_c, mask=real)
+            else:
+                if valid is not None:
+                    real = real & (tl.load(valid + i_b * seq + token) != 0)
+                else:
+                    real = real & (t >= skip_first)
+                start = i_t == 0
+                sum_z = tl.where(start, 0.0, sum_z) + tl.where(real, n_z, 0.0)
+                sum_c = tl.where(start, 0.0, sum_c) + tl.where(real, n_c, 0.0)
+                count = tl.where(start, 0, count) + real.to(tl.int32)
+                if i_t == tiles - 1:
+                    p_out = partial + (i_c * batch + i_b) * heads + i_h
+                    tl.store(p_out, tl.sum(sum_z.to(tl.float64), axis=0))
+                    tl.store(p_out + plane, tl.sum(sum_c.to(tl.float64), axis=0))
+                    tl.store(p_out + 2 * plane, tl.sum(count, axis=0).to(tl.float64))
+
+
+@triton.jit(
+    # One compilation serves every shape: what is known of the integers is said in the kernel.
+    do_not_specialize=[
+        "stride_xb16",
+        "stride_xs16",
+        "batch",
+        "seq",
+        "heads",
+        "state_rows",
+        "state_heads",
+        "skip_first",
+        "tiles_per_program",
+        "rows_per_program",
+        "chunks",
+    ]
+)
+def head_stats_kernel(
+    x_table,  # addresses of x, one a layer of the group
+    factor_table,  # addresses of the factors' buffers
+    row_table,  # rows of the state, times SLOT
+    state,  # float64 [6, 4, state_rows, state_heads]
+    partial,  # float64 [layers, 3, chunks, batch, heads]: sums of |z|, sums of |z L|, real tokens
+    norms,  # float32 [layers, 2, heads, batch * seq] (TOKEN)
+    valid,  # uint8 [batch, seq]
+    last_index,  # int64 [batch]
+    token_scale,  # float32 [batch, seq]
+    stride_xb16,  # strides of x in units of 16 bytes
+    stride_xs16,
+    batch,
+    seq,
+    heads,
+    state_rows,
+    state_heads,
+    skip_first,
+    tiles_per_program,
+    rows_per_program,
+    chunks,
+    DTYPE: tl.constexpr,
+    SIZE: tl.constexpr,  # entries in the tables
+    MODE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PIECES: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCKS: tl.constexpr,  # elements in the blocks of one pass
+    COLUMNS: tl.constexpr,  # sum of PIECES
+    BT: tl.constexpr,
+    HP: tl.constexpr,  # heads, padded to a power of two
+    BB: tl.constexpr,  # rows of the batch in a block of the merge
+    FAST: tl.constexpr,  # one pass for the heads whose flag is unset
+    Z_PARTS: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,  # both parts of L in one product
+    UPCAST: tl.constexpr,
+    STAGES: tl.constexpr,
+    EXACT_STAGES: tl.constexpr,
+):
+    """One launch for a group of layers. Grid: (heads fastest, then chunks of tokens, then rows; layers)."""
+    i_l = tl.program_id(1)
+    i_h = tl.program_id(0) % heads
+    i_c = tl.program_id(0) // heads % chunks
+    i_r = tl.program_id(0) // heads // chunks
+
+    # Every address is a multiple of 16 bytes: the launcher sees to it, and 16-byte loads depend on it.
+    PER16: tl.constexpr = 128 // DTYPE.primitive_bitwidth
+    p_x = tl.multiple_of(entry(x_table, i_l, SIZE).to(tl.pointer_type(DTYPE)), 16)
+    p_x += i_h * HEAD_DIM
+    stride_xb = stride_xb16.to(tl.int64) * PER16
+    stride_xs = stride_xs16.to(tl.int64) * PER16
+
+    p_factor = tl.multiple_of(entry(factor_table, i_l, SIZE).to(tl.pointer_type(tl.uint8)), 128)
+    p_ticket = p_factor.to(tl.pointer_type(tl.int32))
+    p_scale = (p_factor + TICKET_BYTES).to(tl.pointer_type(tl.float32))
+    p_flag = (p_factor + TICKET_BYTES + heads * 4).to(tl.pointer_type(tl.int32))
+    p_columns = (p_factor + TICKET_BYTES + tl.cdiv(heads * 8, 128) * 128).to(tl.pointer_type(tl.float32))
+    WEIGHT: tl.constexpr = tl.bfloat16 if Z_PARTS == 3 else DTYPE
+    p_blocks = (p_columns + heads * COLUMNS).to(tl.pointer_type(WEIGHT)) + i_h.to(tl.int64) * (2 * BLOCKS)
+    p_columns += i_h * COLUMNS
+
+    if MODE == TOKEN:
+        norms += i_l.to(tl.int64) * 2 * heads * batch * seq
+    else:
+        partial += i_l.to(tl.int64) * 3 * chunks * batch * heads
+    one_pass = False
+    if FAST:
+        one_pass = tl.load(p_flag + i_h) == 0
+    if one_pass:
+        stream_tokens(
+            p_x, p_blocks, p_columns, p_scale + i_h, partial, norms, valid, last_index, token_scale,
+            stride_xb, stride_xs, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
+            i_h, i_c, i_r,
+            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, False, Z_PARTS, UPCAST, STAGES,
+        )  # fmt: skip
+    else:
+        stream_tokens(
+            p_x, p_blocks, p_columns, p_scale + i_h, partial, norms, valid, last_index, token_scale,
+            stride_xb, stride_xs, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
+            i_h, i_c, i_r,
+            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, SIDE_BY_SIDE, Z_PARTS, UPCAST, EXACT_STAGES,
+        )  # fmt: skip
+
+    if MODE != TOKEN:
+        if arrived_last(p_ticket, tl.num_programs(0)):
+            o_h = tl.arange(0, HP)[None, None, :]
+            m_h = o_h < heads
+            plane = chunks * batch * heads
+            o_value = (tl.arange(0, 4)[:, None, None] % 2) * plane
+            moments = no_moments(HP)
+            for i_b in range(0, batch, BB):
+                o_b = i_b + tl.arange(0, BB)[None, :, None]
+                m = (o_b < batch) & m_h
+                values = tl.zeros([4, BB, HP], dtype=tl.float64)
+                count = tl.zeros([1, BB, HP], dtype=tl.float64)
+                for c in range(chunks):
+                    p_in = partial + (c * batch + o_b) * heads + o_h
+                    values += tl.load(
+                        p_in + o_value, mask=m & (o_value >= 0), other=0.0, cache_modifier=".cg"
+                    )
+                    count += tl.load(p_in + 2 * plane, mask=m, other=0.0, cache_modifier=".cg")
+                values /= tl.maximum(count, 1.0)
+                moments = merged(moments, sample_moments(values, count > 0, m_h, heads))
+            row = entry(row_table, i_l, SIZE) // SLOT
+            commit(moments, state, row, heads, state_rows, state_heads, HP)
+
+
+@triton.jit(do_not_specialize=["tokens", "seq", "heads", "state_rows", "state_heads", "skip_first"])
+def token_moments_kernel(
+    factor_table,
+    row_table,
+    state,
+    partial,  # float64 [layers, programs, 4, 6, HP]
+    norms,  # float32 [layers, 2, heads, tokens]
+    valid,  # uint8 [tokens]
+    tokens,
+    seq,
+    heads,
+    state_rows,
+    state_heads,
+    skip_first,
+    SIZE: tl.constexpr,
+    HP: tl.constexpr,
+    BT: tl.constexpr,
+    BP: tl.constexpr,  # programs in a block of the merge
+):
+    """Moments of samples that are tokens, from their norms. Grid: (programs; layers)."""
+    i_p = tl.program_id(0)
+    i_l = tl.program_id(1)
+    programs = tl.num_programs(0)
+    o_h = tl.arange(0, HP)[None, None, :]
+    m_h = o_h < heads
+    o_metric = tl.arange(0, 4)[:, None, None]
+    norms += i_l.to(tl.int64) * 2 * heads * tokens
+    partial += i_l.to(tl.int64) * programs * (24 * HP)
+    p_norms = norms + (o_metric % 2) * (heads.to(tl.int64) * tokens) + o_h.to(tl.int64) * tokens
+    moments = no_moments(HP)
+    for i_t in range(i_p * BT, tokens, programs * BT):
+        o_t = i_t + tl.arange(0, BT)[None, :, None]
+        real = o_t < tokens
+        m = real & m_h & (o_metric >= 0)
+        if valid is not None:
+            real = real & (tl.load(valid + o_t, mask=real, other=0) != 0)
+        else:
+            real = real & (o_t % seq >= skip_first)
+        values = tl.load(p_norms + o_t, mask=m, other=0.0).to(tl.float64)
+        moments = merged(moments, sample_moments(values, real, m_h, heads))
+    o_partial = o_metric * (6 * HP) + o_h
+    p_out = partial + i_p * (24 * HP) + (tl.arange(0, 4)[:, None] * 6) * HP + tl.arange(0, HP)[None, :]
+    for plane in tl.static_range(6):
+        tl.store(p_out + plane * HP, moments[plane])
+
+    p_ticket = entry(factor_table, i_l, SIZE).to(tl.pointer_type(tl.int32))
+    if arrived_last(p_ticket, programs):
+        moments = no_moments(HP)
+        for i in range(0, programs, BP):
+            o_p = i + tl.arange(0, BP)[None, :, None]
+            m = (o_p < programs) & (o_partial >= 0)
+            p = partial + o_p * (24 * HP) + o_partial
+            parts = combine(
+                tl.load(p, mask=m, other=0.0, cache_modifier=".cg"),
+                tl.load(p + HP, mask=m, other=0.0, cache_modifier=".cg"),
+                tl.load(p + 2 * HP, mask=m, other=0.0, cache_modifier=".cg"),
+                tl.load(p + 3 * HP, mask=m, other=0.0, cache_modifier=".cg"),
+                tl.load(p + 4 * HP, mask=m, other=float("inf"), cache_modifier=".cg"),
+                tl.load(p + 5 * HP, mask=m, other=-float("inf"), cache_modifier=".cg"),
+            )
+            moments = merged(moments, parts)
+        row = entry(row_table, i_l, SIZE) // SLOT
+        commit(moments, state, row, heads, state_rows, state_heads, HP)

@@ -1,0 +1,386 @@
+"""From tensors to launches: what the kernel cannot take is copied or refused here, and nothing waits for the GPU."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import kernel
+from .config import INTERPRETED, MAX_HEAD_DIM, Config, config_for, triangle_elements
+from .factor import PRECISIONS, KernelFactor, new_factor
+
+IS_INTERPRETED = not isinstance(kernel.head_stats_kernel, triton.JITFunction)
+TOKEN_AGGS = {"all": kernel.ALL, "last": kernel.LAST, "token": kernel.TOKEN}
+_TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+# Layers in one launch; each size is one compilation, a larger group is several launches.
+_TABLE_SIZES = (1, 8, 32)
+# The norms of token mode between its two kernels: small enough to stay in the L2 of a data-centre GPU.
+_WORKSPACE_BYTES = 32 << 20
+_MERGE_ELEMENTS = (
+    256  # float64 values in a block of the merge: one or two a thread, or the merge sets the registers
+)
+_TOKEN_PROGRAMS = 64
+
+
+@lru_cache
+def _gpu(index: int) -> tuple[str, int, int]:
+    """Compute capability, shared memory a program may hold, multiprocessors."""
+    properties = torch.cuda.get_device_properties(index)
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
+    return f"{properties.major}.{properties.minor}", shared, properties.multi_processor_count
+
+
+def _device(device: torch.device) -> tuple[str, int, int]:
+    if device.type != "cuda":
+        return INTERPRETED, 1 << 30, 2
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernel does not serve such tensors; None where it does."""
+    if dtype not in _TL_DTYPE:
+        return f"dtype {dtype} (the kernel takes {', '.join(str(known) for known in _TL_DTYPE)})"
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        return f"head_dim {head_dim} (the kernel takes 1 to {MAX_HEAD_DIM})"
+    if head_dim * dtype.itemsize % 16:
+        return f"head_dim {head_dim} in {dtype}: a head does not end on a multiple of 16 bytes"
+    if IS_INTERPRETED:
+        return None if device.type == "cpu" else f"{device.type} tensors while TRITON_INTERPRET=1"
+    if device.type != "cuda":
+        return f"{device.type} tensors (the kernel needs a GPU, or TRITON_INTERPRET=1)"
+    if torch.version.hip is not None:
+        return "AMD GPUs"
+    capability, shared, _ = _device(device)
+    if float(capability) < 8.0:
+        return f"compute capability {capability} (the kernel needs 8.0)"
+    for precision in PRECISIONS:
+        if config_for(capability, head_dim, dtype, precision, shared) is None:
+            return f"head_dim {head_dim} in {shared >> 10} KB of shared memory"
+    return None
+
+
+def config_on(device: torch.device, head_dim: int, dtype: torch.dtype, precision: str) -> Config:
+    """The configuration in use; raises ValueError where there is none."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r}: expected one of {', '.join(map(repr, PRECISIONS))}")
+    reason = unsupported(device, dtype, head_dim)
+    if reason is not None:
+        raise ValueError(f"the triton backend does not serve {reason}")
+    capability, shared, _ = _device(device)
+    config = config_for(capability, head_dim, dtype, precision, shared)
+    assert config is not None  # or unsupported() had said so
+    return config
+
+
+def prepare(L: Tensor, dtype: torch.dtype, precision: str, *, config: Config | None = None) -> KernelFactor:
+    """The factor of one layer as the kernel reads it.
+
+    `L` is float64 `[heads, D, D]`, lower triangular, with |W_h z| = |z @ L_h|; `dtype` is that of the inputs. `precision`:
+    "exact" (two parts of L), or "fast" (one; a head for which that could be wrong by more than 2e-3 keeps two). `config`
+    overrides the table (for tuning). The factor's `refresh(L)` writes new weights in place.
+    """
+    if config is None:
+        config = config_on(L.device, L.shape[-1], dtype, precision)
+    return new_factor(L, dtype, precision, config)
+
+
+def launch(
+    inputs: Sequence[Tensor],
+    factors: Sequence[KernelFactor],
+    state: Tensor,
+    rows: Sequence[int],
+    *,
+    token_agg: str,
+    valid: Tensor | None = None,
+    last: Tensor | None = None,
+    skip_first: int = 0,
+    scale: Tensor | None = None,
+) -> None:
+    """`head_stats` without the operator boundary."""
+    _check(inputs, factors, state, rows, token_agg)
+    batch, seq, _ = inputs[0].shape
+    if batch == 0 or seq == 0:
+        return
+    if token_agg == "last" and last is None and valid is not None:
+        positions = torch.arange(1, seq + 1, device=valid.device)
+        last = torch.where(valid, positions, 0).amax(1) - 1
+    if valid is not None:
+        valid = valid.contiguous().view(torch.uint8)
+    if last is not None:
+        last = last.to(torch.int64).contiguous()
+    if scale is not None:
+        scale = scale.to(torch.float32).contiguous()
+    loadable = [_loadable(x) for x in inputs]
+    if state.device.type == "cuda" and state.device.index != torch.cuda.current_device():
+        with torch.cuda.device(state.device):
+            _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
+    else:
+        _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
+
+
+def _check(
+    inputs: Sequence[Tensor],
+    factors: Sequence[KernelFactor],
+    state: Tensor,
+    rows: Sequence[int],
+    token_agg: str,
+) -> None:
+    if token_agg not in TOKEN_AGGS:
+        raise ValueError(f"token_agg {token_agg!r}: expected one of {', '.join(map(repr, TOKEN_AGGS))}")
+    if not len(inputs) == len(factors) == len(rows) == len(set(rows)) > 0:
+        raise ValueError(
+            f"expected one factor and one distinct row per input, got {len(inputs)} inputs, "
+            f"{len(factors)} factors, rows {list(rows)}"
+        )
+    if state.dtype != torch.float64 or state.shape[:2] != (6, 4) or not state.is_contiguous():
+        raise ValueError(f"expected a contiguous float64 state [6, 4, rows, heads], got {list(state.shape)}")
+    if min(rows) < 0 or max(rows) >= state.shape[2]:
+        raise ValueError(f"rows {list(rows)} of a state of {state.shape[2]}")
+    like = factors[0]
+    for x, factor in zip(inputs, factors, strict=True):
+        if x.dim() != 3 or x.shape != inputs[0].shape or x.shape[2] != factor.heads * factor.head_dim:
+            raise ValueError(
+                f"expected inputs [batch, seq, {factor.heads} * {factor.head_dim}] of one shape, got {list(x.shape)}"
+            )
+        if x.dtype != factor.dtype or x.device != state.device or factor.buffer.device != state.device:
+            raise ValueError(
+                f"input {x.dtype} on {x.device}, factor for {factor.dtype} on {factor.buffer.device}, state on "
+                f"{state.device}: expected one device, and the factor's dtype"
+            )
+        if (factor.heads, factor.head_dim, factor.precision) != (like.heads, like.head_dim, like.precision):
+            raise ValueError("the factors of a group must have one shape and one precision")
+    if like.heads > state.shape[3]:
+        raise ValueError(f"{like.heads} heads and a state of {state.shape[3]}")
+
+
+def _loadable(x: Tensor) -> Tensor:
+    """X itself, or a copy where its elements or rows do not lie as 16-byte loads need them."""
+    unit = 16 // x.element_size()
+    batch, seq, _ = x.shape
+    aligned = x.data_ptr() % 16 == 0 and (x.stride(2) == 1 or x.shape[2] == 1)
+    if (seq > 1 and x.stride(1) % unit) or (batch > 1 and x.stride(0) % unit):
+        aligned = False
+    return x if aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _launch_groups(
+    inputs: Sequence[Tensor],
+    factors: Sequence[KernelFactor],
+    state: Tensor,
+    rows: Sequence[int],
+    token_agg: str,
+    valid: Tensor | None,
+    last: Tensor | None,
+    skip_first: int,
+    scale: Tensor | None,
+) -> None:
+    """Launches of layers with the same strides, no factor twice in one (its ticket counts one layer)."""
+    waiting = list(zip(inputs, factors, rows, strict=True))
+    while waiting:
+        strides = _strides(waiting[0][0])
+        group: list[tuple[Tensor, KernelFactor, int]] = []
+        later = []
+        taken = set()
+        for item in waiting:
+            if len(group) < _TABLE_SIZES[-1] and _strides(item[0]) == strides and id(item[1]) not in taken:
+                group.append(item)
+                taken.add(id(item[1]))
+            else:
+                later.append(item)
+        waiting = later
+        xs, fs, rs = zip(*group, strict=True)
+        if token_agg == "token":
+            _launch_tokens(xs, fs, state, rs, valid, skip_first, scale)
+        else:
+            _launch_one(xs, fs, state, rs, token_agg, valid, last, skip_first, scale, None)
+
+
+def _strides(x: Tensor) -> tuple[int, int]:
+    """Strides of batch and seq; 0 where there is one element (torch reports anything there)."""
+    return (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1) if x.shape[1] > 1 else 0)
+
+
+def _tables(
+    xs: Sequence[Tensor], factors: Sequence[KernelFactor], rows: Sequence[int]
+) -> tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Addresses and rows as tuples of integers, padded to the next table size.
+
+    They travel as kernel arguments: nothing is copied to the GPU, nothing can be overwritten before it was read, and a
+    CUDA graph keeps them.
+    """
+    size = next(size for size in _TABLE_SIZES if len(xs) <= size)
+    padding = (0,) * (size - len(xs))  # never read
+    pad_address = (xs[0].data_ptr(),) * len(padding)
+    slot = int(kernel.SLOT.value)
+    return (
+        size,
+        tuple(x.data_ptr() for x in xs) + pad_address,
+        tuple(factor.buffer.data_ptr() for factor in factors) + pad_address,
+        tuple(row * slot for row in rows) + padding,
+    )
+
+
+def _launch_one(
+    xs: Sequence[Tensor],
+    factors: Sequence[KernelFactor],
+    state: Tensor,
+    rows: Sequence[int],
+    token_agg: str,
+    valid: Tensor | None,
+    last: Tensor | None,
+    skip_first: int,
+    scale: Tensor | None,
+    norms: Tensor | None,
+) -> None:
+    batch, seq, _ = xs[0].shape
+    factor = factors[0]
+    heads, pieces = factor.heads, factor.pieces
+    _, _, multiprocessors = _device(state.device)
+    config = _sized(factor.config, batch if token_agg == "last" else seq)
+    if token_agg == "last":
+        tiles_per_program, rows_per_program, chunks = 1, config.block_tokens, 1
+    else:
+        tiles = triton.cdiv(seq, config.block_tokens)
+        tiles_per_program, rows_per_program = _split(
+            config, tiles, batch, len(xs) * heads, 4 * multiprocessors
+        )
+        chunks = triton.cdiv(tiles, tiles_per_program)
+    partial = None
+    if token_agg != "token":
+        partial = torch.empty(len(xs) * 3 * chunks * batch * heads, dtype=torch.float64, device=state.device)
+    size, addresses, factor_addresses, slots = _tables(xs, factors, rows)
+    stride_b, stride_s = _strides(xs[0])
+    unit = 16 // xs[0].element_size()
+    padded_heads = max(16, triton.next_power_of_2(heads))
+    kernel.head_stats_kernel[(heads * chunks * triton.cdiv(batch, rows_per_program), len(xs))](
+        addresses,
+        factor_addresses,
+        slots,
+        state,
+        partial,
+        norms,
+        valid,
+        last,
+        scale,
+        stride_b // unit,
+        stride_s // unit,
+        batch,
+        seq,
+        heads,
+        state.shape[2],
+        state.shape[3],
+        skip_first,
+        tiles_per_program,
+        rows_per_program,
+        chunks,
+        DTYPE=_TL_DTYPE[xs[0].dtype],
+        SIZE=size,
+        MODE=TOKEN_AGGS[token_agg],
+        HEAD_DIM=factor.head_dim,
+        PIECES=pieces,
+        COUNT=len(pieces),
+        BLOCKS=triangle_elements(pieces),
+        COLUMNS=sum(pieces),
+        BT=config.block_tokens,
+        HP=padded_heads,
+        BB=max(1, _MERGE_ELEMENTS // padded_heads),
+        FAST=factor.precision == "fast",
+        Z_PARTS=3 if xs[0].dtype == torch.float32 else 1,
+        SIDE_BY_SIDE=config.side_by_side,
+        UPCAST=IS_INTERPRETED,
+        STAGES=config.num_stages,
+        EXACT_STAGES=config.exact_stages,
+        num_warps=config.num_warps,
+        maxnreg=config.max_registers,
+    )
+
+
+def _sized(config: Config, tokens: int) -> Config:
+    """The configuration with a tile no larger than needed: few rows are not worth a tile of many."""
+    block = max(16, triton.next_power_of_2(tokens))
+    return config if block >= config.block_tokens else replace(config, block_tokens=block, num_warps=4)
+
+
+def _split(config: Config, tiles: int, batch: int, heads: int, enough: int) -> tuple[int, int]:
+    """Tiles and rows of the batch that one program takes.
+
+    Long programs read the factor seldom; short ones fill the GPU. `heads` counts those of all layers; `enough` programs fill it.
+    """
+    most = max(1, min(config.tiles_per_program, tiles * batch * heads // enough))
+    if tiles >= most:
+        return triton.cdiv(tiles, triton.cdiv(tiles, most)), 1
+    return tiles, min(batch, most // tiles)
+
+
+def _launch_tokens(
+    xs: Sequence[Tensor],
+    factors: Sequence[KernelFactor],
+    state: Tensor,
+    rows: Sequence[int],
+    valid: Tensor | None,
+    skip_first: int,
+    scale: Tensor | None,
+) -> None:
+    """Token mode: norms into a workspace, then moments of them; a window of tokens at a time."""
+    batch, seq, _ = xs[0].shape
+    heads = factors[0].heads
+    window = max(1, _WORKSPACE_BYTES // (8 * heads * len(xs)))
+    rows_at_once, tokens_at_once = max(1, window // seq), min(seq, window)
+    most = min(batch, rows_at_once) * tokens_at_once
+    norms = torch.empty(len(xs) * 2 * heads * most, dtype=torch.float32, device=state.device)
+    for b in range(0, batch, rows_at_once):
+        for t in range(0, seq, tokens_at_once):
+            part = (slice(b, b + rows_at_once), slice(t, t + tokens_at_once))
+            _launch_window(
+                [x[part] for x in xs],
+                factors,
+                state,
+                rows,
+                None if valid is None else valid[part].contiguous(),
+                max(0, skip_first - t),
+                None if scale is None else scale[part].contiguous(),
+                norms,
+            )
+
+
+def _launch_window(
+    xs: Sequence[Tensor],
+    factors: Sequence[KernelFactor],
+    state: Tensor,
+    rows: Sequence[int],
+    valid: Tensor | None,
+    skip_first: int,
+    scale: Tensor | None,
+    norms: Tensor,
+) -> None:
+    batch, seq, _ = xs[0].shape
+    heads = factors[0].heads
+    _launch_one(xs, factors, state, rows, "token", None, None, 0, scale, norms)
+    padded_heads = max(16, triton.next_power_of_2(heads))
+    block_tokens = max(1, 2 * _MERGE_ELEMENTS // padded_heads)
+    programs = min(_TOKEN_PROGRAMS, triton.cdiv(batch * seq, block_tokens))
+    partial = torch.empty(len(xs) * programs * 24 * padded_heads, dtype=torch.float64, device=state.device)
+    size, _, factor_addresses, slots = _tables(xs, factors, rows)
+    kernel.token_moments_kernel[(programs, len(xs))](
+        factor_addresses,
+        slots,
+        state,
+        partial,
+        norms,
+        valid,
+        batch * seq,
+        seq,
+        heads,
+        state.shape[2],
+        state.shape[3],
+        skip_first,
+        SIZE=size,
+        HP=padded_heads,
+        BT=block_tokens,
+        BP=max(1, _MERGE_ELEMENTS // padded_heads),
+        num_warps=4,
+    )
