@@ -23,6 +23,9 @@ class Config:
     exact_stages: int  # of the two-pass loop
     tiles_per_program: int  # at most; fewer where the GPU would stand idle
     side_by_side: bool = False  # both parts of L in one product twice as wide: fewer products, more registers
+    # The rounding of the diagonal taken out of one part of L: what makes one pass of bfloat16 good for 2e-3 and unbiased.
+    column_scales: bool = True
+    tma: bool = False  # x by bulk copies where its rows lie evenly spaced
     max_registers: int = 255  # a thread's; 65536 / (max_registers * threads) programs fit a multiprocessor
 
     def pieces(self, head_dim: int) -> tuple[int, ...]:

@@ -87,7 +87,7 @@ def write_factor(factor: KernelFactor, L: Tensor) -> None:
     blocks = factor.buffer[start + columns.numel() * 4 :].view(factor.part_dtype).view(heads, -1)
     for a in range(0, heads, _HEADS_AT_A_TIME):
         part = slice(a, a + _HEADS_AT_A_TIME)
-        power, column, high, low = split(L[part], factor.dtype)
+        power, column, high, low = split(L[part], factor.dtype, factor.config.column_scales)
         scale[part] = power
         columns[part].fill_(1.0)
         columns[part, : factor.head_dim] = column
@@ -99,7 +99,7 @@ def write_factor(factor: KernelFactor, L: Tensor) -> None:
         blocks[part] = pack(high, low, pieces)
 
 
-def split(L: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def split(L: Tensor, dtype: torch.dtype, column_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L `[heads, D, D]` as a power of two `[heads]`, column scales `[heads, D]` (float32) and two parts `[heads, D, D]`.
 
     The power of two moves the largest element to a fixed exponent. The column scales are the mantissas of the
@@ -115,7 +115,8 @@ def split(L: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor
     scaled = L / power[:, None, None]
     diagonal = scaled.diagonal(dim1=-2, dim2=-1)
     mantissa, _ = torch.frexp(torch.where(diagonal.isfinite() & (diagonal != 0), diagonal, 0.5))
-    column = mantissa.abs().float() * 2  # in [1, 2]: dividing by it cannot overflow
+    column = mantissa.abs().float() * 2 if column_scales else torch.ones_like(mantissa, dtype=torch.float32)
+    # in [1, 2]: dividing by it cannot overflow
     scaled = scaled / column.double()[:, None, :]
     high = scaled.to(parts)
     return power.float(), column, high, (scaled - high.double()).to(parts)

@@ -4,6 +4,9 @@ Shapes: x `[batch, seq, heads * head_dim]` per layer of the group; L_h lower tri
 Prefixes: `i_` index of a program or loop, `o_` offsets, `m_` masks, `p_` pointers, `b_` loaded blocks.
 """
 
+# mypy: ignore-errors
+# The bodies below are Triton's language in Python's syntax: tuples grow, integers become tensors.
+
 import triton
 import triton.language as tl
 
@@ -95,7 +98,7 @@ def high_plus_low(acc, BT: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def tile_norms(
-    p_rows,  # [BT] pointers to the first element of the head in each token's row
+    source,  # where the tile lies: ([BT] pointers to the head in each token's row,), or descriptors and a place
     blocks,
     lows,
     scales,
@@ -106,6 +109,8 @@ def tile_norms(
     BT: tl.constexpr,
     PASSES: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
+    COLUMN_SCALES: tl.constexpr,
+    TMA: tl.constexpr,
     Z_PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -115,12 +120,19 @@ def tile_norms(
     third = ()
     square_z = tl.zeros([BT], dtype=tl.float32)
     for i in tl.static_range(COUNT):
-        o_i = i * PIECES[0] + tl.arange(0, PIECES[i])[None, :]  # only the last piece may be narrower
-        if i * PIECES[0] + PIECES[i] > HEAD_DIM:
-            # Beyond head_dim lies the next head, or nothing: select it away, it may hold NaN.
-            b_z = tl.load(p_rows[:, None] + o_i, mask=o_i < HEAD_DIM, other=0.0)
+        # Only the last piece may be narrower than the first.
+        if TMA:
+            if PIECES[i] == PIECES[0]:
+                b_z = source[0].load([source[2], source[3] + i * PIECES[0]])
+            else:
+                b_z = source[1].load([source[2], source[3] + i * PIECES[0]])
         else:
-            b_z = tl.load(p_rows[:, None] + o_i)
+            o_i = i * PIECES[0] + tl.arange(0, PIECES[i])[None, :]
+            if i * PIECES[0] + PIECES[i] > HEAD_DIM:
+                # Beyond head_dim lies the next head, or nothing: select it away, it may hold NaN.
+                b_z = tl.load(source[0][:, None] + o_i, mask=o_i < HEAD_DIM, other=0.0)
+            else:
+                b_z = tl.load(source[0][:, None] + o_i)
         z = b_z.to(tl.float32)
         square_z += tl.sum(z * z, axis=1)
         if Z_PARTS == 1:
@@ -158,7 +170,8 @@ def tile_norms(
         acc = column_dot(first, blocks, acc, j, COUNT)
         if SIDE_BY_SIDE:
             acc = high_plus_low(acc, BT, PIECES[j])
-        acc *= scales[j][None, :]
+        if COLUMN_SCALES:
+            acc *= scales[j][None, :]
         square_c += tl.sum(acc * acc, axis=1)
     return tl.sqrt(square_z), tl.sqrt(square_c) * head_scale
 
@@ -304,6 +317,8 @@ def stream_tokens(
     BT: tl.constexpr,
     PASSES: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
+    COLUMN_SCALES: tl.constexpr,
+    TMA: tl.constexpr,
     Z_PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
@@ -316,7 +331,9 @@ def stream_tokens(
     lows = ()
     if PASSES == 2 and not SIDE_BY_SIDE:
         lows = low_triangle(p_blocks, PIECES, COUNT, UPCAST)
-    scales = column_scales(p_columns, PIECES, COUNT)
+    scales = ()
+    if COLUMN_SCALES:
+        scales = column_scales(p_columns, PIECES, COUNT)
     head_scale = tl.load(p_scale)
     plane = chunks * batch * heads  # of this layer's partial sums: three planes [chunks, batch, heads]
     o_t = tl.arange(0, BT)
@@ -333,8 +350,8 @@ def stream_tokens(
             token = tl.zeros_like(row) + (seq - 1)
             m_b = m_b & (seq > skip_first)
         n_z, n_c = tile_norms(
-            p_x + row * stride_xb + token * stride_xs, blocks, lows, scales, head_scale,
-            HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, Z_PARTS, UPCAST,
+            (p_x + i_h * HEAD_DIM + row * stride_xb + token * stride_xs,), blocks, lows, scales, head_scale,
+            HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, COLUMN_SCALES, False, Z_PARTS, UPCAST,
         )  # fmt: skip
         if token_scale is not None:
             n_c *= tl.load(token_scale + row * seq + token)
@@ -348,16 +365,37 @@ def stream_tokens(
         sum_z = tl.zeros([BT], dtype=tl.float32)
         sum_c = tl.zeros([BT], dtype=tl.float32)
         count = tl.zeros([BT], dtype=tl.int32)
+        if TMA:
+            rows_of_x = tl.make_tensor_descriptor(
+                p_x,
+                shape=[batch * seq, heads * HEAD_DIM],
+                strides=[stride_xs, 1],
+                block_shape=[BT, PIECES[0]],
+            )
+            rows_of_x_last = rows_of_x
+            if PIECES[COUNT - 1] != PIECES[0]:
+                rows_of_x_last = tl.make_tensor_descriptor(
+                    p_x,
+                    shape=[batch * seq, heads * HEAD_DIM],
+                    strides=[stride_xs, 1],
+                    block_shape=[BT, PIECES[COUNT - 1]],
+                )
         for i in tl.range(0, rows * tiles, num_stages=STAGES):
             i_b = (i_r * rows_per_program + i // tiles).to(tl.int64)
             i_t = i % tiles
-            t = (i_c * tiles_per_program + i_t) * BT + o_t
+            t_first = (i_c * tiles_per_program + i_t) * BT
+            t = t_first + o_t
             real = t < seq
             # Tokens past the end repeat the last one: no mask on the loads, and they are selected away below.
             token = tl.minimum(t, seq - 1).to(tl.int64)
+            if TMA:
+                # Past the end of a row lie tokens of the next: they are selected away all the same.
+                source = (rows_of_x, rows_of_x_last, (i_b * seq).to(tl.int32) + t_first, i_h * HEAD_DIM)
+            else:
+                source = (p_x + i_h * HEAD_DIM + i_b * stride_xb + token * stride_xs,)
             n_z, n_c = tile_norms(
-                p_x + i_b * stride_xb + token * stride_xs, blocks, lows, scales, head_scale,
-                HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, Z_PARTS, UPCAST,
+                source, blocks, lows, scales, head_scale,
+                HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, COLUMN_SCALES, TMA, Z_PARTS, UPCAST,
             )  # fmt: skip
             if token_scale is not None:
                 n_c *= tl.load(token_scale + i_b * seq + token)
@@ -374,12 +412,14 @@ def stream_tokens(
                 start = i_t == 0
                 sum_z = tl.where(start, 0.0, sum_z) + tl.where(real, n_z, 0.0)
                 sum_c = tl.where(start, 0.0, sum_c) + tl.where(real, n_c, 0.0)
-                count = tl.where(start, 0, count) + real.to(tl.int32)
+                if valid is not None:
+                    count = tl.where(start, 0, count) + real.to(tl.int32)
                 if i_t == tiles - 1:
                     p_out = partial + (i_c * batch + i_b) * heads + i_h
                     tl.store(p_out, tl.sum(sum_z.to(tl.float64), axis=0))
                     tl.store(p_out + plane, tl.sum(sum_c.to(tl.float64), axis=0))
-                    tl.store(p_out + 2 * plane, tl.sum(count, axis=0).to(tl.float64))
+                    if valid is not None:
+                        tl.store(p_out + 2 * plane, tl.sum(count, axis=0).to(tl.float64))
 
 
 @triton.jit(
@@ -403,7 +443,7 @@ def head_stats_kernel(
     factor_table,  # addresses of the factors' buffers
     row_table,  # rows of the state, times SLOT
     state,  # float64 [6, 4, state_rows, state_heads]
-    partial,  # float64 [layers, 3, chunks, batch, heads]: sums of |z|, sums of |z L|, real tokens
+    partial,  # float64 [layers, 3, chunks, batch, heads]: sums of |z|, sums of |z L|, real tokens (where not all are)
     norms,  # float32 [layers, 2, heads, batch * seq] (TOKEN)
     valid,  # uint8 [batch, seq]
     last_index,  # int64 [batch]
@@ -433,6 +473,8 @@ def head_stats_kernel(
     FAST: tl.constexpr,  # one pass for the heads whose flag is unset
     Z_PARTS: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,  # both parts of L in one product
+    COLUMN_SCALES: tl.constexpr,
+    TMA: tl.constexpr,  # x by bulk copies; its rows lie evenly spaced
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
     EXACT_STAGES: tl.constexpr,
@@ -446,7 +488,6 @@ def head_stats_kernel(
     # Every address is a multiple of 16 bytes: the launcher sees to it, and 16-byte loads depend on it.
     PER16: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     p_x = tl.multiple_of(entry(x_table, i_l, SIZE).to(tl.pointer_type(DTYPE)), 16)
-    p_x += i_h * HEAD_DIM
     stride_xb = stride_xb16.to(tl.int64) * PER16
     stride_xs = stride_xs16.to(tl.int64) * PER16
 
@@ -471,14 +512,14 @@ def head_stats_kernel(
             p_x, p_blocks, p_columns, p_scale + i_h, partial, norms, valid, last_index, token_scale,
             stride_xb, stride_xs, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
             i_h, i_c, i_r,
-            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, False, Z_PARTS, UPCAST, STAGES,
+            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, False, COLUMN_SCALES, TMA, Z_PARTS, UPCAST, STAGES,
         )  # fmt: skip
     else:
         stream_tokens(
             p_x, p_blocks, p_columns, p_scale + i_h, partial, norms, valid, last_index, token_scale,
             stride_xb, stride_xs, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
             i_h, i_c, i_r,
-            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, SIDE_BY_SIDE, Z_PARTS, UPCAST, EXACT_STAGES,
+            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, SIDE_BY_SIDE, COLUMN_SCALES, TMA, Z_PARTS, UPCAST, EXACT_STAGES,
         )  # fmt: skip
 
     if MODE != TOKEN:
@@ -498,7 +539,10 @@ def head_stats_kernel(
                     values += tl.load(
                         p_in + o_value, mask=m & (o_value >= 0), other=0.0, cache_modifier=".cg"
                     )
-                    count += tl.load(p_in + 2 * plane, mask=m, other=0.0, cache_modifier=".cg")
+                    if MODE == LAST or valid is not None:
+                        count += tl.load(p_in + 2 * plane, mask=m, other=0.0, cache_modifier=".cg")
+                if MODE == ALL and valid is None:
+                    count += tl.where(m, tl.maximum(seq - skip_first, 0).to(tl.float64), 0.0)
                 values /= tl.maximum(count, 1.0)
                 moments = merged(moments, sample_moments(values, count > 0, m_h, heads))
             row = entry(row_table, i_l, SIZE) // SLOT

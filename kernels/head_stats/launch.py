@@ -1,8 +1,10 @@
 """From tensors to launches: what the kernel cannot take is copied or refused here, and nothing waits for the GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from dataclasses import replace
 from functools import lru_cache
+from functools import partial as bind
 
 import torch
 import triton
@@ -20,9 +22,8 @@ _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 _TABLE_SIZES = (1, 8, 32)
 # The norms of token mode between its two kernels: small enough to stay in the L2 of a data-centre GPU.
 _WORKSPACE_BYTES = 32 << 20
-_MERGE_ELEMENTS = (
-    256  # float64 values in a block of the merge: one or two a thread, or the merge sets the registers
-)
+# float64 values in a block of the merge: few a thread, or the merge sets the registers of the kernel.
+_MERGE_ELEMENTS = 256
 _TOKEN_PROGRAMS = 64
 
 
@@ -256,7 +257,12 @@ def _launch_one(
     stride_b, stride_s = _strides(xs[0])
     unit = 16 // xs[0].element_size()
     padded_heads = max(16, triton.next_power_of_2(heads))
-    kernel.head_stats_kernel[(heads * chunks * triton.cdiv(batch, rows_per_program), len(xs))](
+    # Bulk copies see x as [batch * seq, width]: evenly spaced rows, and no piece that reaches into the next head.
+    even = stride_s > 0 and (batch == 1 or stride_b == seq * stride_s)
+    tma = config.tma and token_agg != "last" and even and sum(pieces) == factor.head_dim
+    grid = (heads * chunks * triton.cdiv(batch, rows_per_program), len(xs))
+    run = bind(
+        kernel.head_stats_kernel[grid],
         addresses,
         factor_addresses,
         slots,
@@ -291,12 +297,28 @@ def _launch_one(
         FAST=factor.precision == "fast",
         Z_PARTS=3 if xs[0].dtype == torch.float32 else 1,
         SIDE_BY_SIDE=config.side_by_side,
+        COLUMN_SCALES=config.column_scales,
+        TMA=tma,
         UPCAST=IS_INTERPRETED,
         STAGES=config.num_stages,
         EXACT_STAGES=config.exact_stages,
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
     )
+    if tma and not IS_INTERPRETED:
+        copy_context().run(_with_scratch, run)
+    else:
+        run()
+
+
+def _with_scratch(run: Callable[[], object]) -> None:
+    """Launch with memory for descriptors that the kernel writes, in a context of its own: others may set allocators too."""
+    triton.set_allocator(_scratch)
+    run()
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def _sized(config: Config, tokens: int) -> Config:
