@@ -57,7 +57,9 @@ def test_a_local_folder_loads_with_its_tokenizer_and_in_silence(folder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_loading_leaves_the_settings_of_transformers_as_they_were(folder):
+def test_loading_leaves_the_settings_of_transformers_as_they_were(folder, monkeypatch):
+    monkeypatch.setattr(logging._get_library_root_logger(), "level", logging.INFO)
+    monkeypatch.setattr(logging, "_tqdm_active", True)
     before = logging.get_verbosity(), logging.is_progress_bar_enabled(), sys.stderr, list(warnings.filters)
     loading.load_model(loading.find_model(str(folder)))
     assert before == (

@@ -90,7 +90,7 @@ def test_a_picture_is_written_whole(profile, tmp_path, monkeypatch):
 
 
 def test_odd_names_and_empty_profiles_can_be_drawn(tmp_path):
-    empty = make([[math.nan, math.nan]], model="a$b$_{c", data={"tokens": 0, "complete": False})
+    empty = make([[math.nan, math.nan]], model="a$_{$", data={"tokens": 0, "complete": False})
     plots.save_heatmap(empty, tmp_path / "p.png", RANKING_METRIC)
     assert (tmp_path / "p.png").stat().st_size > 1000
 
