@@ -1,9 +1,20 @@
-"""Which backend serves which tensor."""
+"""Which backend serves which tensor, and the step from a group of inputs to updated moments."""
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from fastheads.factors import SiteFactor
+from fastheads.metrics import ContributionNorms, einsum_norms, factored_norms, loop_norms, samples
+from fastheads.moments import RunningMoments
+from fastheads.numerics import exact_arithmetic
+from fastheads.sites import HeadSite
+from fastheads.tokens import RealTokens
+from fastheads.weights import dense_weight
 
 TORCH_BACKENDS = ("loop", "einsum", "factored")
 BACKENDS = ("auto", *TORCH_BACKENDS, "triton")
@@ -20,20 +31,22 @@ def check_backend(backend: str) -> None:
         )
 
 
-def backend_for(backend: str, x: Tensor, head_dim: int) -> str:
-    """The backend for an input: the one asked for, or what "auto" takes. Raises RuntimeError where "triton" cannot serve x."""
+def backend_for(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend for such inputs: the one asked for, or what "auto" takes. Raises RuntimeError where "triton" cannot serve them."""
     if backend in TORCH_BACKENDS:
         return backend
-    if backend == "auto" and x.device.type != "cuda":
+    if backend == "auto" and device.type != "cuda":
         return "factored"
     reason = _triton_missing()
     if reason is None:
-        reason = importlib.import_module("fastheads.kernels").unsupported(x.device, x.dtype, head_dim)
+        reason = importlib.import_module("fastheads.kernels").unsupported(device, dtype, head_dim)
     if reason is None:
         return "triton"
     if backend == "auto":
         return "factored"
-    raise RuntimeError(f"backend 'triton' cannot serve {x.dtype} on {x.device}: {reason}")
+    raise RuntimeError(
+        f"backend 'triton' cannot be used: {reason}; choose one of {', '.join(TORCH_BACKENDS)}, or auto"
+    )
 
 
 def _triton_missing() -> str | None:
@@ -45,3 +58,113 @@ def _triton_missing() -> str | None:
         if not found:
             return f"{module} is not installed"
     return None
+
+
+class Dispatcher:
+    """Takes groups of inputs to a backend and their samples into moments."""
+
+    def __init__(self, sites: dict[int, HeadSite], backend: str, precision: str, token_agg: str) -> None:
+        """`sites` by row. Raises as `check_backend` and `backend_for` do, for the weights as they are."""
+        check_backend(backend)
+        self.backend, self.precision, self.token_agg = backend, precision, token_agg
+        self.used: set[str] = set()
+        self.factors: dict[int, SiteFactor] = {}
+        self._sites = sites
+        self._choices: dict[tuple[Any, ...], str] = {}
+        for row, site in sites.items():
+            weight = dense_weight(site)  # raises where it cannot be had: now, not in the middle of a run
+            if backend not in ("loop", "einsum"):
+                self.factors[row] = SiteFactor(site)
+            if self._choice(weight.device, weight.dtype, site.head_dim) == "triton":
+                self.factors[row].kernel(weight.dtype, precision)
+        self._places: dict[
+            int, tuple[Tensor, int, Tensor]
+        ] = {}  # row -> (its bank, its place, its view of it)
+        self._fill_banks()
+
+    def record(
+        self, rows: Sequence[int], inputs: Sequence[Tensor], real: RealTokens, moments: RunningMoments
+    ) -> None:
+        """Merge the samples of a group: inputs `[B, S, H·D]` of one shape, dtype and device, of sites of one geometry, all
+        different. Never waits for the device.
+        """
+        x, site = inputs[0], self._sites[rows[0]]
+        backend = self._choice(x.device, x.dtype, site.head_dim)
+        self.used.add(backend)
+        if backend == "triton":
+            importlib.import_module("fastheads.kernels").head_stats(
+                inputs,
+                [self.factors[row].kernel(x.dtype, self.precision) for row in rows],
+                moments.buffer,
+                rows,
+                token_agg=self.token_agg,
+                valid=None if real.valid is None else real.mask(x),
+                skip_first=real.skip_first,
+            )
+            return
+        with exact_arithmetic(x.device.type):
+            mask = real.mask(x)
+            for part in self._batches(rows, backend):
+                group = (
+                    torch.stack(list(inputs[part]))
+                    if part.stop - part.start > 1
+                    else inputs[part.start].unsqueeze(0)
+                )
+                contribution = self._contribution(backend, rows[part], site.num_heads, x.device)
+                values, present = samples(group, mask, self.token_agg, site.num_heads, contribution)
+                moments.update(_as_slice(rows[part]), values, present)
+
+    def _batches(self, rows: Sequence[int], backend: str) -> list[slice]:
+        """The group as one batch where its factors lie side by side, else layer by layer."""
+        places = [self._places.get(row) for row in rows]
+        first = places[0]
+        if backend == "factored" and first is not None:
+            bank, start, _ = first
+            if all(
+                # a weight that moved to another device took its factor out of the bank
+                p is not None and p[0] is bank and p[1] == start + i and self.factors[rows[i]].dense() is p[2]
+                for i, p in enumerate(places)
+            ):
+                return [slice(0, len(rows))]
+        return [slice(i, i + 1) for i in range(len(rows))]
+
+    def _contribution(
+        self, backend: str, rows: Sequence[int], num_heads: int, device: torch.device
+    ) -> ContributionNorms:
+        if backend == "factored":
+            if len(rows) == 1:
+                return factored_norms(self.factors[rows[0]].dense().unsqueeze(0).to(device))
+            bank, start, _ = self._places[rows[0]]
+            return factored_norms(bank[start : start + len(rows)])
+        weights = [dense_weight(self._sites[row]).to(device) for row in rows]
+        return (loop_norms if backend == "loop" else einsum_norms)(weights, num_heads)
+
+    def _fill_banks(self) -> None:
+        """Lay the dense factors of layers of one shape side by side, so that one product serves a group of them."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for row in self.factors:
+            weight, site = dense_weight(self._sites[row]), self._sites[row]
+            if self._choice(weight.device, weight.dtype, site.head_dim) == "factored":
+                dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+                alike.setdefault((weight.device, dtype, site.num_heads, site.head_dim), []).append(row)
+        for (device, dtype, heads, head_dim), rows in alike.items():
+            with torch.inference_mode(False):
+                bank = torch.empty(len(rows), heads, head_dim, head_dim, dtype=dtype, device=device)
+            for place, row in enumerate(rows):
+                view = bank[place]
+                self.factors[row].keep_dense_in(view)
+                self._places[row] = (bank, place, view)
+
+    def _choice(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        key = (device, dtype, head_dim)
+        if key not in self._choices:
+            self._choices[key] = backend_for(self.backend, device, dtype, head_dim)
+        return self._choices[key]
+
+
+def _as_slice(rows: Sequence[int]) -> slice | list[int]:
+    """A slice where the rows follow one another: indexing by it makes views, and nothing is sent to the device."""
+    first, count = rows[0], len(rows)
+    if list(rows) == list(range(first, first + count)):
+        return slice(first, first + count)
+    return list(rows)

@@ -2,9 +2,12 @@
 
 A forward counts once or not at all. Its start copies the committed moments to pending ones, its samples go there, its normal end
 copies them back; what an exception leaves in the pending moments, the next start overwrites.
+
+Under torch.compile the hooks are traced: `is_compiling` is then True, and they make one operator of each group of inputs.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -13,23 +16,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fastheads.dispatch import PRECISIONS, backend_for, check_backend
+from fastheads import operator, retrace
+from fastheads.dispatch import PRECISIONS, Dispatcher
+from fastheads.factors import StaleFactorError
+from fastheads.grouping import DeviceQueue, Profiled, grouped
 from fastheads.metadata import describe
-from fastheads.metrics import (
-    METRICS,
-    TOKEN_AGGS,
-    ContributionNorms,
-    einsum_norms,
-    factored_norms,
-    loop_norms,
-    samples,
-)
-from fastheads.moments import CommittedMoments, Moments
-from fastheads.numerics import exact_arithmetic
+from fastheads.metrics import METRICS, TOKEN_AGGS
+from fastheads.moments import CommittedMoments, Moments, RunningMoments
 from fastheads.results import HeadProfile
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens
-from fastheads.weights import SiteFactor, StaleFactorError, dense_weight
+from fastheads.weights import dense_weight
+
+GROUP_BYTES = 64 * 2**20
+
+# What a CUDA graph captured is read and written by each replay, whenever that is: it lives until the process ends.
+_captured: list[Any] = []
 
 
 class HookManager:
@@ -47,6 +49,9 @@ class HookManager:
         backend: "auto", "loop", "einsum", "factored" or "triton".
         precision: "exact" or "fast"; only "triton" has a faster way to be less exact.
         skip_first: leave out the first real tokens of each sequence (1 leaves the attention sink out).
+        group_bytes: inputs of up to so many bytes a device are kept until one launch at the end of the decoder's call serves them
+            all; larger ones are measured at once. 0 measures every input at once, for models that reuse their memory.
+        allow_skipped: accept that a site does not run in every forward (layer dropout, early exit); else `get_results` raises.
 
     Raises:
         NoSitesError: the model has nothing to profile.
@@ -63,40 +68,40 @@ class HookManager:
         backend: str = "auto",
         precision: str = "exact",
         skip_first: int = 0,
+        group_bytes: int = GROUP_BYTES,
+        allow_skipped: bool = False,
     ) -> None:
         if token_agg not in TOKEN_AGGS:
             raise ValueError(f"unknown token_agg {token_agg!r}: choose one of {', '.join(TOKEN_AGGS)}")
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
-        if isinstance(skip_first, bool) or not isinstance(skip_first, int) or skip_first < 0:
-            raise ValueError(f"skip_first must be a whole number of tokens, 0 or more, not {skip_first!r}")
-        check_backend(backend)
+        for name, value in (("skip_first", skip_first), ("group_bytes", group_bytes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number, 0 or more, not {value!r}")
         self.model = unwrapped(model)
-        self.token_agg, self.backend, self.precision, self.skip_first = (
-            token_agg,
-            backend,
-            precision,
-            skip_first,
-        )
+        self.token_agg, self.precision, self.skip_first = token_agg, precision, skip_first
+        self.allow_skipped = allow_skipped
         self.sites = find_sites(self.model)
         self.layers = None if layers is None else sorted(set(layers))
-        self._profiled = _choose(self.sites, self.layers)
+        chosen = _choose(self.sites, self.layers)
+        self._dispatcher = Dispatcher(chosen, backend, precision, token_agg)
         self._max_heads = max(site.num_heads for site in self.sites)
+        self._group_bytes = group_bytes
+        self._queues: dict[torch.device, DeviceQueue] = {}
+        self._profiled = [
+            Profiled(row, site, self._queue_on(dense_weight(site).device), site.num_heads * site.head_dim)
+            for row, site in chosen.items()
+        ]
         self._decoder = decoder_of(self.model)
         self._arguments = DecoderArguments(self._decoder)
-        self._factors: dict[int, SiteFactor] = {}
-        self._moments: dict[torch.device, CommittedMoments] = {}
-        self._backends_used: set[str] = set()
         self._running: nn.Module | None = None  # the outermost module of the forward under way
         self._real: RealTokens | None = None  # the real tokens of the decoder's call under way
+        self._decoder_traced = False  # while a graph is traced that holds the decoder's call
+        self._traced: list[tuple[Profiled, Tensor]] = []  # what that graph keeps for its operators
         self._paused = False
         self._warned = False
         self._handles: list[Any] = []
-        for row, site in self._profiled:
-            weight = dense_weight(site)  # raises where it cannot be had: now, not in the middle of a run
-            self._moments_on(weight.device)
-            if backend in ("auto", "factored", "triton"):
-                self._factors[row] = SiteFactor(site)
+        self._handle = operator.register(self)
         try:
             self._attach()
         except BaseException:
@@ -113,14 +118,25 @@ class HookManager:
                 # Runs after an exception too, where the one above has not closed the forward.
                 module.register_forward_hook(self._abandon, always_call=True),
             )
-        for row, site in self._profiled:
-            self._handles.append(site.module.register_forward_pre_hook(self._projection_hook(row, site)))
+        for profiled in self._profiled:
+            self._handles.append(
+                profiled.site.module.register_forward_pre_hook(self._projection_hook(profiled))
+            )
+            self._handles.append(retrace.attach(profiled.site.module))
 
     def remove(self) -> None:
-        """Take every hook off the model. The results stay; calling it again does nothing."""
+        """Take every hook off the model. The results stay as they are, also if a CUDA graph that was captured with the hooks is
+        replayed; calling it again does nothing.
+        """
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        operator.release(self._handle)
+        for queue in self._queues.values():
+            queue.discard()
+            queue.moments.freeze()
 
     def __enter__(self) -> Self:
         return self
@@ -144,64 +160,142 @@ class HookManager:
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._paused:
             return
+        if module is not self.model and module is not self._decoder:
+            raise RuntimeError(
+                "DataParallel's replicas cannot be profiled: use DistributedDataParallel, or the model itself on one device"
+            )
         if self._running is None or module is self.model:
             self._running = module
-            for moments in self._moments.values():
-                moments.begin()
-            for factor in self._factors.values():
-                factor.refresh()
+            if not torch.compiler.is_compiling():
+                self._prepare()
+            for queue in self._queues.values():
+                queue.moments.begin()
         if module is self._decoder:
             self._real = self._arguments.real_tokens(args, kwargs, self.skip_first)
+            self._decoder_traced = torch.compiler.is_compiling()
 
-    def _projection_hook(self, row: int, site: HeadSite) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _prepare(self) -> None:
+        """What the start of a forward does in Python: no launch, no wait."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise RuntimeError("a forward under torch.func transforms (vmap, grad …) cannot be profiled")
+        for queue in self._queues.values():
+            queue.discard()
+            queue.follow_stream()
+        by_hand = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        for factor in self._dispatcher.factors.values():
+            factor.refresh()
+            if by_hand:
+                factor.in_graph = factor.in_own_graph = True
+        if by_hand:
+            self._keep_for_graph()
+
+    def _projection_hook(self, profiled: Profiled) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if (
                 self._running is not None
             ):  # else not within a forward: a checkpoint's recomputation, a layer called alone
-                self._measure(row, site, args[0].detach())
+                self._measure(profiled, args[0].detach())
 
         return pre_hook
 
-    def _measure(self, row: int, site: HeadSite, x: Tensor) -> None:
+    def _measure(self, profiled: Profiled, x: Tensor) -> None:
         if self._real is None:
             raise RuntimeError(
-                f"{site.name} ran outside the decoder's own call: its real tokens are not known"
+                f"{profiled.site.name} ran outside the decoder's own call: its real tokens are not known"
             )
-        if x.dim() != 3 or x.shape[-1] != site.num_heads * site.head_dim:
+        if x.dim() != 3 or x.shape[-1] != profiled.width:
             raise RuntimeError(
-                f"{site.name}: expected an input [batch, seq, {site.num_heads * site.head_dim}], got {list(x.shape)}"
+                f"{profiled.site.name}: expected an input [batch, seq, {profiled.width}], got {list(x.shape)}"
             )
-        backend = backend_for(self.backend, x, site.head_dim)
-        self._backends_used.add(backend)
-        with exact_arithmetic(x.device.type):
-            values, present = samples(
-                x, self._real, self.token_agg, site.num_heads, self._contribution(backend, row, site, x)
+        size = x.numel() * x.element_size()
+        if torch.compiler.is_compiling():
+            self._trace(profiled, x, size)
+            return
+        if type(x) is not Tensor:
+            raise RuntimeError(
+                f"{profiled.site.name}: an input of type {type(x).__name__} cannot be measured"
             )
-            self._moments_on(x.device).pending.update(row, values, present)
+        queue = profiled.queue if x.device == profiled.queue.device else self._queue_on(x.device)
+        if size > queue.largest or queue.off_stream():
+            self._record_groups(queue, [([profiled.row], [x])])
+            return
+        if queue.kept_bytes + size > queue.budget:
+            self._record_groups(queue, queue.take())
+        queue.keep(profiled, x)
 
-    def _contribution(self, backend: str, row: int, site: HeadSite, x: Tensor) -> ContributionNorms:
-        if backend == "loop":
-            return loop_norms(dense_weight(site), site.num_heads)
-        if backend == "einsum":
-            return einsum_norms(dense_weight(site), site.num_heads)
-        return factored_norms(self._factors[row].lower(x))
+    def _record_groups(self, queue: DeviceQueue, groups: list[tuple[list[int], list[Tensor]]]) -> None:
+        assert self._real is not None  # within a decoder's call
+        with queue.on_its_stream():
+            for rows, inputs in groups:
+                self._dispatcher.record(rows, inputs, self._real, queue.moments.pending)
+
+    def _trace(self, profiled: Profiled, x: Tensor, size: int) -> None:
+        """`_measure` inside a graph. The budget is decided here, once, when the graph is made."""
+        if not self._decoder_traced or size > profiled.queue.largest:
+            self._trace_groups([(profiled, x)])
+            return
+        if sum(y.numel() * y.element_size() for _, y in self._traced) + size > profiled.queue.budget:
+            self._trace_groups(self._traced)
+            self._traced = []
+        self._traced.append((profiled, x))
+
+    def _trace_groups(self, inputs: list[tuple[Profiled, Tensor]]) -> None:
+        for queue in self._queues.values():
+            for rows, xs in grouped([(p, x) for p, x in inputs if p.queue is queue]):
+                torch.ops.fastheads.record(
+                    xs, self._real.valid, queue.moments.pending.buffer, rows, self._handle
+                )  # type: ignore[union-attr]
+
+    def record_in_graph(
+        self, rows: list[int], inputs: list[Tensor], valid: Tensor | None, state: Tensor
+    ) -> None:
+        """What the operator `fastheads::record` does: at each call, or once while a CUDA graph is captured."""
+        capturing = inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        for row in rows:
+            if row in self._dispatcher.factors:
+                factor = self._dispatcher.factors[row]
+                if capturing:
+                    factor.in_graph = True
+                else:
+                    factor.refresh()
+        if capturing:
+            self._keep_for_graph()
+        self._dispatcher.record(rows, inputs, RealTokens(valid, self.skip_first), RunningMoments.over(state))
 
     def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._running is None:
+            return
         if module is self._decoder:
+            if self._decoder_traced:
+                self._trace_groups(self._traced)
+                self._traced = []
+                self._decoder_traced = False
+            else:
+                for queue in self._queues.values():
+                    if queue.kept:
+                        self._record_groups(queue, queue.take())
             self._real = None
         if module is self._running:
             self._running = None
-            for moments in self._moments.values():
-                moments.commit()
+            for queue in self._queues.values():
+                queue.moments.commit()
 
     def _abandon(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module is self._running:
             self._running = self._real = None
+            for queue in self._queues.values():
+                queue.discard()
 
-    def _moments_on(self, device: torch.device) -> CommittedMoments:
-        if device not in self._moments:
-            self._moments[device] = CommittedMoments(len(METRICS), len(self.sites), self._max_heads, device)
-        return self._moments[device]
+    def _queue_on(self, device: torch.device) -> DeviceQueue:
+        if device not in self._queues:
+            moments = CommittedMoments(len(METRICS), len(self.sites), self._max_heads, device)
+            self._queues[device] = DeviceQueue(device, moments, self._group_bytes)
+        return self._queues[device]
+
+    def _keep_for_graph(self) -> None:
+        if not any(kept is self._dispatcher for kept in _captured):
+            _captured.append(self._dispatcher)
+            _captured.extend(queue.moments.buffers() for queue in self._queues.values())
 
     # ------------------------------------------------------------------ results
 
@@ -211,17 +305,18 @@ class HookManager:
         Raises StaleFactorError where a weight was changed in a way that showed only in its bits (`weight.data.mul_()`):
         what was measured since may be wrong, and `reset()` starts afresh.
         """
-        stale = [factor.site.name for factor in self._factors.values() if not factor.verify()]
+        stale = [factor.site.name for factor in self._dispatcher.factors.values() if not factor.verify()]
         if stale:
             raise StaleFactorError(
                 f"the weight of {', '.join(stale)} was changed in place behind autograd's back while profiling: what was "
                 "measured since may be wrong. Call reset() after such a change"
             )
         total: Moments | None = None
-        for moments in self._moments.values():  # a layer that moved between devices has samples on both
-            here = Moments(*(plane.cpu() for plane in moments.committed.views()))
+        for queue in self._queues.values():  # a layer that moved between devices has samples on both
+            here = Moments(*(plane.cpu() for plane in queue.moments.committed.views()))
             total = here if total is None else total.merged(here)
         assert total is not None  # the constructor made one for each weight's device
+        self._check_that_all_ran(total)
         self._warn_of_nonfinite(total)
         by_metric = {name: Moments(*(plane[m].clone() for plane in total)) for m, name in enumerate(METRICS)}
         return HeadProfile(by_metric, self._metadata())
@@ -234,23 +329,39 @@ class HookManager:
 
     def reset(self) -> None:
         """Forget every sample and take the weights as they are now."""
-        for moments in self._moments.values():
-            moments.clear()
-        for factor in self._factors.values():
+        for queue in self._queues.values():
+            queue.discard()
+            queue.moments.clear()
+        for factor in self._dispatcher.factors.values():
             factor.rebuild()
         self._warned = False
 
     def _metadata(self) -> dict[str, Any]:
-        used = sorted(self._backends_used)
+        used = sorted(self._dispatcher.used)
         return describe(
             self.model,
             self.sites,
             token_agg=self.token_agg,
             skip_first=self.skip_first,
-            backend="+".join(used) if used else self.backend,
+            backend="+".join(used) if used else self._dispatcher.backend,
             precision=self.precision,
             layers=self.layers,
         )
+
+    def _check_that_all_ran(self, moments: Moments) -> None:
+        """Raises RuntimeError naming the sites that did not run in every forward, by the number of samples they gave."""
+        if self.allow_skipped:
+            return
+        given = (moments.count + moments.nonfinite)[0].amax(dim=-1)  # [rows]
+        totals = {p.site.name: int(given[p.row]) for p in self._profiled}
+        # The number that most sites gave; of two as frequent, the larger. Looped layers give more.
+        usual = max(Counter(totals.values()).items(), key=lambda item: (item[1], item[0]))[0]
+        missed = [name for name, total in totals.items() if total < usual]
+        if missed:
+            raise RuntimeError(
+                f"{', '.join(missed)} did not run in every forward: nothing, or too little, was measured there. Where the model "
+                "skips layers by design, HookManager(..., allow_skipped=True) accepts it"
+            )
 
     def _warn_of_nonfinite(self, moments: Moments) -> None:
         number = int(moments.nonfinite.sum())
@@ -263,9 +374,9 @@ class HookManager:
             )
 
 
-def _choose(sites: list[HeadSite], layers: list[int] | None) -> list[tuple[int, HeadSite]]:
-    """The rows to profile, with their sites."""
-    rows = list(enumerate(sites))
+def _choose(sites: list[HeadSite], layers: list[int] | None) -> dict[int, HeadSite]:
+    """The sites to profile, by row."""
+    rows = dict(enumerate(sites))
     if layers is None:
         return rows
     known = {site.layer for site in sites}
@@ -273,4 +384,4 @@ def _choose(sites: list[HeadSite], layers: list[int] | None) -> list[tuple[int, 
         raise ValueError(
             f"layers must name some of the layers {min(known)} to {max(known)} that have a site, not {layers}"
         )
-    return [(row, site) for row, site in rows if site.layer in layers]
+    return {row: site for row, site in rows.items() if site.layer in layers}

@@ -3,13 +3,13 @@
 Shapes: B rows (sequences), S positions, H heads, D = head_dim, N = B·S tokens, O = the projection's out_features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastheads.tokens import RealTokens, mean_over_tokens, take_last
+from fastheads.tokens import mean_over_tokens, take_last
 
 METRICS = (
     "head_output_norm",
@@ -19,7 +19,7 @@ METRICS = (
 )
 TOKEN_AGGS = ("last", "all", "token")
 
-# (z [N, H, D]) -> contribution norms [N, H]
+# (z [G, N, H, D]) -> contribution norms [G, N, H], of a group of G layers of one shape
 ContributionNorms = Callable[[Tensor], Tensor]
 
 # What one step of a torch path may hold beside its input, in elements: 16 MiB of float32. It is the reason
@@ -32,75 +32,78 @@ def l2(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
 
 
-def loop_norms(weight: Tensor, num_heads: int) -> ContributionNorms:
-    """The seed's algorithm: a product with each head's slice of `weight` `[O, H·D]`, in turn."""
+def loop_norms(weights: Sequence[Tensor], num_heads: int) -> ContributionNorms:
+    """The seed's algorithm: a product with each head's slice of each layer's weight `[O, H·D]`, in turn."""
 
     def norms(z: Tensor) -> Tensor:
         head_dim = z.shape[-1]
-        per_head = []
-        for h in range(num_heads):
-            o_proj_slice = weight[:, h * head_dim : (h + 1) * head_dim].to(z.dtype)  # [O, D]
-            per_head.append(l2(z[:, h] @ o_proj_slice.T))
-        return torch.stack(per_head, dim=-1)
+        out = z.new_empty(z.shape[:-1], dtype=torch.float64)
+        for g, weight in enumerate(weights):
+            for h in range(num_heads):
+                o_proj_slice = weight[:, h * head_dim : (h + 1) * head_dim].to(z.dtype)  # [O, D]
+                out[g, :, h] = l2(z[g, :, h] @ o_proj_slice.T)
+        return out
 
     return norms
 
 
-def einsum_norms(weight: Tensor, num_heads: int) -> ContributionNorms:
-    """One batched product with `weight` viewed `[O, H, D]`: fast to read, but it makes `[N, H, O]`."""
-    w = rearrange(weight, "o (h d) -> o h d", h=num_heads)
+def einsum_norms(weights: Sequence[Tensor], num_heads: int) -> ContributionNorms:
+    """One batched product a layer with its weight viewed `[O, H, D]`: easy to read, but it makes `[N, H, O]`."""
 
     def norms(z: Tensor) -> Tensor:
-        return l2(torch.einsum("n h d, o h d -> n h o", z, w.to(z.dtype)))
+        views = [rearrange(w.to(z.dtype), "o (h d) -> o h d", h=num_heads) for w in weights]
+        return torch.stack(
+            [l2(torch.einsum("n h d, o h d -> n h o", layer, w)) for layer, w in zip(z, views, strict=True)]
+        )
 
     return norms
 
 
-def factored_norms(factor: Tensor) -> ContributionNorms:
-    """‖W_h z‖ = ‖z L_h‖ with `factor` `[H, D, D]`, W_hᵀW_h = L_h L_hᵀ: hidden_size/head_dim times fewer operations."""
+def factored_norms(factors: Tensor) -> ContributionNorms:
+    """‖W_h z‖ = ‖z L_h‖ with `factors` `[G, H, D, D]`, W_hᵀW_h = L_h L_hᵀ: hidden_size/head_dim times fewer operations."""
 
     def norms(z: Tensor) -> Tensor:
-        y = torch.bmm(rearrange(z, "n h d -> h n d"), factor.to(z.dtype))
-        return rearrange(l2(y), "h n -> n h")
+        groups = z.shape[0]
+        y = torch.bmm(rearrange(z, "g n h d -> (g h) n d"), factors.to(z.dtype).flatten(0, 1))
+        return rearrange(l2(y), "(g h) n -> g n h", g=groups)
 
     return norms
 
 
 def token_norms(x: Tensor, num_heads: int, contribution: ContributionNorms) -> Tensor:
-    """Both norms of every token and head, float64 `[2, N, H]`, for `x` `[N, H·D]`.
+    """Both norms of every token and head, float64 `[2, G, N, H]`, for `x` `[G, N, H·D]`.
 
     Products are taken in float32 (float64 for a float64 model), a slice of tokens at a time.
     """
-    tokens, width = x.shape
+    groups, tokens, width = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out = torch.empty(2, tokens, num_heads, dtype=torch.float64, device=x.device)
-    step = max(1, SCRATCH_ELEMENTS // width)
+    out = torch.empty(2, groups, tokens, num_heads, dtype=torch.float64, device=x.device)
+    step = max(1, SCRATCH_ELEMENTS // (groups * width))
     for start in range(0, tokens, step):
-        z = rearrange(x[start : start + step], "n (h d) -> n h d", h=num_heads).to(dtype)
-        out[0, start : start + step] = l2(z)
-        out[1, start : start + step] = contribution(z)
+        z = rearrange(x[:, start : start + step], "g n (h d) -> g n h d", h=num_heads).to(dtype)
+        out[0, :, start : start + step] = l2(z)
+        out[1, :, start : start + step] = contribution(z)
     return out
 
 
 def samples(
-    x: Tensor, real: RealTokens, token_agg: str, num_heads: int, contribution: ContributionNorms
+    x: Tensor, mask: Tensor | None, token_agg: str, num_heads: int, contribution: ContributionNorms
 ) -> tuple[Tensor, Tensor | None]:
-    """The samples of one firing of a projection with input `x` `[B, S, H·D]`.
+    """The samples of one firing of G projections with inputs `x` `[G, B, S, H·D]`; `mask` bool `[B, S]`: the real tokens.
 
-    Returns values, float64 `[n, 4, H]` in the order of METRICS, and which of the n count, bool `[n]` (None: all); n is B for
+    Returns values, float64 `[n, 4, G, H]` in the order of METRICS, and which of the n count, bool `[n]` (None: all); n is B for
     "last" and "all", B·S for "token".
     """
-    mask = real.mask(x)
     present: Tensor | None
     if token_agg == "last":
         last, present = take_last(x, mask)
-        norms = token_norms(last, num_heads, contribution)  # [2, B, H]
+        norms = token_norms(last, num_heads, contribution)  # [2, G, B, H]
     else:
-        norms = token_norms(x.reshape(-1, x.shape[-1]), num_heads, contribution)  # [2, B·S, H]
+        norms = token_norms(x.flatten(1, 2), num_heads, contribution)  # [2, G, B·S, H]
         present = None if mask is None else mask.flatten()
     if token_agg == "all":
-        norms, present = mean_over_tokens(rearrange(norms, "k (b s) h -> k b s h", b=x.shape[0]), mask)
-    return rearrange([*norms, *relative_to_layer(norms)], "k n h -> n k h"), present
+        norms, present = mean_over_tokens(rearrange(norms, "k g (b s) h -> k g b s h", b=x.shape[1]), mask)
+    return rearrange([*norms, *relative_to_layer(norms)], "k g n h -> n k g h"), present
 
 
 def relative_to_layer(norms: Tensor) -> Tensor:

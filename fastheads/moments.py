@@ -85,6 +85,13 @@ class RunningMoments:
             self.buffer = torch.empty(PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
         self.clear()
 
+    @classmethod
+    def over(cls, buffer: Tensor) -> Self:
+        """The moments that `buffer` holds; shares its memory."""
+        moments = cls.__new__(cls)
+        moments.buffer = buffer
+        return moments
+
     def clear(self) -> None:
         """Forget every sample, in place (addresses stay)."""
         self.buffer.zero_()
@@ -96,15 +103,16 @@ class RunningMoments:
         counts = self.buffer[:MEAN].view(torch.int64)
         return Moments(counts[0], counts[1], *self.buffer[MEAN:])
 
-    def update(self, row: int, values: Tensor, present: Tensor | None = None) -> None:
-        """Merge samples `values` `[n, metrics, h ≤ heads]` into `row`; `present` `[n]` False leaves a row of them out."""
+    def update(self, rows: slice | list[int], values: Tensor, present: Tensor | None = None) -> None:
+        """Merge samples `values` `[n, metrics, rows, h ≤ heads]`; `present` `[n]` False leaves one out."""
         if values.shape[0] == 0:
             return
         heads = values.shape[-1]
-        state = Moments(*(plane[:, row, :heads] for plane in self.views()))
+        planes = self.views()
+        state = Moments(*(plane[:, rows, :heads] for plane in planes))
         merged = state.merged(Moments.of(values.to(self.buffer.device), present))
-        for target, source in zip(state, merged, strict=True):
-            target.copy_(source)
+        for plane, new in zip(planes, merged, strict=True):
+            plane[:, rows, :heads] = new
 
 
 class CommittedMoments:
@@ -129,3 +137,12 @@ class CommittedMoments:
         """Forget every sample, in place."""
         self.committed.clear()
         self.pending.clear()
+
+    def freeze(self) -> None:
+        """Hold the committed moments in memory that no CUDA graph knows."""
+        with torch.inference_mode(False):
+            self.committed = RunningMoments.over(self.committed.buffer.clone())
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """The memory that a CUDA graph would read and write."""
+        return self.committed.buffer, self.pending.buffer

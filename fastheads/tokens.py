@@ -38,12 +38,12 @@ class RealTokens:
 
 
 def take_last(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The last real token of each row of `x` `[B, S, W]`: `[B, W]`, and which rows have one, bool `[B]` (None: all)."""
+    """The last real token of each row of `x` `[G, B, S, W]`: `[G, B, W]`, and which rows have one, bool `[B]` (None: all)."""
     if mask is None:
-        return x[:, -1], None
+        return x[:, :, -1], None
     rows, seq = mask.shape
     last = torch.where(mask, torch.arange(seq, device=mask.device), -1).amax(dim=1)
-    return x[torch.arange(rows, device=mask.device), last.clamp(min=0)], last >= 0
+    return x[:, torch.arange(rows, device=mask.device), last.clamp(min=0)], last >= 0
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -30,7 +30,8 @@ def log_relative_error(got, certified):
 def stream(values, batch):
     running = RunningMoments(1, 1, 1, CPU)
     for start in range(0, len(values), batch):
-        running.update(0, torch.as_tensor(values[start : start + batch], dtype=torch.float64).view(-1, 1, 1))
+        part = torch.as_tensor(values[start : start + batch], dtype=torch.float64)
+        running.update([0], part.view(-1, 1, 1, 1))
     m = running.views()
     return m.count.item(), m.mean.item(), math.sqrt(m.var().item()), m.min.item(), m.max.item()
 
@@ -68,7 +69,7 @@ def test_any_split_gives_the_same(ratio):
         )
         running = RunningMoments(1, 1, 1, CPU)
         for part in np.split(values, cuts):
-            running.update(0, torch.from_numpy(part).view(-1, 1, 1))
+            running.update([0], torch.from_numpy(part).view(-1, 1, 1, 1))
         m = running.views()
         assert m.count.item() == 3000
         assert abs(m.mean.item() - mean) <= 1e-12 * abs(mean)
@@ -97,11 +98,13 @@ def test_counts_pass_what_float32_and_float64_can_hold():
 
 def test_empty_and_nonfinite():
     running = RunningMoments(1, 1, 2, CPU)
-    running.update(0, torch.empty(0, 1, 2, dtype=torch.float64))
+    running.update([0], torch.empty(0, 1, 1, 2, dtype=torch.float64))
     nan, inf = math.nan, math.inf
-    running.update(0, torch.tensor([[1.0, nan], [inf, nan], [3.0, -inf]], dtype=torch.float64).view(3, 1, 2))
     running.update(
-        0, torch.tensor([[nan, 7.0]], dtype=torch.float64).view(1, 1, 2), present=torch.tensor([False])
+        [0], torch.tensor([[1.0, nan], [inf, nan], [3.0, -inf]], dtype=torch.float64).view(3, 1, 1, 2)
+    )
+    running.update(
+        [0], torch.tensor([[nan, 7.0]], dtype=torch.float64).view(1, 1, 1, 2), present=torch.tensor([False])
     )
     m = running.views()
     assert m.count.tolist() == [[[2, 0]]] and m.nonfinite.tolist() == [[[1, 3]]]
@@ -114,7 +117,7 @@ def test_state_keeps_its_address():
     moments = CommittedMoments(4, 2, 3, CPU)
     address = moments.committed.buffer.data_ptr(), moments.pending.buffer.data_ptr()
     moments.begin()
-    moments.pending.update(1, torch.randn(5, 4, 3, dtype=torch.float64))
+    moments.pending.update([1], torch.randn(5, 4, 1, 3, dtype=torch.float64))
     assert moments.committed.views().count.sum() == 0
     moments.commit()
     assert (

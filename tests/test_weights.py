@@ -7,7 +7,8 @@ from oracle import assert_results, captured_inputs
 from tiny_models import build, tokens
 
 import fastheads
-from fastheads.weights import checksum, lower_factor
+from fastheads.factors import lower_factor
+from fastheads.weights import checksum
 
 
 def norms_by_factor(weight, num_heads, z):
@@ -67,7 +68,7 @@ def test_a_weight_that_is_not_finite_gives_nan_and_no_crash():
 def test_the_factor_is_built_some_heads_at_a_time(monkeypatch):
     weight = weight_of("rank deficient")
     whole = lower_factor(weight, 3)
-    monkeypatch.setattr("fastheads.weights.CHUNK_ELEMENTS", 96 * 16 * 2)
+    monkeypatch.setattr("fastheads.factors.CHUNK_ELEMENTS", 96 * 16 * 2)
     torch.testing.assert_close(lower_factor(weight, 3), whole, rtol=1e-12, atol=1e-14)
 
 

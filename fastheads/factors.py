@@ -1,0 +1,163 @@
+"""The factor of a projection's weight, and the proof that it is not stale.
+
+With W_h `[hidden, head_dim]` one head's slice of W and G_h = W_hᵀW_h = L_h L_hᵀ, ‖W_h z‖ = ‖z L_h‖ exactly. G is built in
+float64: it squares W's condition number, and in float32 the weak directions of a head would be lost.
+"""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastheads.sites import HeadSite
+from fastheads.weights import checksum, dense_weight, hold_key, weight_key
+
+# float64 elements of W to widen at a time: 256 MiB, so that a 405B layer does not need 2 GB at once.
+CHUNK_ELEMENTS = 2**25
+
+
+@contextmanager
+def _plain_mode() -> Iterator[None]:
+    """No gradients and no inference tensors, which could not be changed in place later."""
+    with torch.inference_mode(False), torch.no_grad():  # in this order: the first turns gradients on
+        yield
+
+
+class StaleFactorError(RuntimeError):
+    """A projection's weight changed behind the factor: what was measured since may be wrong."""
+
+
+class SiteFactor:
+    """The factor of one projection in the forms that backends read, kept as long as the weight it was made from stands.
+
+    A weight that is replaced, moved or changed in place the ordinary way is seen by `refresh` before the next forward; one that is
+    changed behind autograd's back (`weight.data.mul_()`, a write through numpy) is seen by `verify` afterwards. Forms are
+    rewritten in place, for a CUDA graph holds their addresses.
+    """
+
+    def __init__(self, site: HeadSite) -> None:
+        self.site = site
+        self.in_graph = False  # a CUDA graph reads it
+        self.in_own_graph = (
+            False  # one that was captured by hand: its replays ask nobody whether the weight has changed
+        )
+        self._dense: Tensor | None = None  # [heads, D, D], for the torch path
+        self._kernel: dict[tuple[torch.dtype, str], Any] = {}  # by dtype of the input and precision
+        self._unverified = False
+        self._stale = False
+        self._note_weight(dense_weight(site))
+
+    def dense(self) -> Tensor:
+        """L `[num_heads, head_dim, head_dim]`, lower triangular: float32, or float64 for a float64 weight."""
+        self._unverified = True
+        if self._dense is None:
+            self._write_dense(self._lower())
+        assert self._dense is not None
+        return self._dense
+
+    def kernel(self, dtype: torch.dtype, precision: str) -> Any:
+        """The form that the fused kernel reads (`fastheads.kernels.KernelFactor`)."""
+        self._unverified = True
+        form = self._kernel.get((dtype, precision))
+        if form is None:
+            form = importlib.import_module("fastheads.kernels").prepare(self._lower(), dtype, precision)
+            self._kernel[dtype, precision] = form
+        return form
+
+    def keep_dense_in(self, storage: Tensor) -> None:
+        """Hold the dense form in `storage` `[num_heads, head_dim, head_dim]`, so that neighbours make one batch."""
+        self._dense = storage
+        self._write_dense(self._lower())
+
+    def refresh(self) -> None:
+        """Rebuild where the weight is known to have changed; reads no value back."""
+        if weight_key(self.site) != self._key:
+            may_be_stale = self.in_own_graph and self._unverified
+            self.rebuild()
+            self._stale = may_be_stale
+
+    def rebuild(self) -> None:
+        """Make every form anew of the weight as it is now; forgets that it was stale."""
+        self._stale = False
+        self._note_weight(dense_weight(self.site))
+        if self._dense is None and not self._kernel:
+            return
+        lower = self._lower()
+        if self._dense is not None:
+            self._write_dense(lower)
+        for key, form in list(self._kernel.items()):
+            if form.buffer.device == lower.device:
+                form.refresh(lower)
+            else:
+                del self._kernel[key]  # made on the new device when it is asked for
+
+    def verify(self) -> bool:
+        """Whether the bits of the weight are those that the factor was made from. Waits for the device.
+
+        Where the weight has since been changed the ordinary way there is nothing left to compare with. No forward was measured
+        with it either, unless a CUDA graph was replayed.
+        """
+        if self._stale or not self._unverified:
+            return not self._stale
+        if weight_key(self.site) != self._key:
+            return not self.in_graph
+        with torch.no_grad():
+            self._unverified = not torch.equal(checksum(dense_weight(self.site)), self._checksum)
+        return not self._unverified
+
+    def _note_weight(self, weight: Tensor) -> None:
+        with _plain_mode():
+            self._key, self._held, self._checksum = (
+                weight_key(self.site),
+                hold_key(self.site),
+                checksum(weight),
+            )
+        self._unverified = False
+
+    def _lower(self) -> Tensor:
+        with _plain_mode():
+            return lower_factor(dense_weight(self.site), self.site.num_heads)
+
+    def _write_dense(self, lower: Tensor) -> None:
+        with _plain_mode():
+            weight = dense_weight(self.site)
+            # float32 rounds by 6e-8, as the products themselves do
+            lower = lower.to(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+            if self._dense is None or (self._dense.device, self._dense.dtype) != (lower.device, lower.dtype):
+                self._dense = lower
+            else:
+                self._dense.copy_(lower)
+
+
+def lower_factor(weight: Tensor, num_heads: int) -> Tensor:
+    """L with W_hᵀW_h = L_h L_hᵀ for `weight` `[O, H·D]`: float64 `[H, D, D]`, lower triangular."""
+    out_features, width = weight.shape
+    head_dim = width // num_heads
+    if weight.device.type == "mps":
+        weight = weight.cpu()
+    step = max(1, CHUNK_ELEMENTS // (out_features * head_dim))
+    chunks = []
+    with torch.autocast(weight.device.type, enabled=False):
+        for start in range(0, num_heads, step):
+            w = weight[:, start * head_dim : (start + step) * head_dim].double()
+            w = w.view(out_features, -1, head_dim).transpose(0, 1)  # [h, O, D]
+            chunks.append(_factor_of_gram(w.mT @ w))
+    return torch.cat(chunks)
+
+
+def _factor_of_gram(gram: Tensor) -> Tensor:
+    """Cholesky where it exists. A pruned or rank-deficient head has none: eigenvalues, the negative ones clamped, then a QR
+    to have the factor triangular again. No jitter: it would be a bias.
+    """
+    lower, info = torch.linalg.cholesky_ex(gram)
+    finite = gram.isfinite().all(dim=-1).all(dim=-1)
+    lower[~finite] = torch.nan  # as W z would be; eigh would raise
+    failed = ((info != 0) & finite).nonzero().flatten()
+    if failed.numel():
+        values, vectors = torch.linalg.eigh(gram[failed])
+        root = vectors * values.clamp(min=0.0).sqrt().unsqueeze(-2)  # root @ root.mT = gram
+        lower[failed] = torch.linalg.qr(root.mT, mode="r").R.mT
+    return lower.tril()

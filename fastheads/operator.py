@@ -1,0 +1,52 @@
+"""The step under torch.compile: one opaque operator that mutates the pending moments.
+
+The graph holds the inputs, the real tokens and the state; all else (factors, backends) stays in Python behind a handle, so that
+nothing of it is guarded, copied or retraced.
+"""
+
+import itertools
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+
+class Recorder(Protocol):
+    """What the operator calls: a HookManager."""
+
+    def record_in_graph(
+        self, rows: list[int], inputs: list[Tensor], valid: Tensor | None, state: Tensor
+    ) -> None:
+        """Merge the samples of `inputs` into `state`."""
+
+
+_recorders: WeakValueDictionary[int, Recorder] = WeakValueDictionary()
+_handles = itertools.count(1)
+
+
+def register(recorder: Recorder) -> int:
+    """A handle that a graph may hold. The recorder may go: the operator then does nothing."""
+    handle = next(_handles)
+    _recorders[handle] = recorder
+    return handle
+
+
+def release(handle: int) -> None:
+    """The graphs that hold the handle do nothing from now on."""
+    _recorders.pop(handle, None)
+
+
+@torch.library.custom_op("fastheads::record", mutates_args=("state",))
+def record(inputs: list[Tensor], valid: Tensor | None, state: Tensor, rows: list[int], handle: int) -> None:
+    """Merge the samples of a group of layers into `state`: the buffer of the recorder's pending moments, or a copy that a compiler
+    made of it and copies back.
+    """
+    recorder = _recorders.get(handle)
+    if recorder is not None:
+        recorder.record_in_graph(rows, inputs, valid, state)
+
+
+@record.register_fake
+def _(inputs: list[Tensor], valid: Tensor | None, state: Tensor, rows: list[int], handle: int) -> None:
+    return None

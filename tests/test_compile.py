@@ -1,0 +1,226 @@
+"""Under torch.compile the hooks count as they do without; what they add makes no graph break and no recompilation."""
+
+import pytest
+import torch
+from oracle import METRICS, assert_results, captured_inputs
+from tiny_models import build, tokens
+
+import fastheads
+
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [1] * 6])
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def calls():
+    return [dict(input_ids=tokens(3, 6, seed=i), attention_mask=MASK) for i in range(2)] + [
+        dict(input_ids=tokens(3, 6, seed=2))
+    ]
+
+
+def eagerly(model, token_agg="all", batches=None, **options):
+    with fastheads.HookManager(model, token_agg, **options) as hooks, torch.no_grad():
+        for batch in batches or calls():
+            model(**batch)
+        return hooks.get_results()
+
+
+def assert_same(got, want):
+    for metric in METRICS:
+        for stat, value in want[metric].items():
+            # the compiled model's own products differ from the eager one's in float32's last digits
+            torch.testing.assert_close(
+                got[metric][stat],
+                value,
+                rtol=1e-4,
+                atol=1e-6,
+                equal_nan=True,
+                msg=lambda m, k=(metric, stat): f"{k} {m}",
+            )
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("token_agg", ["last", "all", "token"])
+def test_fullgraph_counts_rightly(backend, token_agg):
+    model = build()
+    want = eagerly(model, token_agg)
+    with fastheads.HookManager(model, token_agg) as hooks, torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        for batch in calls():
+            compiled(**batch)
+        assert_same(hooks.get_results(), want)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("backend", ["factored", "einsum", "loop"])
+def test_every_backend(backend):
+    model = build()
+    want = eagerly(model, backend=backend)
+    with fastheads.HookManager(model, "all", backend=backend) as hooks, torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for batch in calls():
+            compiled(**batch)
+        assert_same(hooks.get_results(), want)
+
+
+def compile_model(model):
+    return torch.compile(model, backend="aot_eager")
+
+
+def compile_in_place(model):
+    model.compile(backend="aot_eager")
+    return model
+
+
+def compile_the_decoder(model):
+    model.model.compile(backend="aot_eager")
+    return model
+
+
+def compile_each_layer(model):
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    return model
+
+
+def compile_a_step(model):
+    return torch.compile(lambda **batch: model(**batch), backend="aot_eager")
+
+
+@pytest.mark.parametrize(
+    "how", [compile_model, compile_in_place, compile_the_decoder, compile_each_layer, compile_a_step]
+)
+def test_attach_before_and_after_compiling_detach_and_attach_again(how):
+    model = build()
+    want, twice = eagerly(model), eagerly(model, batches=calls() * 2)
+    with torch.no_grad():
+        first = fastheads.HookManager(model, "all")
+        compiled = how(model)
+        for batch in calls():
+            compiled(**batch)
+        assert_same(first.get_results(), want)
+        first.remove()
+        for batch in calls():
+            compiled(**batch)  # counts nowhere
+        assert_same(first.get_results(), want)
+        for _ in range(2):
+            with fastheads.HookManager(model, "all") as again:
+                for batch in calls():
+                    compiled(**batch)
+                with again.paused():
+                    compiled(**calls()[0])
+                for batch in calls():
+                    compiled(**batch)
+                assert_same(again.get_results(), twice)
+
+
+def test_two_managers():
+    model = build()
+    want, last = eagerly(model), eagerly(model, "last")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), fastheads.HookManager(model, "all") as one:
+        compiled(**calls()[0])
+        one.reset()
+        with fastheads.HookManager(model, "last") as two:
+            for batch in calls():
+                compiled(**batch)
+            assert_same(two.get_results(), last)
+        assert_same(one.get_results(), want)
+
+
+def test_repeated_calls_and_dynamic_lengths_do_not_recompile():
+    model = build()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad(), fastheads.HookManager(model, "all") as hooks:
+        lengths = [5, 9, 17, 33, 12, 50]
+        for i, n in enumerate(lengths):
+            compiled(input_ids=tokens(2, n, seed=i), use_cache=False)
+            if i == 1:
+                warm = graphs()
+        assert graphs() == warm
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2 * len(lengths)).all()
+
+
+@pytest.mark.parametrize("group_bytes", [0, 2 * 3 * 6 * 96 * 4])
+def test_the_budget_is_decided_when_the_graph_is_made(group_bytes):
+    model = build()
+    want = eagerly(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), fastheads.HookManager(model, "all", group_bytes=group_bytes) as hooks:
+        for batch in calls():
+            compiled(**batch)
+        assert_same(hooks.get_results(), want)
+
+
+def test_generate_with_a_static_cache_counts_prefill_and_decode():
+    model = build()
+    sites = fastheads.find_sites(model)
+    options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, cache_implementation="static")
+    ids, mask = tokens(3, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
+    with captured_inputs([s.module for s in sites]) as inputs:
+        model.generate(ids, attention_mask=mask, disable_compile=True, **options)
+    model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    model.generate(ids, attention_mask=mask, disable_compile=True, **options)
+    with fastheads.HookManager(model, "all") as hooks:
+        model.generate(ids, attention_mask=mask, disable_compile=True, **options)
+        results = hooks.get_results()
+    assert_results(results, sites, inputs, [mask.tolist()] + [[[1]] * 3] * 4, "all", 1e-4)
+
+
+def test_a_failed_forward_counts_nothing():
+    model = build()
+    want = eagerly(model)
+    model.model.compile(backend="aot_eager")
+    with torch.no_grad(), fastheads.HookManager(model, "all") as hooks:
+        for batch in calls():
+            handle = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(**batch)
+            handle.remove()
+            model(**batch)
+        assert_same(hooks.get_results(), want)
+
+
+def test_gradients_are_the_same_and_the_recomputation_is_not_counted():
+    model = build().train()
+    ids = tokens(2, 6)
+
+    def gradients(run):
+        model.zero_grad()
+        run(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    compiled = torch.compile(model, backend="aot_eager")
+    plain = gradients(compiled)
+    with fastheads.HookManager(model, "all") as hooks:
+        hooked = gradients(compiled)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
+    assert all(torch.equal(a, b) for a, b in zip(plain, hooked, strict=True))
+
+
+def test_a_changed_weight_is_seen():
+    model = build()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    o_proj = model.model.layers[1].self_attn.o_proj
+    with torch.no_grad(), fastheads.HookManager(model, "all") as hooks:
+        compiled(**calls()[0])
+        before = hooks.get_results()["head_residual_contribution_norm"]["mean"][1]
+        hooks.reset()
+        o_proj.weight.mul_(3)
+        compiled(**calls()[0])
+        after = hooks.get_results()["head_residual_contribution_norm"]["mean"][1]
+        torch.testing.assert_close(after, 3 * before, rtol=1e-5, atol=0)
+        o_proj.weight.data.mul_(3)
+        compiled(**calls()[0])
+        with pytest.raises(fastheads.StaleFactorError):
+            hooks.get_results()
