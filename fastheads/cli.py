@@ -162,11 +162,11 @@ def profile(
         result.metadata["model"] = found.name
         if not result.metadata["data"]["tokens"]:
             raise KeyboardInterrupt
-        result.save(output)
     except KeyboardInterrupt:
         raise typer.Exit(
             _fail("interrupted before anything was measured; nothing is saved", INTERRUPTED)
         ) from None
+    result.save(output)
     if plot is not None:
         from fastheads.plots import save_heatmap
         from fastheads.results import RANKING_METRIC
