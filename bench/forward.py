@@ -1,11 +1,17 @@
-"""What a profiled forward costs beside the plain one: `python bench/forward.py [--json FILE]`.
+"""What a profiled forward costs beside the plain one.
 
-Plain and profiled forwards alternate (A B A B) in one process; the figure is the median over pairs of hooked/plain - 1, with
-its quartiles. Before any time is taken each backend's means are compared with float64 algebra over captured inputs.
+    python bench/forward.py                 # SmolLM2 on the CPU
+    python bench/forward.py --gpu           # Llama shapes with random weights, eager and compiled
+
+Plain and profiled forwards alternate in one process (A B, B A); the figure is the median over pairs of profiled/plain - 1, with
+its quartiles. Before any time is taken each backend's means are compared with float64 algebra over captured inputs. `--json FILE`
+writes what is printed.
 """
 
 import argparse
+import copy
 import datetime
+import gc
 import json
 import platform
 import statistics
@@ -18,57 +24,137 @@ from typing import Any
 
 import torch
 import transformers
+from seed_attention import RecomputingManager
 from torch import Tensor, nn
 
 import fastheads
 from fastheads.loading import find_model, load_model
 
-GATE = 2e-5  # relative; the float32 products of a float32 model stay well inside
+GATE = 2e-5  # relative; what float32 products of a few hundred terms stay well inside
+
+# hidden, MLP, layers, heads, KV heads, vocabulary; head_dim is 128, or 64 in the 1B model
+SHAPES = {
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256),
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama-3-70b, 8 layers": (8192, 28672, 8, 64, 8, 128256),
+}
+CASES = [(1, 1), (1, 128), (8, 128), (32, 128), (8, 2048)]  # batch, seq
+MODES = {"eager": None, "compiled": "default", "reduce-overhead": "reduce-overhead"}
+SHORT = 0.1  # seconds: a forward below takes part in at least 20 pairs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--gpu", action="store_true", help="Llama shapes on the GPU")
     parser.add_argument(
-        "--model", default=None, help="local folder, GGUF file or Hub id (default: SmolLM2-135M)"
+        "--model", default=None, help="CPU: local folder, GGUF file or Hub id (default: SmolLM2)"
     )
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=9, help="plain/profiled pairs for each backend")
-    parser.add_argument("--token-agg", default="all", choices=["last", "all", "token"])
-    parser.add_argument("--backends", nargs="+", default=["factored", "einsum", "loop"])
+    parser.add_argument("--cases", nargs="+", default=None, help="batch x seq, such as 4x256")
+    parser.add_argument("--threads", type=int, default=2, help="CPU")
+    parser.add_argument(
+        "--pairs", type=int, default=None, help="plain/profiled pairs (default: 9 on the CPU, 21)"
+    )
+    parser.add_argument("--token-aggs", nargs="+", default=None, choices=["last", "all", "token"])
+    parser.add_argument(
+        "--backends", nargs="+", default=None, help="seed: the older manager of the seed note"
+    )
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="GPU")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="GPU")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    report = {"machine": machine(options), "rows": rows}
+    for row in (gpu_rows if options.gpu else cpu_rows)(options):
+        print(line(row), flush=True)
+        rows.append(row)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
 
+
+def cpu_rows(options: argparse.Namespace) -> Any:
     torch.set_num_threads(options.threads)
     model = load_model(find_model(options.model), device="cpu", dtype="float32")
-    ids = torch.randint(0, model.config.vocab_size, (options.batch, options.seq))
-    for backend in options.backends:
-        correctness_gate(model, backend, options.token_agg)
+    name = options.model or "SmolLM2-135M-Instruct"
+    for backend in options.backends or ["factored", "einsum", "loop"]:
+        for token_agg in options.token_aggs or ["all"]:
+            error = correctness_gate(model, backend, token_agg)
+            for batch, seq in cases(options, [(4, 256)]):
+                row = {
+                    "model": name,
+                    "dtype": "float32",
+                    "mode": "eager",
+                    "backend": backend,
+                    "token_agg": token_agg,
+                }
+                row |= {"batch": batch, "seq": seq, "gate": error}
+                yield row | measure(model, model, "eager", backend, token_agg, batch, seq, options.pairs or 9)
 
-    def forward() -> None:
-        model(input_ids=ids, use_cache=False)
 
-    rows = [overhead(model, forward, b, options.token_agg, options.pairs) for b in options.backends]
-    report = {"machine": machine(options.threads), "case": case(model, options), "rows": rows}
-    show(report)
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+def gpu_rows(options: argparse.Namespace) -> Any:
+    for shape in options.shapes:
+        model = random_llama(shape)
+        for backend in options.backends or ["auto"]:
+            for token_agg in options.token_aggs or ["last", "all"]:
+                error = None if backend == "seed" else correctness_gate(model, backend, token_agg)
+                for mode in options.modes:
+                    torch._dynamo.reset()
+                    for batch, seq in cases(options, CASES):
+                        row = {"model": shape, "dtype": "bfloat16", "mode": mode, "backend": backend}
+                        row |= {"token_agg": token_agg, "batch": batch, "seq": seq, "gate": error}
+                        # A twin that shares the weights: attaching would make the compiler start again at each pair.
+                        twin = sharing_twin(model)
+                        yield row | measure(
+                            model, twin, mode, backend, token_agg, batch, seq, options.pairs or 21
+                        )
+        del model, twin
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def cases(options: argparse.Namespace, default: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    if options.cases is None:
+        return default
+    return [(int(b), int(s)) for b, s in (case.split("x") for case in options.cases)]
+
+
+def random_llama(shape: str) -> Any:
+    """A model of that shape on the GPU, bfloat16, with random weights."""
+    hidden, mlp, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    config = transformers.LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        head_dim=hidden // heads,
+        max_position_embeddings=4096,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def sharing_twin(model: nn.Module) -> Any:
+    """A copy of the modules over the same parameters and buffers."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(t): t for t in shared})
 
 
 @torch.inference_mode()
-def correctness_gate(model: nn.Module, backend: str, token_agg: str) -> None:
-    """Exits where a mean differs from float64 algebra by more than GATE."""
+def correctness_gate(model: Any, backend: str, token_agg: str) -> float:
+    """The largest relative error of a mean contribution; exits where it is above GATE."""
     sites = fastheads.find_sites(model)
     inputs: list[Tensor] = []
-    ids = torch.randint(0, model.config.vocab_size, (2, 33))  # type: ignore[union-attr, arg-type]
+    device = next(model.parameters()).device
+    ids = torch.randint(0, model.config.vocab_size, (2, 33), device=device)
     handles = [
         s.module.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].double())) for s in sites
     ]
     with fastheads.HookManager(model, token_agg, backend=backend) as hooks:
-        model(input_ids=ids)
+        model(input_ids=ids, use_cache=False)
         got = hooks.get_results()["head_residual_contribution_norm"]["mean"]
     for handle in handles:
         handle.remove()
@@ -77,82 +163,133 @@ def correctness_gate(model: nn.Module, backend: str, token_agg: str) -> None:
         z = x.unflatten(-1, (site.num_heads, site.head_dim))
         z = z[:, -1:] if token_agg == "last" else z
         w = site.module.weight.double().unflatten(-1, (site.num_heads, site.head_dim))  # type: ignore[operator, union-attr]
-        want = torch.einsum("bshd,ohd->bsho", z, w).norm(dim=-1).mean(dim=(0, 1))
+        want = torch.einsum("bshd,ohd->bsho", z, w).norm(dim=-1).mean(dim=(0, 1)).cpu()
         worst = max(worst, float(((got[row, : site.num_heads] - want).abs() / want).max()))
-    print(f"{backend}: largest relative error of a mean {worst:.1e}")
     if not worst <= GATE:
-        sys.exit(f"{backend} is wrong: no time is worth taking")
+        sys.exit(f"{backend} is wrong by {worst:.1e} relative: no time is worth taking")
+    return worst
 
 
-def overhead(
-    model: nn.Module, forward: Callable[[], None], backend: str, token_agg: str, pairs: int
+@torch.inference_mode()
+def measure(
+    model: Any, twin: Any, mode: str, backend: str, token_agg: str, batch: int, seq: int, pairs: int
 ) -> dict[str, Any]:
-    """Times of plain and profiled forwards in turn."""
-    plain, profiled = [], []
-    with torch.inference_mode():
-        for pair in range(-1, pairs):  # the first pair warms up
-            a = timed(forward)
-            with fastheads.HookManager(model, token_agg, backend=backend):
-                b = timed(forward)
-            if pair >= 0:
-                plain.append(a)
-                profiled.append(b)
-    ratios = [b / a - 1 for a, b in zip(plain, profiled, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return {
-        "backend": backend,
-        "plain_s": statistics.median(plain),
-        "profiled_s": statistics.median(profiled),
-        "overhead": middle,
-        "quartiles": [low, high],
-        "pairs": pairs,
-    }
+    """Times of plain forwards of `model` and profiled ones of `twin` in turn, and the peak memory of both."""
+    device = next(model.parameters()).device
+    ids = torch.randint(0, model.config.vocab_size, (batch, seq), device=device)
+    cuda = device.type == "cuda"
 
+    def runner(m: Any) -> Callable[[], Any]:
+        call = m if MODES[mode] is None else torch.compile(m, fullgraph=True, mode=MODES[mode])
+        return lambda: call(input_ids=ids, use_cache=False)
 
-def timed(forward: Callable[[], None]) -> float:
+    def attach() -> Any:
+        if backend == "seed":
+            return RecomputingManager(twin, token_agg)
+        return fastheads.HookManager(twin, token_agg, backend=backend)
+
+    before = torch.cuda.memory_allocated() if cuda else 0
+    if cuda:
+        torch.cuda.synchronize()
     start = time.perf_counter()
-    forward()
-    return time.perf_counter() - start
+    hooks = attach() if twin is not model else None
+    if cuda:
+        torch.cuda.synchronize()
+    attach_s = time.perf_counter() - start
+    held = (torch.cuda.memory_allocated() if cuda else 0) - before
+    a, b = runner(model), runner(twin)
+    peaks = []
+    for forward in (a, b):  # warm-up, compilation, CUDA graphs; then what one forward needs at most
+        for _ in range(3 if twin is not model else 1):
+            forward()
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            low = torch.cuda.memory_allocated()
+            forward()
+            torch.cuda.synchronize()
+            peaks.append(torch.cuda.max_memory_allocated() - low)
+    repeat = max(1, min(50, int(0.03 / timed(a, 3, cuda)))) if cuda else 1
+    plain: list[float] = []
+    profiled: list[float] = []
+    for pair in range(pairs):
+        order = [(a, plain), (b, profiled)] if pair % 2 == 0 else [(b, profiled), (a, plain)]
+        for forward, times in order:
+            if twin is model and forward is b:
+                with attach():
+                    times.append(timed(forward, repeat, cuda))
+            else:
+                times.append(timed(forward, repeat, cuda))
+    if hooks is not None:
+        if backend != "seed":
+            check_counts(hooks)
+        hooks.__exit__(None, None, None)
+    ratios = [y / x - 1 for x, y in zip(plain, profiled, strict=True)]
+    low_q, middle, high_q = statistics.quantiles(ratios, n=4)
+    result: dict[str, Any] = {
+        "plain_ms": statistics.median(plain) * 1e3,
+        "profiled_ms": statistics.median(profiled) * 1e3,
+        "overhead": middle,
+        "quartiles": [low_q, high_q],
+        "pairs": pairs,
+        "repeat": repeat,
+    }
+    if cuda:
+        result |= {
+            "attach_s": attach_s,
+            "held_mb": held / 2**20,
+            "extra_peak_mb": (peaks[1] - peaks[0]) / 2**20,
+        }
+    return result
 
 
-def machine(threads: int) -> dict[str, Any]:
-    commit = subprocess.run(
+def check_counts(hooks: fastheads.HookManager) -> None:
+    """Exits where forwards were timed that did not count."""
+    count = hooks.get_results()["head_output_norm"]["count"]
+    if not (count == count[0, 0]).all() or count[0, 0] == 0:
+        sys.exit(f"the hooks did not count every forward: {count[:, 0].tolist()}")
+
+
+def timed(forward: Callable[[], Any], repeat: int, cuda: bool) -> float:
+    """Seconds a forward, by the wall clock, the GPU's work included."""
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        forward()
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeat
+
+
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    git = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     )
-    return {
+    told = {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or None,
-        "processor": platform.processor() or platform.machine(),
-        "threads": threads,
+        "commit": git.stdout.strip() or None,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "fastheads": fastheads.__version__,
     }
+    if options.gpu:
+        import triton
+
+        return told | {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
+    return told | {"processor": platform.processor() or platform.machine(), "threads": options.threads}
 
 
-def case(model: nn.Module, options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "model": options.model or "SmolLM2-135M-Instruct",
-        "dtype": str(next(model.parameters()).dtype),
-        "batch": options.batch,
-        "seq": options.seq,
-        "token_agg": options.token_agg,
-    }
-
-
-def show(report: dict[str, Any]) -> None:
-    c, m = report["case"], report["machine"]
-    print(
-        f"\n{c['model']}, {c['dtype']}, {c['batch']} x {c['seq']} tokens, {c['token_agg']}, {m['threads']} threads, torch {m['torch']}"
+def line(row: dict[str, Any]) -> str:
+    low, high = row["quartiles"]
+    text = (
+        f"{row['model']:22} {row['mode']:15} {row['backend']:8} {row['token_agg']:5} {row['batch']}x{row['seq']:<5}"
+        f"{row['plain_ms']:9.2f} ms {row['profiled_ms']:9.2f} ms {row['overhead']:+8.2%}  ({low:+.2%} to {high:+.2%})"
     )
-    print(f"{'backend':10} {'plain':>9} {'profiled':>9} {'overhead':>9}   quartiles")
-    for row in report["rows"]:
-        low, high = row["quartiles"]
-        print(
-            f"{row['backend']:10} {row['plain_s'] * 1e3:7.0f}ms {row['profiled_s'] * 1e3:7.0f}ms "
-            f"{row['overhead']:9.1%}   {low:.1%} to {high:.1%}"
-        )
+    if "held_mb" in row:
+        text += f"  attach {row['attach_s']:.2f} s, holds {row['held_mb']:.0f} MB, peak +{row['extra_peak_mb']:.0f} MB"
+    return text
 
 
 if __name__ == "__main__":

@@ -1,11 +1,20 @@
-"""fastheads: profile every attention head of a transformer while it runs."""
+"""fastheads: profile every attention head of a transformer while it runs.
+
+The public names are imported when they are first used (PEP 562), so that `fastheads --help` need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from fastheads._version import __version__
-from fastheads.factors import StaleFactorError
-from fastheads.manager import HookManager
-from fastheads.results import HeadProfile
-from fastheads.sites import HeadSite, NoSitesError, find_sites
-from fastheads.weights import UnsupportedWeightError
+
+if TYPE_CHECKING:
+    from fastheads.factors import StaleFactorError
+    from fastheads.manager import HookManager
+    from fastheads.results import HeadProfile
+    from fastheads.runner import profile
+    from fastheads.sites import HeadSite, NoSitesError, find_sites
+    from fastheads.weights import UnsupportedWeightError
 
 __all__ = [
     "HeadProfile",
@@ -16,4 +25,28 @@ __all__ = [
     "UnsupportedWeightError",
     "__version__",
     "find_sites",
+    "profile",
 ]
+
+_HOMES = {
+    "HeadProfile": "results",
+    "HeadSite": "sites",
+    "HookManager": "manager",
+    "NoSitesError": "sites",
+    "StaleFactorError": "factors",
+    "UnsupportedWeightError": "weights",
+    "find_sites": "sites",
+    "profile": "runner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastheads' has no attribute {name!r}")
+    value = getattr(import_module(f"fastheads.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -32,7 +32,7 @@ def check_backend(backend: str) -> None:
 
 
 def backend_for(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend for such inputs: the one asked for, or what "auto" takes. Raises RuntimeError where "triton" cannot serve them."""
+    """The backend for such inputs: the one asked for, or what "auto" takes. RuntimeError where "triton" cannot serve them."""
     if backend in TORCH_BACKENDS:
         return backend
     if backend == "auto" and device.type != "cuda":

@@ -33,8 +33,8 @@ class StaleFactorError(RuntimeError):
 class SiteFactor:
     """The factor of one projection in the forms that backends read, kept as long as the weight it was made from stands.
 
-    A weight that is replaced, moved or changed in place the ordinary way is seen by `refresh` before the next forward; one that is
-    changed behind autograd's back (`weight.data.mul_()`, a write through numpy) is seen by `verify` afterwards. Forms are
+    A weight that is replaced, moved or changed in place the ordinary way is seen by `refresh` before the next forward; one that
+    is changed behind autograd's back (`weight.data.mul_()`, a write through numpy) is seen by `verify` afterwards. Forms are
     rewritten in place, for a CUDA graph holds their addresses.
     """
 

@@ -60,9 +60,10 @@ class DeviceQueue:
         for profiled, x, version in kept:
             storage = x.untyped_storage().data_ptr()
             if (version is not None and x._version != version) or (storage in storages and x.numel()):
+                what = "overwritten" if storage in storages else "modified in place"
                 raise RuntimeError(
-                    f"the input of {profiled.site.name} was {'modified in place' if storage not in storages else 'overwritten'} "
-                    "before it was measured: the model reuses its memory. HookManager(..., group_bytes=0) measures each input at once"
+                    f"the input of {profiled.site.name} was {what} before it was measured: the model reuses its memory. "
+                    "HookManager(..., group_bytes=0) measures each input at once"
                 )
             storages.add(storage)
         return grouped([(profiled, x) for profiled, x, _ in kept])

@@ -240,11 +240,11 @@ class HookManager:
         self._traced.append((profiled, x))
 
     def _trace_groups(self, inputs: list[tuple[Profiled, Tensor]]) -> None:
+        assert self._real is not None  # within a decoder's call
+        valid = self._real.valid
         for queue in self._queues.values():
             for rows, xs in grouped([(p, x) for p, x in inputs if p.queue is queue]):
-                torch.ops.fastheads.record(
-                    xs, self._real.valid, queue.moments.pending.buffer, rows, self._handle
-                )  # type: ignore[union-attr]
+                torch.ops.fastheads.record(xs, valid, queue.moments.pending.buffer, rows, self._handle)
 
     def record_in_graph(
         self, rows: list[int], inputs: list[Tensor], valid: Tensor | None, state: Tensor

@@ -10,7 +10,8 @@ import torch
 @contextmanager
 def exact_arithmetic(device_type: str) -> Iterator[None]:
     """No gradients, no autocast, float32 products in float32 (not TF32 or bfloat16), whatever is set around it."""
-    matmul: Any = torch.backends.mkldnn.matmul if device_type == "cpu" else torch.backends.cuda.matmul
+    backends: Any = torch.backends  # its modules set attributes that type checkers do not know
+    matmul = backends.mkldnn.matmul if device_type == "cpu" else backends.cuda.matmul
     before = matmul.fp32_precision
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         matmul.fp32_precision = "ieee"

@@ -39,8 +39,8 @@ def release(handle: int) -> None:
 
 @torch.library.custom_op("fastheads::record", mutates_args=("state",))
 def record(inputs: list[Tensor], valid: Tensor | None, state: Tensor, rows: list[int], handle: int) -> None:
-    """Merge the samples of a group of layers into `state`: the buffer of the recorder's pending moments, or a copy that a compiler
-    made of it and copies back.
+    """Merge the samples of a group of layers into `state`: the buffer of the recorder's pending moments, or a copy that a
+    compiler made of it and copies back.
     """
     recorder = _recorders.get(handle)
     if recorder is not None:

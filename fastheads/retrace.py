@@ -1,7 +1,8 @@
 """Makes code that torch.compile compiled before see hooks that came later.
 
-Dynamo does not guard on a module's hooks by default: a graph that was compiled without them would go on without them, silently. It does
-guard on a module's class, so a module gets a fresh subclass of its own class while hooks are attached, and its class back after.
+Dynamo does not guard on a module's hooks by default: a graph that was compiled without them would go on without them, silently.
+It does guard on a module's class, so a module gets a fresh subclass of its own class while hooks are attached, and its class back
+after.
 """
 
 from dataclasses import dataclass
