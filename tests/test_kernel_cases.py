@@ -42,7 +42,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def nan_filled(*args, **kwargs):
         buffer = empty(*args, **kwargs)
-        return buffer.fill_(math.nan) if buffer.is_floating_point() else buffer
+        return buffer.detach().fill_(math.nan) if buffer.is_floating_point() else buffer
 
     monkeypatch.setattr(launcher.torch, "empty", nan_filled)
     yield

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 LAYERS, HEADS, POSITIONS = 3, 4, 64
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, positions: int = POSITIONS) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=130,
@@ -18,7 +18,7 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         num_key_value_heads=2,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=positions,
     )
     return LlamaForCausalLM(config).eval()
 
@@ -31,7 +31,7 @@ def ascii_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<unk>")
 
 
-def save_checkpoint(folder: Path) -> Path:
-    tiny_llama().save_pretrained(folder)
+def save_checkpoint(folder: Path, positions: int = POSITIONS) -> Path:
+    tiny_llama(positions=positions).save_pretrained(folder)
     ascii_tokenizer().save_pretrained(folder)
     return folder
