@@ -21,7 +21,6 @@ class Config:
     num_warps: int
     num_stages: int  # of the one-pass loop where there is one
     exact_stages: int  # of the two-pass loop
-    tiles_per_program: int  # at most; fewer where the GPU would stand idle
     side_by_side: bool = False  # both parts of L in one product twice as wide: fewer products, more registers
     # The rounding of the diagonal taken out of one part of L: what makes one pass of bfloat16 good for 2e-3 and unbiased.
     column_scales: bool = True
@@ -50,6 +49,13 @@ def shared_bytes(config: Config, head_dim: int, dtype: torch.dtype, precision: s
     return exact if precision == "exact" else max(exact, fast)
 
 
+def programs_at_once(config: Config, head_dim: int, dtype: torch.dtype, precision: str) -> int:
+    """Programs that a multiprocessor of 64K registers and 228 KB of shared memory holds."""
+    registers = (64 << 10) // (config.max_registers * config.num_warps * 32)
+    shared = (228 << 10) // (shared_bytes(config, head_dim, dtype, precision) + 2048)
+    return max(1, min(registers, shared))
+
+
 @lru_cache
 def _table() -> dict[str, dict[str, dict[str, dict[str, int | bool]]]]:
     return json.loads(TABLE.read_text())["configs"] if TABLE.exists() else {}
@@ -59,7 +65,7 @@ def default_config(head_dim: int, dtype: torch.dtype, precision: str, shared_lim
     """A configuration that fits `shared_limit` bytes per program, or None; for what is not in the table."""
     width = 64 if head_dim >= 128 else 32 if head_dim >= 64 else 16
     for block_tokens, stages in ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2)):
-        config = Config(width, block_tokens, 4, stages, 2, 16)
+        config = Config(width, block_tokens, 4, stages, 2)
         if shared_bytes(config, head_dim, dtype, precision) <= shared_limit - 4096:  # the rest: reductions
             return config
     return None
@@ -72,7 +78,7 @@ def config_for(
     """The tuned configuration of (capability, head_dim, precision), a default, or None where nothing fits."""
     if capability == INTERPRETED:
         return Config(width=32 if head_dim >= 64 else 16, block_tokens=16, num_warps=4, num_stages=2,
-                      exact_stages=2, tiles_per_program=2)  # fmt: skip
+                      exact_stages=2)  # fmt: skip
     if dtype != torch.float32:
         tuned = _table().get(capability, {}).get(str(head_dim), {}).get(precision)
         if tuned is not None:

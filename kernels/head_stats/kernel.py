@@ -76,6 +76,24 @@ def column_scales(p_scales, PIECES: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def widened(b_z, UPCAST: tl.constexpr):
+    """b_z in float32. bfloat16 is its upper half: two values a register, one instruction each."""
+    if b_z.dtype == tl.bfloat16 and not UPCAST:
+        # The compiler takes two for the odd ones, and these instructions bind the loop.
+        z = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [b_z],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        z = b_z.to(tl.float32)
+    return z
+
+
+@triton.jit
 def no_sums(BT: tl.constexpr, WIDTH: tl.constexpr):
     return tl.zeros([BT, WIDTH], dtype=tl.float32)
 
@@ -119,6 +137,7 @@ def tile_norms(
     second = ()
     third = ()
     square_z = tl.zeros([BT], dtype=tl.float32)
+    squares = ()  # of the pieces as wide as the first, added up: one reduction
     for i in tl.static_range(COUNT):
         # Only the last piece may be narrower than the first.
         if TMA:
@@ -133,8 +152,13 @@ def tile_norms(
                 b_z = tl.load(source[0][:, None] + o_i, mask=o_i < HEAD_DIM, other=0.0)
             else:
                 b_z = tl.load(source[0][:, None] + o_i)
-        z = b_z.to(tl.float32)
-        square_z += tl.sum(z * z, axis=1)
+        z = widened(b_z, UPCAST)
+        if PIECES[i] != PIECES[0]:
+            square_z += tl.sum(z * z, axis=1)
+        elif i == 0:
+            squares = (z * z,)
+        else:
+            squares = (squares[0] + z * z,)
         if Z_PARTS == 1:
             if UPCAST:
                 b_z = z
@@ -153,6 +177,7 @@ def tile_norms(
                 first = first + (one,)
                 second = second + (two,)
                 third = third + (three,)
+    square_z += tl.sum(squares[0], axis=1)
     square_c = tl.zeros([BT], dtype=tl.float32)
     for j in tl.static_range(COUNT):
         # Small products first: what they add is not lost under the large ones.
@@ -297,8 +322,8 @@ def stream_tokens(
     valid,
     last_index,
     token_scale,
-    stride_xb,
-    stride_xs,
+    stride_xb16,
+    stride_xs16,
     batch,
     seq,
     heads,
@@ -335,6 +360,8 @@ def stream_tokens(
     if COLUMN_SCALES:
         scales = column_scales(p_columns, PIECES, COUNT)
     head_scale = tl.load(p_scale)
+    PER16: tl.constexpr = 128 // p_x.dtype.element_ty.primitive_bitwidth
+    stride_xs = stride_xs16.to(tl.int64) * PER16
     plane = chunks * batch * heads  # of this layer's partial sums: three planes [chunks, batch, heads]
     o_t = tl.arange(0, BT)
     if MODE == LAST:
@@ -350,7 +377,7 @@ def stream_tokens(
             token = tl.zeros_like(row) + (seq - 1)
             m_b = m_b & (seq > skip_first)
         n_z, n_c = tile_norms(
-            (p_x + i_h * HEAD_DIM + row * stride_xb + token * stride_xs,), blocks, lows, scales, head_scale,
+            (p_x + i_h * HEAD_DIM + (row * stride_xb16 + token * stride_xs16) * PER16,), blocks, lows, scales, head_scale,
             HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, COLUMN_SCALES, False, Z_PARTS, UPCAST,
         )  # fmt: skip
         if token_scale is not None:
@@ -380,46 +407,54 @@ def stream_tokens(
                     strides=[stride_xs, 1],
                     block_shape=[BT, PIECES[COUNT - 1]],
                 )
-        for i in tl.range(0, rows * tiles, num_stages=STAGES):
-            i_b = (i_r * rows_per_program + i // tiles).to(tl.int64)
-            i_t = i % tiles
+        # Beyond a short sequence the tile repeats its last token: no mask on the loads, and selected away below.
+        o_rows = tl.minimum(o_t, seq - 1).to(tl.int64) * stride_xs + i_h * HEAD_DIM
+        i_b = i_r * rows_per_program
+        i_t = i_b - i_b  # 0, of the type that the loop carries
+        # Instructions bind this loop as much as memory does: what is one number for the tile stays one number.
+        for _ in tl.range(0, rows * tiles, num_stages=STAGES):
             t_first = (i_c * tiles_per_program + i_t) * BT
-            t = t_first + o_t
-            real = t < seq
-            # Tokens past the end repeat the last one: no mask on the loads, and they are selected away below.
-            token = tl.minimum(t, seq - 1).to(tl.int64)
+            # The last tile of a row starts early, to end with it; tokens of the tile before are selected away.
+            t_start = tl.maximum(tl.minimum(t_first, seq - BT), 0)
+            t_real = tl.maximum(t_first, skip_first)
+            # t_real <= t_start + o_t < seq, in one comparison
+            real = (o_t + (t_start - t_real)).to(tl.uint32) < tl.maximum(seq - t_real, 0).to(tl.uint32)
+            place = i_b.to(tl.int64) * seq + t_start  # of the tile in [batch, seq]
             if TMA:
-                # Past the end of a row lie tokens of the next: they are selected away all the same.
-                source = (rows_of_x, rows_of_x_last, (i_b * seq).to(tl.int32) + t_first, i_h * HEAD_DIM)
+                source = (rows_of_x, rows_of_x_last, place.to(tl.int32), i_h * HEAD_DIM)
             else:
-                source = (p_x + i_h * HEAD_DIM + i_b * stride_xb + token * stride_xs,)
+                o_b = i_b.to(tl.int64) * stride_xb16.to(tl.int64)
+                o_s = t_start.to(tl.int64) * stride_xs16.to(tl.int64)
+                source = (p_x + (o_b + o_s) * PER16 + o_rows,)
             n_z, n_c = tile_norms(
                 source, blocks, lows, scales, head_scale,
                 HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, COLUMN_SCALES, TMA, Z_PARTS, UPCAST,
             )  # fmt: skip
             if token_scale is not None:
-                n_c *= tl.load(token_scale + i_b * seq + token)
+                n_c *= tl.load(token_scale + place + o_t, mask=real, other=0.0)
+            last_tile = i_t == tiles - 1
             if MODE == TOKEN:
                 # [2, heads, batch * seq]: tokens fastest, so that a tile is one stretch of memory.
-                p_out = norms + i_h.to(tl.int64) * batch * seq + i_b * seq + token
+                p_out = norms + i_h.to(tl.int64) * batch * seq + place + o_t
                 tl.store(p_out, n_z, mask=real)
                 tl.store(p_out + heads.to(tl.int64) * batch * seq, n_c, mask=real)
             else:
                 if valid is not None:
-                    real = real & (tl.load(valid + i_b * seq + token) != 0)
-                else:
-                    real = real & (t >= skip_first)
-                start = i_t == 0
-                sum_z = tl.where(start, 0.0, sum_z) + tl.where(real, n_z, 0.0)
-                sum_c = tl.where(start, 0.0, sum_c) + tl.where(real, n_c, 0.0)
-                if valid is not None:
-                    count = tl.where(start, 0, count) + real.to(tl.int32)
-                if i_t == tiles - 1:
+                    real = real & (tl.load(valid + place + o_t, mask=real, other=0) != 0)
+                    count += real.to(tl.int32)
+                sum_z += tl.where(real, n_z, 0.0)
+                sum_c += tl.where(real, n_c, 0.0)
+                if last_tile:
                     p_out = partial + (i_c * batch + i_b) * heads + i_h
                     tl.store(p_out, tl.sum(sum_z.to(tl.float64), axis=0))
                     tl.store(p_out + plane, tl.sum(sum_c.to(tl.float64), axis=0))
+                    sum_z = tl.zeros([BT], dtype=tl.float32)
+                    sum_c = tl.zeros([BT], dtype=tl.float32)
                     if valid is not None:
                         tl.store(p_out + 2 * plane, tl.sum(count, axis=0).to(tl.float64))
+                        count = tl.zeros([BT], dtype=tl.int32)
+            i_b = tl.where(last_tile, i_b + 1, i_b)
+            i_t = tl.where(last_tile, 0, i_t + 1)
 
 
 @triton.jit(
@@ -486,10 +521,7 @@ def head_stats_kernel(
     i_r = tl.program_id(0) // heads // chunks
 
     # Every address is a multiple of 16 bytes: the launcher sees to it, and 16-byte loads depend on it.
-    PER16: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     p_x = tl.multiple_of(entry(x_table, i_l, SIZE).to(tl.pointer_type(DTYPE)), 16)
-    stride_xb = stride_xb16.to(tl.int64) * PER16
-    stride_xs = stride_xs16.to(tl.int64) * PER16
 
     p_factor = tl.multiple_of(entry(factor_table, i_l, SIZE).to(tl.pointer_type(tl.uint8)), 128)
     p_ticket = p_factor.to(tl.pointer_type(tl.int32))
@@ -510,14 +542,14 @@ def head_stats_kernel(
     if one_pass:
         stream_tokens(
             p_x, p_blocks, p_columns, p_scale + i_h, partial, norms, valid, last_index, token_scale,
-            stride_xb, stride_xs, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
+            stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
             i_h, i_c, i_r,
             MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, False, COLUMN_SCALES, TMA, Z_PARTS, UPCAST, STAGES,
         )  # fmt: skip
     else:
         stream_tokens(
             p_x, p_blocks, p_columns, p_scale + i_h, partial, norms, valid, last_index, token_scale,
-            stride_xb, stride_xs, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
+            stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
             i_h, i_c, i_r,
             MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, SIDE_BY_SIDE, COLUMN_SCALES, TMA, Z_PARTS, UPCAST, EXACT_STAGES,
         )  # fmt: skip
@@ -534,7 +566,7 @@ def head_stats_kernel(
                 m = (o_b < batch) & m_h
                 values = tl.zeros([4, BB, HP], dtype=tl.float64)
                 count = tl.zeros([1, BB, HP], dtype=tl.float64)
-                for c in range(chunks):
+                for c in tl.range(chunks, loop_unroll_factor=4):
                     p_in = partial + (c * batch + o_b) * heads + o_h
                     values += tl.load(
                         p_in + o_value, mask=m & (o_value >= 0), other=0.0, cache_modifier=".cg"

@@ -12,7 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import kernel
-from .config import INTERPRETED, MAX_HEAD_DIM, Config, config_for, triangle_elements
+from .config import (
+    INTERPRETED,
+    MAX_HEAD_DIM,
+    Config,
+    config_for,
+    programs_at_once,
+    triangle_elements,
+)
 from .factor import PRECISIONS, KernelFactor, new_factor
 
 IS_INTERPRETED = not isinstance(kernel.head_stats_kernel, triton.JITFunction)
@@ -22,6 +29,8 @@ _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 _TABLE_SIZES = (1, 8, 32)
 # The norms of token mode between its two kernels: small enough to stay in the L2 of a data-centre GPU.
 _WORKSPACE_BYTES = 32 << 20
+# Tiles that one program takes at most: it adds up their norms in float32.
+_MOST_TILES = 64
 # float64 values in a block of the merge: few a thread, or the merge sets the registers of the kernel.
 _MERGE_ELEMENTS = 256
 _TOKEN_PROGRAMS = 64
@@ -246,9 +255,8 @@ def _launch_one(
         tiles_per_program, rows_per_program, chunks = 1, config.block_tokens, 1
     else:
         tiles = triton.cdiv(seq, config.block_tokens)
-        tiles_per_program, rows_per_program = _split(
-            config, tiles, batch, len(xs) * heads, 4 * multiprocessors
-        )
+        slots = multiprocessors * programs_at_once(config, factor.head_dim, factor.dtype, factor.precision)
+        tiles_per_program, rows_per_program = _split(tiles, batch, len(xs) * heads, slots)
         chunks = triton.cdiv(tiles, tiles_per_program)
     partial = None
     if token_agg != "token":
@@ -327,15 +335,25 @@ def _sized(config: Config, tokens: int) -> Config:
     return config if block >= config.block_tokens else replace(config, block_tokens=block, num_warps=4)
 
 
-def _split(config: Config, tiles: int, batch: int, heads: int, enough: int) -> tuple[int, int]:
-    """Tiles and rows of the batch that one program takes.
+@lru_cache(maxsize=1024)
+def _split(tiles: int, batch: int, heads: int, slots: int) -> tuple[int, int]:
+    """Tiles of a row, and rows of the batch, that one program takes; `heads` counts those of all layers.
 
-    Long programs read the factor seldom; short ones fill the GPU. `heads` counts those of all layers; `enough` programs fill it.
+    All programs take as long, so the time is that of the rounds in which `slots` of them run; a program starts by reading
+    its factor, which costs about two tiles.
     """
-    most = max(1, min(config.tiles_per_program, tiles * batch * heads // enough))
-    if tiles >= most:
-        return triton.cdiv(tiles, triton.cdiv(tiles, most)), 1
-    return tiles, min(batch, most // tiles)
+    best = (float("inf"), 1, 1)
+    for chunks in range(1, tiles + 1):
+        length = triton.cdiv(tiles, chunks)
+        if length <= _MOST_TILES:
+            rounds = triton.cdiv(heads * batch * triton.cdiv(tiles, length), slots)
+            best = min(best, (rounds * (length + 2.0), length, 1))
+            if length < 4:
+                break
+    for rows in range(2, min(batch, _MOST_TILES // tiles) + 1):
+        rounds = triton.cdiv(heads * triton.cdiv(batch, rows), slots)
+        best = min(best, (rounds * (rows * tiles + 2.0), tiles, rows))
+    return best[1], best[2]
 
 
 def _launch_tokens(
