@@ -6,8 +6,8 @@ copies them back; what an exception leaves in the pending moments, the next star
 Under torch.compile the hooks are traced: `is_compiling` is then True, and they make one operator of each group of inputs.
 """
 
+import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -27,6 +27,8 @@ from fastheads.results import HeadProfile
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens
 from fastheads.weights import dense_weight
+
+_CALL_IMPL = nn.Module._call_impl.__code__
 
 GROUP_BYTES = 64 * 2**20
 
@@ -98,6 +100,14 @@ class HookManager:
         self._real: RealTokens | None = None  # the real tokens of the decoder's call under way
         self._decoder_traced = False  # while a graph is traced that holds the decoder's call
         self._traced: list[tuple[Profiled, Tensor]] = []  # what that graph keeps for its operators
+        self._ran: set[int] = set()  # rows, in the decoder's call under way
+        self._skipped: set[int] = (
+            set()
+        )  # rows that did not run in a call of the decoder in the forward under way
+        self._missed: set[int] = set()  # the same, of forwards that ended
+        self._in_graphs: set[int] = (
+            set()
+        )  # rows that compiled code measured: not every run of theirs is seen in Python
         self._paused = False
         self._warned = False
         self._handles: list[Any] = []
@@ -164,7 +174,7 @@ class HookManager:
             raise RuntimeError(
                 "DataParallel's replicas cannot be profiled: use DistributedDataParallel, or the model itself on one device"
             )
-        if self._running is None or module is self.model:
+        if self._running is None or module is self.model or not self._still_running():
             self._running = module
             if not torch.compiler.is_compiling():
                 self._prepare()
@@ -174,8 +184,21 @@ class HookManager:
             self._real = self._arguments.real_tokens(args, kwargs, self.skip_first)
             self._decoder_traced = torch.compiler.is_compiling()
 
+    def _still_running(self) -> bool:
+        """Whether the forward under way is on the stack: after Ctrl-C torch calls no hook that would have ended it."""
+        if torch.compiler.is_compiling():
+            return True
+        frame = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code is _CALL_IMPL and frame.f_locals.get("self") is self._running:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False
+
     def _prepare(self) -> None:
         """What the start of a forward does in Python: no launch, no wait."""
+        self._ran.clear()
+        self._skipped.clear()
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError("a forward under torch.func transforms (vmap, grad …) cannot be profiled")
         for queue in self._queues.values():
@@ -215,6 +238,7 @@ class HookManager:
             raise RuntimeError(
                 f"{profiled.site.name}: an input of type {type(x).__name__} cannot be measured"
             )
+        self._ran.add(profiled.row)
         queue = profiled.queue if x.device == profiled.queue.device else self._queue_on(x.device)
         if size > queue.largest or queue.off_stream():
             self._record_groups(queue, [([profiled.row], [x])])
@@ -251,6 +275,7 @@ class HookManager:
     ) -> None:
         """What the operator `fastheads::record` does: at each call, or once while a CUDA graph is captured."""
         capturing = inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        self._in_graphs.update(rows)
         for row in rows:
             if row in self._dispatcher.factors:
                 factor = self._dispatcher.factors[row]
@@ -274,9 +299,14 @@ class HookManager:
                 for queue in self._queues.values():
                     if queue.kept:
                         self._record_groups(queue, queue.take())
+                if len(self._ran) < len(self._profiled):
+                    self._skipped.update({p.row for p in self._profiled} - self._ran - self._in_graphs)
+                self._ran.clear()
             self._real = None
         if module is self._running:
             self._running = None
+            if not torch.compiler.is_compiling():
+                self._missed |= self._skipped
             for queue in self._queues.values():
                 queue.moments.commit()
 
@@ -334,6 +364,7 @@ class HookManager:
             queue.moments.clear()
         for factor in self._dispatcher.factors.values():
             factor.rebuild()
+        self._missed.clear()
         self._warned = False
 
     def _metadata(self) -> dict[str, Any]:
@@ -349,14 +380,14 @@ class HookManager:
         )
 
     def _check_that_all_ran(self, moments: Moments) -> None:
-        """Raises RuntimeError naming the sites that did not run in every forward, by the number of samples they gave."""
+        """Raises RuntimeError naming the sites that did not run in a forward that ran the decoder."""
         if self.allow_skipped:
             return
         given = (moments.count + moments.nonfinite)[0].amax(dim=-1)  # [rows]
-        totals = {p.site.name: int(given[p.row]) for p in self._profiled}
-        # The number that most sites gave; of two as frequent, the larger. Looped layers give more.
-        usual = max(Counter(totals.values()).items(), key=lambda item: (item[1], item[0]))[0]
-        missed = [name for name, total in totals.items() if total < usual]
+        any_ran = any(given[p.row] for p in self._profiled)
+        missed = [
+            p.site.name for p in self._profiled if p.row in self._missed or (any_ran and not given[p.row])
+        ]
         if missed:
             raise RuntimeError(
                 f"{', '.join(missed)} did not run in every forward: nothing, or too little, was measured there. Where the model "

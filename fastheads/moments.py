@@ -1,7 +1,7 @@
 """Running moments: count, nonfinite, mean, m2, min, max, updated a batch at a time and merged exactly.
 
-Within a batch the mean is found first and the squares are taken around it, with the mean's own rounding error
-fed back (Chan, Golub & LeVeque 1983, the corrected two-pass algorithm). Batches merge by Chan's formula:
+Within a batch the mean is found first and the squares are taken around it. Batches merge by the formula of Chan, Golub & LeVeque
+(1983):
 
     n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d n_b / n,  m2 = m2_a + m2_b + d² n_a n_b / n
 
@@ -43,12 +43,11 @@ class Moments(NamedTuple):
         # Selected, never multiplied by zero: 0 · NaN is NaN.
         mean = torch.where(finite, values, 0.0).sum(0) / n
         deviation = torch.where(finite, values - mean, 0.0)
-        residue = deviation.sum(0) / n  # what rounding left in the mean
         return cls(
             count=count,
             nonfinite=(here & ~finite).sum(0),
-            mean=mean + residue,
-            m2=(deviation.square().sum(0) - n * residue.square()).clamp(min=0.0),
+            mean=mean,
+            m2=deviation.square().sum(0),
             min=torch.where(finite, values, torch.inf).amin(0),
             max=torch.where(finite, values, -torch.inf).amax(0),
         )

@@ -153,11 +153,18 @@ def test_the_decoder_called_directly_counts(manager):
         assert equal_results(hooks.get_results(), through_model)
 
 
-def test_the_decoder_called_directly_counts_after_a_forward_that_failed():
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_the_decoder_called_directly_counts_after_a_forward_that_failed(error):
     model = build()
+
+    def fail(*_):
+        raise error
+
     with fastheads.HookManager(model) as hooks, torch.no_grad():
-        with pytest.raises(IndexError):
-            model(input_ids=torch.tensor([[10**6]]))
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            model(input_ids=tokens(2, 6))
+        handle.remove()
         model.model(tokens(2, 6))
         assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
 

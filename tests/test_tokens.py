@@ -99,6 +99,18 @@ def test_rows_that_begin_with_padding_in_a_later_chunk():
     assert_results(results, sites, inputs, [mask[:, :5].tolist(), mask[:, 5:].tolist()], "all", 5e-6)
 
 
+def test_a_mask_that_runs_past_the_tokens():
+    """Some callers allocate the mask for all that is to come."""
+    model = build()
+    ids, mask, _ = padded("left")
+    longer = torch.cat([mask, torch.zeros(4, 3, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        cache = model.model(input_ids=ids[:, :5], attention_mask=mask[:, :5], use_cache=True).past_key_values
+    given = dict(input_ids=ids[:, 5:], attention_mask=longer, past_key_values=cache)
+    real = DecoderArguments(model.model).real_tokens((), given, 0)
+    assert torch.equal(real.valid, mask[:, 5:].bool())
+
+
 def test_a_static_cache_passes_a_4d_mask():
     model = build()
     sites = fastheads.find_sites(model)
