@@ -22,8 +22,6 @@ class Config:
     num_stages: int  # of the one-pass loop where there is one
     exact_stages: int  # of the two-pass loop
     side_by_side: bool = False  # both parts of L in one product twice as wide: fewer products, more registers
-    # The rounding of the diagonal taken out of one part of L: what makes one pass of bfloat16 good for 2e-3 and unbiased.
-    column_scales: bool = True
     tma: bool = False  # x by bulk copies where its rows lie evenly spaced
     max_registers: int = 255  # a thread's; 65536 / (max_registers * threads) programs fit a multiprocessor
 

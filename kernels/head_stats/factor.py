@@ -1,5 +1,6 @@
 """The factor as the kernel reads it: split into parts of the input's dtype, scaled, its triangle packed in blocks."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from .config import Config, triangle_elements
 from .kernel import TICKET_BYTES
 
 PRECISIONS = ("exact", "fast")
-# One pass serves a head only where no token at all can be wrong by more than this.
-FAST_LIMIT = 2e-3
+# One pass serves a head only where no token at all can be wrong by more than this. The worst token is one that adds up all
+# roundings of the head; of tokens that do not know them, the worst of a million is wrong by a third to a half as much.
+WORST_TOKEN = 4e-3
 _HEADS_AT_A_TIME = 16  # float64 [heads, D, D] temporaries: 8 MB each at D = 256
 # fp16 has few exponents: the largest element of a head goes just under the top, so that small ones stay normal.
 _TOP_EXPONENT = {torch.float16: 14, torch.bfloat16: 0, torch.float32: 0}
@@ -20,10 +22,9 @@ _TOP_EXPONENT = {torch.float16: 14, torch.bfloat16: 0, torch.float32: 0}
 class KernelFactor:
     """L of all heads of one layer on one device, in one buffer whose address never changes.
 
-    Bytes: a ticket (128), float32 scale [heads], int32 flag [heads] (1: two passes), padding to 128, float32
-    column scales [heads, columns], then the blocks [heads, elements] in `part_dtype`, a row of the high part of a block
-    followed by the same row of the low part. With s the scale
-    and c the column scales, L = s (high + low) diag(c) to the rounding of the parts.
+    Bytes: a ticket (128), float32 scale [heads], int32 flag [heads] (1: two passes), padding to 128, then the blocks
+    [heads, elements] in `part_dtype`, a row of the high part of a block followed by the same row of the low part. With s
+    the scale, s (high + low) is L Q to the rounding of the parts; Q is orthogonal (1, or `rotation` in one pass).
     Launches that share a factor share its ticket: a stream must order them.
     """
 
@@ -59,7 +60,7 @@ def part_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def buffer_bytes(heads: int, pieces: tuple[int, ...]) -> int:
     header = int(TICKET_BYTES.value) + -(-heads * 8 // 128) * 128
-    return header + heads * sum(pieces) * 4 + heads * 2 * triangle_elements(pieces) * 2
+    return header + heads * 2 * triangle_elements(pieces) * 2
 
 
 def new_factor(L: Tensor, dtype: torch.dtype, precision: str, config: Config) -> KernelFactor:
@@ -83,43 +84,48 @@ def write_factor(factor: KernelFactor, L: Tensor) -> None:
     scale = factor.buffer[start : start + 4 * heads].view(torch.float32)
     flag = factor.buffer[start + 4 * heads : start + 8 * heads].view(torch.int32)
     start += -(-heads * 8 // 128) * 128
-    columns = factor.buffer[start : start + 4 * heads * sum(pieces)].view(torch.float32).view(heads, -1)
-    blocks = factor.buffer[start + columns.numel() * 4 :].view(factor.part_dtype).view(heads, -1)
+    blocks = factor.buffer[start:].view(factor.part_dtype).view(heads, -1)
+    columns = sum(pieces)
     for a in range(0, heads, _HEADS_AT_A_TIME):
         part = slice(a, a + _HEADS_AT_A_TIME)
-        power, column, high, low = split(L[part], factor.dtype, factor.config.column_scales)
-        scale[part] = power
-        columns[part].fill_(1.0)
-        columns[part, : factor.head_dim] = column
+        chunk = L[part]
+        power = scale_of(chunk, factor.dtype)
+        # Zero columns beyond D change no norm; zero rows meet the zeros that the kernel puts there.
+        scaled = torch.nn.functional.pad(chunk / power[:, None, None], (0, columns - factor.head_dim))
         if factor.precision == "fast":
-            rounded = high.double() * column.double()[:, None, :] * power.double()[:, None, None]
-            flag[part] = ~(worst_error(L[part], rounded) <= FAST_LIMIT)  # NaN counts as wrong
+            turned = scaled @ rotation(pieces, L.device)
+            rounded = turned.to(factor.part_dtype).double() * power[:, None, None]
+            wrong = ~(worst_error(chunk, rounded) <= WORST_TOKEN)  # NaN counts as wrong
+            scaled = torch.where(wrong[:, None, None], scaled, turned)
+            flag[part] = wrong.to(torch.int32)
         else:
             flag[part] = 1
+        scale[part] = power.float()
+        high = scaled.to(factor.part_dtype)
+        low = (scaled - high.double()).to(factor.part_dtype)
         blocks[part] = pack(high, low, pieces)
 
 
-def split(L: Tensor, dtype: torch.dtype, column_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """L `[heads, D, D]` as a power of two `[heads]`, column scales `[heads, D]` (float32) and two parts `[heads, D, D]`.
-
-    The power of two moves the largest element to a fixed exponent. The column scales are the mantissas of the
-    diagonal: the diagonal of the high part is then exact, and with it goes the largest part of the rounding, which is a
-    bias of the norms (ten times less error for weights drawn at random, and a bias under 1e-6, with one part).
-    """
-    parts = part_dtype(dtype)
+def scale_of(L: Tensor, dtype: torch.dtype) -> Tensor:
+    """Powers of two `[heads]` that move the largest element of each head to a fixed exponent."""
     largest = L.abs().amax((-2, -1))
     usable = largest.isfinite() & (largest > 0)
     _, exponent = torch.frexp(torch.where(usable, largest, 1.0))
-    # frexp: largest = m 2^e with m in [1/2, 1). A float32 holds the power; weights are far inside its range.
-    power = torch.ldexp(torch.ones_like(largest), (exponent - _TOP_EXPONENT[dtype]).clamp(-126, 126))
-    scaled = L / power[:, None, None]
-    diagonal = scaled.diagonal(dim1=-2, dim2=-1)
-    mantissa, _ = torch.frexp(torch.where(diagonal.isfinite() & (diagonal != 0), diagonal, 0.5))
-    column = mantissa.abs().float() * 2 if column_scales else torch.ones_like(mantissa, dtype=torch.float32)
-    # in [1, 2]: dividing by it cannot overflow
-    scaled = scaled / column.double()[:, None, :]
-    high = scaled.to(parts)
-    return power.float(), column, high, (scaled - high.double()).to(parts)
+    return torch.ldexp(torch.ones_like(largest), (exponent - _TOP_EXPONENT[dtype]).clamp(-126, 126))
+
+
+def rotation(pieces: tuple[int, ...], device: torch.device) -> Tensor:
+    """An orthogonal matrix that mixes the columns of each piece: the cosine transform of type IV.
+
+    |z L Q| = |z L|, and L Q has zeros where L has zero blocks. L is nearly diagonal where W is well-conditioned, so that one
+    rounding decides how long a token in one direction becomes: an error of 4e-3, and a bias. In L Q every direction
+    sums over a whole piece of roundings that know nothing of each other.
+    """
+    blocks = []
+    for width in pieces:
+        k = torch.arange(width, dtype=torch.float64, device=device) + 0.5
+        blocks.append((2 / width) ** 0.5 * torch.cos(math.pi / width * k[:, None] * k[None, :]))
+    return torch.block_diag(*blocks)
 
 
 def worst_error(L: Tensor, rounded: Tensor) -> Tensor:
@@ -145,14 +151,12 @@ def worst_error(L: Tensor, rounded: Tensor) -> Tensor:
 
 
 def pack(high: Tensor, low: Tensor, pieces: tuple[int, ...]) -> Tensor:
-    """The blocks [I, J], I ≥ J, of two `[heads, D, D]`, column by column: `[heads, elements]`.
+    """The blocks [I, J], I ≥ J, of two `[heads, D, columns]`, column by column: `[heads, elements]`.
 
-    A block is row-major [I's width, 2, J's width], zero beyond D: one product with it is both parts at once.
+    A block is row-major [I's width, 2, J's width], zero in rows beyond D: one product with it is both parts at once.
     """
-    pad = sum(pieces) - high.shape[-1]
-    both = torch.nn.functional.pad(
-        torch.stack((high, low), dim=-2), (0, pad, 0, 0, 0, pad)
-    )  # [heads, D, 2, D]
+    both = torch.stack((high, low), dim=-2)  # [heads, D, 2, columns]
+    both = torch.nn.functional.pad(both, (0, 0, 0, 0, 0, sum(pieces) - high.shape[1]))
     edges = [sum(pieces[:i]) for i in range(len(pieces) + 1)]
     return torch.cat(
         [

@@ -16,6 +16,8 @@ SLOT = tl.constexpr(
     16
 )  # factors and rows travel as multiples of 16: one specialisation, whatever their values
 
+NOINLINE = False
+
 ALL = tl.constexpr(0)
 LAST = tl.constexpr(1)
 TOKEN = tl.constexpr(2)
@@ -66,16 +68,6 @@ def low_triangle(p_blocks, PIECES: tl.constexpr, COUNT: tl.constexpr, UPCAST: tl
 
 
 @triton.jit
-def column_scales(p_scales, PIECES: tl.constexpr, COUNT: tl.constexpr):
-    """The scale of each column of L, one vector [PIECES[J]] a piece."""
-    scales = ()
-    for j in tl.static_range(COUNT):
-        scales = scales + (tl.load(p_scales + tl.arange(0, PIECES[j])),)
-        p_scales += PIECES[j]
-    return scales
-
-
-@triton.jit
 def widened(b_z, UPCAST: tl.constexpr):
     """b_z in float32. bfloat16 is its upper half: two values a register, one instruction each."""
     if b_z.dtype == tl.bfloat16 and not UPCAST:
@@ -119,7 +111,6 @@ def tile_norms(
     source,  # where the tile lies: ([BT] pointers to the head in each token's row,), or descriptors and a place
     blocks,
     lows,
-    scales,
     head_scale,
     HEAD_DIM: tl.constexpr,
     PIECES: tl.constexpr,
@@ -127,7 +118,6 @@ def tile_norms(
     BT: tl.constexpr,
     PASSES: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
-    COLUMN_SCALES: tl.constexpr,
     TMA: tl.constexpr,
     Z_PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -195,8 +185,6 @@ def tile_norms(
         acc = column_dot(first, blocks, acc, j, COUNT)
         if SIDE_BY_SIDE:
             acc = high_plus_low(acc, BT, PIECES[j])
-        if COLUMN_SCALES:
-            acc *= scales[j][None, :]
         square_c += tl.sum(acc * acc, axis=1)
     return tl.sqrt(square_z), tl.sqrt(square_c) * head_scale
 
@@ -273,27 +261,37 @@ def sample_moments(values, present, m_heads, heads):
 
 
 @triton.jit
-def commit(moments, state, row, heads, state_rows, state_heads, HP: tl.constexpr):
-    """Merge moments [4, HP] into one row of the state. Its counts are int64 bits in float64 storage."""
+def state_pointers(state, row, state_rows, state_heads, HP: tl.constexpr):
+    """Pointers [4, HP] to the counts of one row of the state, and the stride between its planes."""
     stride_metric = state_rows.to(tl.int64) * state_heads
-    stride_plane = 4 * stride_metric
-    o_h = tl.arange(0, HP)[None, :]
-    m = (o_h < heads) & (tl.arange(0, 4)[:, None] >= 0)
-    p = state + row.to(tl.int64) * state_heads + tl.arange(0, 4)[:, None] * stride_metric + o_h
+    o_metric = tl.arange(0, 4)[:, None] * stride_metric
+    return state + row.to(tl.int64) * state_heads + o_metric + tl.arange(0, HP)[None, :], 4 * stride_metric
+
+
+@triton.jit
+def read_state(p, stride_plane, m):
+    """The moments in the state, with the counts as float64; and the counts. Those are int64 bits in float64 storage."""
     p_counts = p.to(tl.pointer_type(tl.int64))
     count = tl.load(p_counts, mask=m, other=0)
     bad = tl.load(p_counts + stride_plane, mask=m, other=0)
-    old = (
+    moments = (
         count.to(tl.float64),
-        tl.zeros_like(moments[1]),  # added as integers below
+        tl.zeros(count.shape, dtype=tl.float64),  # added as integers by write_state
         tl.load(p + 2 * stride_plane, mask=m, other=0.0),
         tl.load(p + 3 * stride_plane, mask=m, other=0.0),
         tl.load(p + 4 * stride_plane, mask=m, other=float("inf")),
         tl.load(p + 5 * stride_plane, mask=m, other=-float("inf")),
     )
-    both = merged(old, moments)
-    tl.store(p_counts, count + moments[0].to(tl.int64), mask=m)
-    tl.store(p_counts + stride_plane, bad + moments[1].to(tl.int64), mask=m)
+    return moments, count, bad
+
+
+@triton.jit
+def write_state(p, stride_plane, m, old, new, count, bad):
+    """Merge the moments `new` [4, HP] into what `read_state` returned, and store them."""
+    both = merged(old, new)
+    p_counts = p.to(tl.pointer_type(tl.int64))
+    tl.store(p_counts, count + new[0].to(tl.int64), mask=m)
+    tl.store(p_counts + stride_plane, bad + new[1].to(tl.int64), mask=m)
     for plane in tl.static_range(2, 6):
         tl.store(p + plane * stride_plane, both[plane], mask=m)
 
@@ -311,11 +309,53 @@ def arrived_last(p_ticket, programs):
     return last
 
 
+@triton.jit(noinline=NOINLINE)
+def merge_samples(
+    partial,
+    state,
+    row,
+    batch,
+    heads,
+    chunks,
+    tokens,
+    state_rows,
+    state_heads,
+    COUNTED: tl.constexpr,  # real tokens were counted; else they are `tokens` in each row
+    HP: tl.constexpr,
+    BB: tl.constexpr,
+):
+    """Samples of a layer from its partial sums, and their moments into the state."""
+    m_state = (tl.arange(0, 4)[:, None] >= 0) & (tl.arange(0, HP)[None, :] < heads)
+    p_state, stride_plane = state_pointers(state, row, state_rows, state_heads, HP)
+    old, old_count, old_bad = read_state(
+        p_state, stride_plane, m_state
+    )  # first: its wait is that of the sums
+    o_h = tl.arange(0, HP)[None, None, :]
+    m_h = o_h < heads
+    plane = chunks * batch * heads
+    o_value = (tl.arange(0, 4)[:, None, None] % 2) * plane
+    moments = no_moments(HP)
+    for i_b in range(0, batch, BB):
+        o_b = i_b + tl.arange(0, BB)[None, :, None]
+        m = (o_b < batch) & m_h
+        values = tl.zeros([4, BB, HP], dtype=tl.float64)
+        count = tl.zeros([1, BB, HP], dtype=tl.float64)
+        for c in range(chunks):
+            p_in = partial + (c * batch + o_b) * heads + o_h
+            values += tl.load(p_in + o_value, mask=m & (o_value >= 0), other=0.0, cache_modifier=".cg")
+            if COUNTED:
+                count += tl.load(p_in + 2 * plane, mask=m, other=0.0, cache_modifier=".cg")
+        if not COUNTED:
+            count += tl.where(m, tokens.to(tl.float64), 0.0)
+        values /= tl.maximum(count, 1.0)
+        moments = merged(moments, sample_moments(values, count > 0, m_h, heads))
+    write_state(p_state, stride_plane, m_state, old, moments, old_count, old_bad)
+
+
 @triton.jit
 def stream_tokens(
     p_x,
     p_blocks,
-    p_columns,
     p_scale,
     partial,
     norms,
@@ -342,7 +382,6 @@ def stream_tokens(
     BT: tl.constexpr,
     PASSES: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
-    COLUMN_SCALES: tl.constexpr,
     TMA: tl.constexpr,
     Z_PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -356,9 +395,6 @@ def stream_tokens(
     lows = ()
     if PASSES == 2 and not SIDE_BY_SIDE:
         lows = low_triangle(p_blocks, PIECES, COUNT, UPCAST)
-    scales = ()
-    if COLUMN_SCALES:
-        scales = column_scales(p_columns, PIECES, COUNT)
     head_scale = tl.load(p_scale)
     PER16: tl.constexpr = 128 // p_x.dtype.element_ty.primitive_bitwidth
     stride_xs = stride_xs16.to(tl.int64) * PER16
@@ -377,8 +413,8 @@ def stream_tokens(
             token = tl.zeros_like(row) + (seq - 1)
             m_b = m_b & (seq > skip_first)
         n_z, n_c = tile_norms(
-            (p_x + i_h * HEAD_DIM + (row * stride_xb16 + token * stride_xs16) * PER16,), blocks, lows, scales, head_scale,
-            HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, COLUMN_SCALES, False, Z_PARTS, UPCAST,
+            (p_x + i_h * HEAD_DIM + (row * stride_xb16 + token * stride_xs16) * PER16,), blocks, lows, head_scale,
+            HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, False, Z_PARTS, UPCAST,
         )  # fmt: skip
         if token_scale is not None:
             n_c *= tl.load(token_scale + row * seq + token)
@@ -427,8 +463,8 @@ def stream_tokens(
                 o_s = t_start.to(tl.int64) * stride_xs16.to(tl.int64)
                 source = (p_x + (o_b + o_s) * PER16 + o_rows,)
             n_z, n_c = tile_norms(
-                source, blocks, lows, scales, head_scale,
-                HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, COLUMN_SCALES, TMA, Z_PARTS, UPCAST,
+                source, blocks, lows, head_scale,
+                HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, TMA, Z_PARTS, UPCAST,
             )  # fmt: skip
             if token_scale is not None:
                 n_c *= tl.load(token_scale + place + o_t, mask=real, other=0.0)
@@ -501,14 +537,12 @@ def head_stats_kernel(
     PIECES: tl.constexpr,
     COUNT: tl.constexpr,
     BLOCKS: tl.constexpr,  # elements in the blocks of one pass
-    COLUMNS: tl.constexpr,  # sum of PIECES
     BT: tl.constexpr,
     HP: tl.constexpr,  # heads, padded to a power of two
     BB: tl.constexpr,  # rows of the batch in a block of the merge
     FAST: tl.constexpr,  # one pass for the heads whose flag is unset
     Z_PARTS: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,  # both parts of L in one product
-    COLUMN_SCALES: tl.constexpr,
     TMA: tl.constexpr,  # x by bulk copies; its rows lie evenly spaced
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
@@ -527,10 +561,9 @@ def head_stats_kernel(
     p_ticket = p_factor.to(tl.pointer_type(tl.int32))
     p_scale = (p_factor + TICKET_BYTES).to(tl.pointer_type(tl.float32))
     p_flag = (p_factor + TICKET_BYTES + heads * 4).to(tl.pointer_type(tl.int32))
-    p_columns = (p_factor + TICKET_BYTES + tl.cdiv(heads * 8, 128) * 128).to(tl.pointer_type(tl.float32))
     WEIGHT: tl.constexpr = tl.bfloat16 if Z_PARTS == 3 else DTYPE
-    p_blocks = (p_columns + heads * COLUMNS).to(tl.pointer_type(WEIGHT)) + i_h.to(tl.int64) * (2 * BLOCKS)
-    p_columns += i_h * COLUMNS
+    p_blocks = (p_factor + TICKET_BYTES + tl.cdiv(heads * 8, 128) * 128).to(tl.pointer_type(WEIGHT))
+    p_blocks += i_h.to(tl.int64) * (2 * BLOCKS)
 
     if MODE == TOKEN:
         norms += i_l.to(tl.int64) * 2 * heads * batch * seq
@@ -541,44 +574,27 @@ def head_stats_kernel(
         one_pass = tl.load(p_flag + i_h) == 0
     if one_pass:
         stream_tokens(
-            p_x, p_blocks, p_columns, p_scale + i_h, partial, norms, valid, last_index, token_scale,
+            p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
             i_h, i_c, i_r,
-            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, False, COLUMN_SCALES, TMA, Z_PARTS, UPCAST, STAGES,
+            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, False, TMA, Z_PARTS, UPCAST, STAGES,
         )  # fmt: skip
     else:
         stream_tokens(
-            p_x, p_blocks, p_columns, p_scale + i_h, partial, norms, valid, last_index, token_scale,
+            p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
             i_h, i_c, i_r,
-            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, SIDE_BY_SIDE, COLUMN_SCALES, TMA, Z_PARTS, UPCAST, EXACT_STAGES,
+            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, SIDE_BY_SIDE, TMA, Z_PARTS, UPCAST, EXACT_STAGES,
         )  # fmt: skip
 
     if MODE != TOKEN:
         if arrived_last(p_ticket, tl.num_programs(0)):
-            o_h = tl.arange(0, HP)[None, None, :]
-            m_h = o_h < heads
-            plane = chunks * batch * heads
-            o_value = (tl.arange(0, 4)[:, None, None] % 2) * plane
-            moments = no_moments(HP)
-            for i_b in range(0, batch, BB):
-                o_b = i_b + tl.arange(0, BB)[None, :, None]
-                m = (o_b < batch) & m_h
-                values = tl.zeros([4, BB, HP], dtype=tl.float64)
-                count = tl.zeros([1, BB, HP], dtype=tl.float64)
-                for c in tl.range(chunks, loop_unroll_factor=4):
-                    p_in = partial + (c * batch + o_b) * heads + o_h
-                    values += tl.load(
-                        p_in + o_value, mask=m & (o_value >= 0), other=0.0, cache_modifier=".cg"
-                    )
-                    if MODE == LAST or valid is not None:
-                        count += tl.load(p_in + 2 * plane, mask=m, other=0.0, cache_modifier=".cg")
-                if MODE == ALL and valid is None:
-                    count += tl.where(m, tl.maximum(seq - skip_first, 0).to(tl.float64), 0.0)
-                values /= tl.maximum(count, 1.0)
-                moments = merged(moments, sample_moments(values, count > 0, m_h, heads))
             row = entry(row_table, i_l, SIZE) // SLOT
-            commit(moments, state, row, heads, state_rows, state_heads, HP)
+            COUNTED: tl.constexpr = MODE == LAST or valid is not None
+            merge_samples(
+                partial, state, row, batch, heads, chunks, tl.maximum(seq - skip_first, 0),
+                state_rows, state_heads, COUNTED, HP, BB,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "seq", "heads", "state_rows", "state_heads", "skip_first"])
@@ -643,4 +659,7 @@ def token_moments_kernel(
             )
             moments = merged(moments, parts)
         row = entry(row_table, i_l, SIZE) // SLOT
-        commit(moments, state, row, heads, state_rows, state_heads, HP)
+        m_state = (tl.arange(0, 4)[:, None] >= 0) & (tl.arange(0, HP)[None, :] < heads)
+        p_state, stride_plane = state_pointers(state, row, state_rows, state_heads, HP)
+        old, old_count, old_bad = read_state(p_state, stride_plane, m_state)
+        write_state(p_state, stride_plane, m_state, old, moments, old_count, old_bad)

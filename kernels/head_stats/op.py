@@ -24,8 +24,8 @@ def head_stats(
     """Merge the samples of a group of layers into `state`, in place, without waiting for the GPU.
 
     Args:
-        inputs: x `[batch, seq, heads * head_dim]` of each layer; one shape, dtype (bfloat16, float16, float32) and device. Rows may
-            be slices of wider ones; what 16-byte loads cannot read is copied.
+        inputs: x `[batch, seq, heads * head_dim]` of each layer; one shape, dtype (bfloat16, float16, float32) and device.
+            Rows may be slices of wider ones; what 16-byte loads cannot read is copied.
         factors: from `prepare`, one an input.
         state: float64 `[6, 4, rows, max_heads]`, the buffer of `fastheads.moments.RunningMoments`.
         rows: the row of the state of each input, all different.
