@@ -54,9 +54,12 @@ def gate(head_dim: int, precision: str) -> dict[str, float]:
     gpu_double = partial(torch.randn, dtype=torch.float64, device="cuda")
     u = torch.linalg.qr(gpu_double(heads, HIDDEN, head_dim))[0]
     v = torch.linalg.qr(gpu_double(heads, head_dim, head_dim))[0]
-    ill = (u * torch.logspace(0, -4, head_dim, dtype=torch.float64, device="cuda")) @ v.mT
+    # As the weights of a bfloat16 model, whose rounding leaves a condition of some thousands.
+    ill = (
+        ((u * torch.logspace(0, -4, head_dim, dtype=torch.float64, device="cuda")) @ v.mT).bfloat16().double()
+    )
     random, _ = random_factor(heads, head_dim)
-    along_weakest = gpu_double(heads, 8192, 16) @ v.mT[:, -16:]
+    along_weakest = gpu_double(heads, 8192, 16) @ torch.linalg.eigh(ill.mT @ ill)[1].mT[:, :16]
     any_tokens = torch.randn(1, 8192, heads * head_dim, device="cuda", dtype=torch.bfloat16)
     weak_tokens = along_weakest.transpose(0, 1).flatten(1).bfloat16()[None]
     for name, w, x in (

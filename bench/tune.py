@@ -44,9 +44,17 @@ def candidates(head_dim: int, precision: str) -> Iterator[Config]:
     """Launch parameters worth trying; those that do not compile drop out."""
     widths = {64: (64, 32), 96: (32, 64), 256: (64, 128)}.get(head_dim, (64,))
     exact = precision == "exact"
-    shapes: tuple[tuple[int, int, int], ...] = ((128, 8, 128), (64, 4, 168), (64, 4, 128), (128, 4, 255))
+    shapes: tuple[tuple[int, int, int], ...] = (
+        (128, 8, 128),
+        (64, 4, 168),
+        (64, 4, 128),
+        (128, 4, 255),
+        (128, 4, 168),
+    )
     if head_dim > 128:
-        shapes = ((64, 8, 128), (64, 4, 255), (128, 8, 255))
+        shapes = ((64, 8, 128), (64, 8, 255), (64, 4, 255), (128, 8, 255))
+    elif head_dim == 64:
+        shapes = ((128, 8, 128), (64, 4, 128), (64, 4, 96), (128, 4, 168), (128, 4, 128))
     for width in widths:
         for block_tokens, num_warps, registers in shapes:
             for stages in (2, 3) if head_dim > 128 else (3, 4):

@@ -16,7 +16,8 @@ SLOT = tl.constexpr(
     16
 )  # factors and rows travel as multiples of 16: one specialisation, whatever their values
 
-NOINLINE = False
+# A function of its own: inlined, its registers make the loop over tokens spill.
+NOINLINE = True
 
 ALL = tl.constexpr(0)
 LAST = tl.constexpr(1)
@@ -375,6 +376,7 @@ def stream_tokens(
     i_c,
     i_r,
     MODE: tl.constexpr,
+    MASKED: tl.constexpr,  # some token of a tile may not be real
     HEAD_DIM: tl.constexpr,
     PIECES: tl.constexpr,
     COUNT: tl.constexpr,
@@ -478,8 +480,11 @@ def stream_tokens(
                 if valid is not None:
                     real = real & (tl.load(valid + place + o_t, mask=real, other=0) != 0)
                     count += real.to(tl.int32)
-                sum_z += tl.where(real, n_z, 0.0)
-                sum_c += tl.where(real, n_c, 0.0)
+                if MASKED:
+                    n_z = tl.where(real, n_z, 0.0)
+                    n_c = tl.where(real, n_c, 0.0)
+                sum_z += n_z
+                sum_c += n_c
                 if last_tile:
                     p_out = partial + (i_c * batch + i_b) * heads + i_h
                     tl.store(p_out, tl.sum(sum_z.to(tl.float64), axis=0))
@@ -533,6 +538,7 @@ def head_stats_kernel(
     DTYPE: tl.constexpr,
     SIZE: tl.constexpr,  # entries in the tables
     MODE: tl.constexpr,
+    MASKED: tl.constexpr,  # some token of a tile may not be real
     HEAD_DIM: tl.constexpr,
     PIECES: tl.constexpr,
     COUNT: tl.constexpr,
@@ -577,14 +583,14 @@ def head_stats_kernel(
             p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
             i_h, i_c, i_r,
-            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, False, TMA, Z_PARTS, UPCAST, STAGES,
+            MODE, MASKED, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, False, TMA, Z_PARTS, UPCAST, STAGES,
         )  # fmt: skip
     else:
         stream_tokens(
             p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
             i_h, i_c, i_r,
-            MODE, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, SIDE_BY_SIDE, TMA, Z_PARTS, UPCAST, EXACT_STAGES,
+            MODE, MASKED, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, SIDE_BY_SIDE, TMA, Z_PARTS, UPCAST, EXACT_STAGES,
         )  # fmt: skip
 
     if MODE != TOKEN:

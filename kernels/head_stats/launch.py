@@ -252,11 +252,11 @@ def _launch_one(
     _, _, multiprocessors = _device(state.device)
     config = _sized(factor.config, batch if token_agg == "last" else seq)
     if token_agg == "last":
-        tiles_per_program, rows_per_program, chunks = 1, config.block_tokens, 1
+        tiles_per_program, rows_per_program, chunks = 1, config.block_tokens, 1  # a tile is rows of the batch
     else:
         tiles = triton.cdiv(seq, config.block_tokens)
-        slots = multiprocessors * programs_at_once(config, factor.head_dim, factor.dtype, factor.precision)
-        tiles_per_program, rows_per_program = _split(tiles, batch, len(xs) * heads, slots)
+        at_once = multiprocessors * programs_at_once(config, factor.head_dim, factor.dtype, factor.precision)
+        tiles_per_program, rows_per_program = _split(tiles, batch, len(xs) * heads, at_once)
         chunks = triton.cdiv(tiles, tiles_per_program)
     partial = None
     if token_agg != "token":
@@ -294,6 +294,7 @@ def _launch_one(
         DTYPE=_TL_DTYPE[xs[0].dtype],
         SIZE=size,
         MODE=TOKEN_AGGS[token_agg],
+        MASKED=valid is not None or skip_first > 0 or seq % config.block_tokens > 0,
         HEAD_DIM=factor.head_dim,
         PIECES=pieces,
         COUNT=len(pieces),
