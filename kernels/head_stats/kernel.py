@@ -238,12 +238,13 @@ def merged(a, b):
 
 
 @triton.jit
-def sample_moments(values, present, m_heads, heads):
+def sample_moments(values, present, m_heads, per_head):
     """Moments of the four metrics over samples, from float64 values [4, samples, HP].
 
-    The metrics are |z|, |W z|, and each over its mean over the layer's heads: values holds the first two twice.
+    The metrics are |z|, |W z|, and each over its mean over the layer's heads: values holds the first two twice;
+    per_head is 1 / heads.
     """
-    mean = (tl.sum(tl.where(m_heads, values, 0.0), axis=2) / heads)[:, :, None]
+    mean = (tl.sum(tl.where(m_heads, values, 0.0), axis=2) * per_head)[:, :, None]
     # A mean of norms is 0 where all are, and 0/0 is NaN; NaN in one head is NaN in the layer's mean.
     relative = tl.where(mean == 0, float("nan"), values / tl.where(mean == 0, 1.0, mean))
     values = tl.where(tl.arange(0, 4)[:, None, None] >= 2, relative, values)
@@ -335,6 +336,9 @@ def merge_samples(
     m_h = o_h < heads
     plane = chunks * batch * heads
     o_value = (tl.arange(0, 4)[:, None, None] % 2) * plane
+    # Divisions in float64 are long: those by one number are done once.
+    per_head = 1.0 / heads.to(tl.float64)
+    per_token = 1.0 / tl.maximum(tokens, 1).to(tl.float64)
     moments = no_moments(HP)
     for i_b in range(0, batch, BB):
         o_b = i_b + tl.arange(0, BB)[None, :, None]
@@ -346,10 +350,12 @@ def merge_samples(
             values += tl.load(p_in + o_value, mask=m & (o_value >= 0), other=0.0, cache_modifier=".cg")
             if COUNTED:
                 count += tl.load(p_in + 2 * plane, mask=m, other=0.0, cache_modifier=".cg")
-        if not COUNTED:
+        if COUNTED:
+            values /= tl.maximum(count, 1.0)
+        else:
             count += tl.where(m, tokens.to(tl.float64), 0.0)
-        values /= tl.maximum(count, 1.0)
-        moments = merged(moments, sample_moments(values, count > 0, m_h, heads))
+            values *= per_token
+        moments = merged(moments, sample_moments(values, count > 0, m_h, per_head))
     write_state(p_state, stride_plane, m_state, old, moments, old_count, old_bad)
 
 
@@ -632,6 +638,7 @@ def token_moments_kernel(
     norms += i_l.to(tl.int64) * 2 * heads * tokens
     partial += i_l.to(tl.int64) * programs * (24 * HP)
     p_norms = norms + (o_metric % 2) * (heads.to(tl.int64) * tokens) + o_h.to(tl.int64) * tokens
+    per_head = 1.0 / heads.to(tl.float64)
     moments = no_moments(HP)
     for i_t in range(i_p * BT, tokens, programs * BT):
         o_t = i_t + tl.arange(0, BT)[None, :, None]
@@ -642,7 +649,7 @@ def token_moments_kernel(
         else:
             real = real & (o_t % seq >= skip_first)
         values = tl.load(p_norms + o_t, mask=m, other=0.0).to(tl.float64)
-        moments = merged(moments, sample_moments(values, real, m_h, heads))
+        moments = merged(moments, sample_moments(values, real, m_h, per_head))
     o_partial = o_metric * (6 * HP) + o_h
     p_out = partial + i_p * (24 * HP) + (tl.arange(0, 4)[:, None] * 6) * HP + tl.arange(0, HP)[None, :]
     for plane in tl.static_range(6):
