@@ -16,11 +16,10 @@ from pathlib import Path
 
 import torch
 import triton
-from torch import Tensor
-from tune import HIDDEN, SEQ, graph_ms, new_state, random_factor, read_ceiling, true_means
-
 from fastheads.kernels import KernelFactor, head_stats, prepare
 from fastheads.kernels import launch as launcher
+from torch import Tensor
+from tune import HIDDEN, SEQ, graph_ms, new_state, random_factor, read_ceiling, true_means
 
 MEAN = 2  # plane of the state
 # head_dim, heads, batch of 4096 tokens; least percent of the ceiling for fast and exact (256: of the binding roof)

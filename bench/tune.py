@@ -18,10 +18,9 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastheads.kernels import Config, KernelFactor, factor, head_stats, prepare
 from fastheads.kernels.config import shared_bytes
+from torch import Tensor
 
 TABLE = Path(__file__).resolve().parents[1] / "kernels" / "head_stats" / "tuned.json"
 # heads and rows of 4096 tokens that make x larger than 300 MB, far beyond any L2
