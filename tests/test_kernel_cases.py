@@ -440,6 +440,37 @@ def test_works_under_inference_mode() -> None:
     check(state, 0, true_samples(true_norms(x, weights), all_real(x), "all"), tolerance)
 
 
+@pytest.mark.slow
+def test_a_thousand_batches() -> None:
+    """Errors do not add up: the moments after many batches are as good as after one."""
+    _, weights, factor, tolerance = case("all", heads=2, head_dim=16)
+    state = new_state(1, 2)
+    samples = []
+    for _ in range(100 if INTERPRETED else 1000):
+        x = torch.randn(2, 5, 32).to(DEVICE, torch.bfloat16)
+        head_stats([x], [factor], state, [0], token_agg="all")
+        samples.append(true_samples(true_norms(x, weights), all_real(x), "all"))
+    check(state, 0, torch.cat(samples), tolerance)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="5 GB")
+def test_more_than_2_to_the_31_elements() -> None:
+    torch.manual_seed(0)
+    weights = random_weights(32, 128, 512, torch.bfloat16)
+    factor = factor_of(weights, torch.bfloat16)
+    x = torch.zeros(9, 65536, 4096, dtype=torch.bfloat16, device=DEVICE)
+    assert x.numel() > 2**31
+    x[-1, -50:] = torch.randn(50, 4096, device=DEVICE).bfloat16()
+    valid = torch.zeros(x.shape[:2], dtype=torch.bool, device=DEVICE)
+    valid[-1, -50:] = True
+    expected = true_norms(x[-1:, -50:], weights)
+    for token_agg in AGGS:
+        state = new_state(1, 32)
+        last = torch.tensor([-1] * 8 + [65535], device=DEVICE)
+        head_stats([x], [factor], state, [0], token_agg=token_agg, valid=valid, last=last)
+        check(state, 0, true_samples(expected, valid[-1:, -50:], token_agg), EXACT)
+
+
 def test_the_workspace_of_token_mode_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of rows, and of parts of rows, give the moments of one window."""
     for tokens in (7, 40):
