@@ -319,6 +319,8 @@ def merge_samples(
     batch,
     heads,
     chunks,
+    tiles,
+    tiles_per_program,
     tokens,
     state_rows,
     state_heads,
@@ -345,11 +347,16 @@ def merge_samples(
         m = (o_b < batch) & m_h
         values = tl.zeros([4, BB, HP], dtype=tl.float64)
         count = tl.zeros([1, BB, HP], dtype=tl.float64)
+        first = o_b * tiles // tiles_per_program
+        spans = (
+            o_b * tiles + tiles - 1
+        ) // tiles_per_program - first  # programs beyond the first, of each row
         for c in range(chunks):
             p_in = partial + (c * batch + o_b) * heads + o_h
-            values += tl.load(p_in + o_value, mask=m & (o_value >= 0), other=0.0, cache_modifier=".cg")
+            there = m & (c <= spans)
+            values += tl.load(p_in + o_value, mask=there & (o_value >= 0), other=0.0, cache_modifier=".cg")
             if COUNTED:
-                count += tl.load(p_in + 2 * plane, mask=m, other=0.0, cache_modifier=".cg")
+                count += tl.load(p_in + 2 * plane, mask=there, other=0.0, cache_modifier=".cg")
         if COUNTED:
             values /= tl.maximum(count, 1.0)
         else:
@@ -376,11 +383,9 @@ def stream_tokens(
     heads,
     skip_first,
     tiles_per_program,
-    rows_per_program,
     chunks,
     i_h,
-    i_c,
-    i_r,
+    i_p,
     MODE: tl.constexpr,
     MASKED: tl.constexpr,  # some token of a tile may not be real
     HEAD_DIM: tl.constexpr,
@@ -410,7 +415,7 @@ def stream_tokens(
     o_t = tl.arange(0, BT)
     if MODE == LAST:
         # A tile is BT rows of the batch at their last real tokens.
-        o_b = i_r * BT + o_t
+        o_b = i_p * BT + o_t
         m_b = o_b < batch
         row = tl.minimum(o_b, batch - 1).to(tl.int64)
         if last_index is not None:
@@ -431,8 +436,10 @@ def stream_tokens(
         tl.store(p_out + plane, n_c.to(tl.float64), mask=o_b < batch)
         tl.store(p_out + 2 * plane, m_b.to(tl.float64), mask=o_b < batch)
     else:
-        tiles = tl.minimum(tiles_per_program, tl.cdiv(seq, BT) - i_c * tiles_per_program)
-        rows = tl.minimum(rows_per_program, batch - i_r * rows_per_program)
+        # The tiles of all rows of the batch in one line: this program takes a stretch of it.
+        tiles = tl.cdiv(seq, BT)
+        first = i_p * tiles_per_program
+        steps = tl.minimum(tiles_per_program, batch * tiles - first)
         sum_z = tl.zeros([BT], dtype=tl.float32)
         sum_c = tl.zeros([BT], dtype=tl.float32)
         count = tl.zeros([BT], dtype=tl.int32)
@@ -453,11 +460,11 @@ def stream_tokens(
                 )
         # Beyond a short sequence the tile repeats its last token: no mask on the loads, and selected away below.
         o_rows = tl.minimum(o_t, seq - 1).to(tl.int64) * stride_xs + i_h * HEAD_DIM
-        i_b = i_r * rows_per_program
-        i_t = i_b - i_b  # 0, of the type that the loop carries
+        i_b = first // tiles
+        i_t = first - i_b * tiles
         # Instructions bind this loop as much as memory does: what is one number for the tile stays one number.
-        for _ in tl.range(0, rows * tiles, num_stages=STAGES):
-            t_first = (i_c * tiles_per_program + i_t) * BT
+        for step in tl.range(0, steps, num_stages=STAGES):
+            t_first = i_t * BT
             # The last tile of a row starts early, to end with it; tokens of the tile before are selected away.
             t_start = tl.maximum(tl.minimum(t_first, seq - BT), 0)
             t_real = tl.maximum(t_first, skip_first)
@@ -491,7 +498,9 @@ def stream_tokens(
                     n_c = tl.where(real, n_c, 0.0)
                 sum_z += n_z
                 sum_c += n_c
-                if last_tile:
+                if last_tile | (step == steps - 1):
+                    # A row that spans programs has one chunk of partial sums from each.
+                    i_c = i_p - i_b * tiles // tiles_per_program
                     p_out = partial + (i_c * batch + i_b) * heads + i_h
                     tl.store(p_out, tl.sum(sum_z.to(tl.float64), axis=0))
                     tl.store(p_out + plane, tl.sum(sum_c.to(tl.float64), axis=0))
@@ -516,7 +525,6 @@ def stream_tokens(
         "state_heads",
         "skip_first",
         "tiles_per_program",
-        "rows_per_program",
         "chunks",
     ]
 )
@@ -539,7 +547,6 @@ def head_stats_kernel(
     state_heads,
     skip_first,
     tiles_per_program,
-    rows_per_program,
     chunks,
     DTYPE: tl.constexpr,
     SIZE: tl.constexpr,  # entries in the tables
@@ -560,11 +567,10 @@ def head_stats_kernel(
     STAGES: tl.constexpr,
     EXACT_STAGES: tl.constexpr,
 ):
-    """One launch for a group of layers. Grid: (heads fastest, then chunks of tokens, then rows; layers)."""
+    """One launch for a group of layers. Grid: (heads fastest, then stretches of the tokens; layers)."""
     i_l = tl.program_id(1)
     i_h = tl.program_id(0) % heads
-    i_c = tl.program_id(0) // heads % chunks
-    i_r = tl.program_id(0) // heads // chunks
+    i_p = tl.program_id(0) // heads
 
     # Every address is a multiple of 16 bytes: the launcher sees to it, and 16-byte loads depend on it.
     p_x = tl.multiple_of(entry(x_table, i_l, SIZE).to(tl.pointer_type(DTYPE)), 16)
@@ -587,15 +593,15 @@ def head_stats_kernel(
     if one_pass:
         stream_tokens(
             p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
-            stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
-            i_h, i_c, i_r,
+            stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, chunks,
+            i_h, i_p,
             MODE, MASKED, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, False, TMA, Z_PARTS, UPCAST, STAGES,
         )  # fmt: skip
     else:
         stream_tokens(
             p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
-            stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, rows_per_program, chunks,
-            i_h, i_c, i_r,
+            stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, chunks,
+            i_h, i_p,
             MODE, MASKED, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, SIDE_BY_SIDE, TMA, Z_PARTS, UPCAST, EXACT_STAGES,
         )  # fmt: skip
 
@@ -604,8 +610,8 @@ def head_stats_kernel(
             row = entry(row_table, i_l, SIZE) // SLOT
             COUNTED: tl.constexpr = MODE == LAST or valid is not None
             merge_samples(
-                partial, state, row, batch, heads, chunks, tl.maximum(seq - skip_first, 0),
-                state_rows, state_heads, COUNTED, HP, BB,
+                partial, state, row, batch, heads, chunks, tl.cdiv(seq, BT) if MODE == ALL else tiles_per_program,
+                tiles_per_program, tl.maximum(seq - skip_first, 0), state_rows, state_heads, COUNTED, HP, BB,
             )  # fmt: skip
 
 

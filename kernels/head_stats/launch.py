@@ -29,8 +29,8 @@ _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 _TABLE_SIZES = (1, 8, 32)
 # The norms of token mode between its two kernels: small enough to stay in the L2 of a data-centre GPU.
 _WORKSPACE_BYTES = 32 << 20
-# Tiles that one program takes at most: it adds up their norms in float32.
-_MOST_TILES = 64
+# Tiles that one program takes at most: it adds up the norms of a row in float32.
+_MOST_TILES = 256
 # float64 values in a block of the merge: few a thread, or the merge sets the registers of the kernel.
 _MERGE_ELEMENTS = 256
 _TOKEN_PROGRAMS = 64
@@ -252,12 +252,13 @@ def _launch_one(
     _, _, multiprocessors = _device(state.device)
     config = _sized(factor.config, batch if token_agg == "last" else seq)
     if token_agg == "last":
-        tiles_per_program, rows_per_program, chunks = 1, config.block_tokens, 1  # a tile is rows of the batch
+        programs, tiles_per_program, chunks = triton.cdiv(batch, config.block_tokens), 1, 1
     else:
         tiles = triton.cdiv(seq, config.block_tokens)
         at_once = multiprocessors * programs_at_once(config, factor.head_dim, factor.dtype, factor.precision)
-        tiles_per_program, rows_per_program = _split(tiles, batch, len(xs) * heads, at_once)
-        chunks = triton.cdiv(tiles, tiles_per_program)
+        tiles_per_program = _share(batch * tiles, len(xs) * heads, at_once)
+        programs = triton.cdiv(batch * tiles, tiles_per_program)
+        chunks = _most_programs(tiles, tiles_per_program)
     partial = None
     if token_agg != "token":
         partial = torch.empty(len(xs) * 3 * chunks * batch * heads, dtype=torch.float64, device=state.device)
@@ -268,7 +269,7 @@ def _launch_one(
     # Bulk copies see x as [batch * seq, width]: evenly spaced rows, and no piece that reaches into the next head.
     even = stride_s > 0 and (batch == 1 or stride_b == seq * stride_s)
     tma = config.tma and token_agg != "last" and even and sum(pieces) == factor.head_dim
-    grid = (heads * chunks * triton.cdiv(batch, rows_per_program), len(xs))
+    grid = (heads * programs, len(xs))
     run = bind(
         kernel.head_stats_kernel[grid],
         addresses,
@@ -289,7 +290,6 @@ def _launch_one(
         state.shape[3],
         skip_first,
         tiles_per_program,
-        rows_per_program,
         chunks,
         DTYPE=_TL_DTYPE[xs[0].dtype],
         SIZE=size,
@@ -335,24 +335,26 @@ def _sized(config: Config, tokens: int) -> Config:
 
 
 @lru_cache(maxsize=1024)
-def _split(tiles: int, batch: int, heads: int, slots: int) -> tuple[int, int]:
-    """Tiles of a row, and rows of the batch, that one program takes; `heads` counts those of all layers.
+def _share(tiles: int, heads: int, at_once: int) -> int:
+    """Tiles that one program takes, of all those of a head; `heads` counts those of all layers of the launch.
 
-    All programs take as long, so the time is that of the rounds in which `slots` of them run; a program starts by reading
-    its factor, which costs about two tiles.
+    All programs take as long, so the time is that of the rounds in which `at_once` of them run; a program starts by reading
+    its factor, which costs about two tiles. Most often one round is best.
     """
-    best = (float("inf"), 1, 1)
-    for chunks in range(1, tiles + 1):
-        length = triton.cdiv(tiles, chunks)
-        if length <= _MOST_TILES:
-            rounds = triton.cdiv(heads * batch * triton.cdiv(tiles, length), slots)
-            best = min(best, (rounds * (length + 2.0), length, 1))
-            if length < 4:
-                break
-    for rows in range(2, min(batch, _MOST_TILES // tiles) + 1):
-        rounds = triton.cdiv(heads * triton.cdiv(batch, rows), slots)
-        best = min(best, (rounds * (rows * tiles + 2.0), tiles, rows))
-    return best[1], best[2]
+    fewest = triton.cdiv(heads, at_once)
+    best = (float("inf"), 1)
+    for rounds in range(fewest, fewest + 16):
+        share = triton.cdiv(tiles, max(1, min(tiles, rounds * at_once // heads)))
+        if share <= _MOST_TILES or rounds == fewest + 15:
+            best = min(best, (rounds * (share + 2.0), min(share, _MOST_TILES)))
+    return best[1]
+
+
+def _most_programs(tiles: int, share: int) -> int:
+    """Programs that at most take part in one row of `tiles` tiles."""
+    if share % tiles == 0:
+        return 1
+    return tiles // share if tiles % share == 0 else triton.cdiv(tiles - 1, share) + 1
 
 
 def _launch_tokens(
