@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastheads.factors import SiteFactor
+from fastheads.factors import SiteFactor, StaleFactorError
 from fastheads.metrics import ContributionNorms, einsum_norms, factored_norms, loop_norms, samples
 from fastheads.moments import RunningMoments
 from fastheads.numerics import exact_arithmetic
@@ -154,6 +154,22 @@ class Dispatcher:
                 view = bank[place]
                 self.factors[row].keep_dense_in(view)
                 self._places[row] = (bank, place, view)
+
+    def mark_changed(self) -> None:
+        """The weights may have changed without a trace."""
+        for factor in self.factors.values():
+            factor.mark_changed()
+
+    def check_unmoved(self) -> None:
+        """Raises StaleFactorError where a weight changed during a forward."""
+        moved = [
+            factor.site.name for factor in self.factors.values() if factor.moved() and not factor.unmerges
+        ]
+        if moved:
+            raise StaleFactorError(
+                f"the weight of {', '.join(moved)} changed during a forward, which was not counted: "
+                "backend='einsum' reads the weight each time"
+            )
 
     def _choice(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
         key = (device, dtype, head_dim)

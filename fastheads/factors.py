@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastheads.sites import HeadSite
-from fastheads.weights import checksum, dense_weight, hold_key, weight_key
+from fastheads.weights import checksum, dense_weight, hold_key, unmerges_when_run, weight_key
 
 # float64 elements of W to widen at a time: 256 MiB, so that a 405B layer does not need 2 GB at once.
 CHUNK_ELEMENTS = 2**25
@@ -72,12 +72,19 @@ class SiteFactor:
         self._dense = storage
         self._write_dense(self._lower())
 
+    def mark_changed(self) -> None:
+        """The weight may have changed without a trace: `refresh` rebuilds."""
+        self._key = ()
+
+    def moved(self) -> bool:
+        """Whether the weight is known to have changed since the factor was made."""
+        return weight_key(self.site) != self._key
+
     def refresh(self) -> None:
         """Rebuild where the weight is known to have changed; reads no value back."""
-        if weight_key(self.site) != self._key:
-            may_be_stale = self.in_own_graph and self._unverified
+        if self.moved():
             self.rebuild()
-            self._stale = may_be_stale
+            self._stale = self.in_own_graph  # a replay may have come between the change and this forward
 
     def rebuild(self) -> None:
         """Make every form anew of the weight as it is now; forgets that it was stale."""
@@ -97,12 +104,12 @@ class SiteFactor:
     def verify(self) -> bool:
         """Whether the bits of the weight are those that the factor was made from. Waits for the device.
 
-        Where the weight has since been changed the ordinary way there is nothing left to compare with. No forward was measured
-        with it either, unless a CUDA graph was replayed.
+        Where the weight has since been changed the ordinary way there is nothing left to compare with: a change behind autograd's
+        back before that one is not seen. Nor is one that was undone.
         """
-        if self._stale or not self._unverified:
+        if self._stale or not (self._unverified or self.in_graph):
             return not self._stale
-        if weight_key(self.site) != self._key:
+        if self.moved():
             return not self.in_graph
         with torch.no_grad():
             self._unverified = not torch.equal(checksum(dense_weight(self.site)), self._checksum)
@@ -110,6 +117,7 @@ class SiteFactor:
 
     def _note_weight(self, weight: Tensor) -> None:
         with _plain_mode():
+            self.unmerges = unmerges_when_run(self.site)
             self._key, self._held, self._checksum = (
                 weight_key(self.site),
                 hold_key(self.site),

@@ -29,48 +29,66 @@ class Profiled:
 
 
 @dataclass(eq=False)
+class Group:
+    """Inputs of one shape and dtype, of different rows whose heads have one width: what one launch serves."""
+
+    head_dim: int
+    shape: torch.Size
+    dtype: torch.dtype
+    rows: list[int] = field(default_factory=list)
+    inputs: list[Tensor] = field(default_factory=list)
+    versions: list[int | None] = field(default_factory=list)  # of the inputs, when they were kept
+
+    def takes(self, profiled: Profiled, x: Tensor) -> bool:
+        """Whether x belongs here."""
+        return (
+            x.shape == self.shape
+            and x.dtype == self.dtype
+            and profiled.site.head_dim == self.head_dim
+            and profiled.row not in self.rows
+        )
+
+
+@dataclass(eq=False)
 class DeviceQueue:
     """The moments on one device, and the inputs kept there for the launch to come."""
 
     device: torch.device
     moments: CommittedMoments
     budget: int  # bytes; an input that does not fit is not kept
-    kept: list[tuple[Profiled, Tensor, int | None]] = field(default_factory=list)  # input, its version
+    kept: list[Group] = field(default_factory=list)
     kept_bytes: int = 0
     stream: torch.cuda.Stream | None = None  # where the forward under way began
     raw_stream: int = 0
 
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest input worth keeping."""
-        return min(self.budget, CPU_KEEP_BYTES) if self.device.type == "cpu" else self.budget
+    def __post_init__(self) -> None:
+        self.is_cuda = self.device.type == "cuda"
+        # Bytes of the largest input worth keeping.
+        self.largest = min(self.budget, CPU_KEEP_BYTES) if self.device.type == "cpu" else self.budget
 
-    def keep(self, profiled: Profiled, x: Tensor) -> None:
-        """Remember x until `take`. An inference tensor has no version: that it is not changed cannot be checked."""
-        self.kept.append((profiled, x, None if x.is_inference() else x._version))
-        self.kept_bytes += x.numel() * x.element_size()
+    def keep(self, profiled: Profiled, x: Tensor, size: int) -> None:
+        """Remember x, of `size` bytes, until `take`."""
+        for group in self.kept:
+            if group.takes(profiled, x):
+                break
+        else:
+            group = Group(profiled.site.head_dim, x.shape, x.dtype)
+            self.kept.append(group)
+        group.rows.append(profiled.row)
+        group.inputs.append(x)
+        # An inference tensor has no version: that it is not changed cannot be checked.
+        group.versions.append(None if x.is_inference() else x._version)
+        self.kept_bytes += size
 
-    def take(self) -> list[tuple[list[int], list[Tensor]]]:
-        """What was kept, as groups of distinct rows of one shape and dtype, in order; nothing is kept any more.
-
-        Raises RuntimeError where a kept input was changed, or may have been.
-        """
-        kept, self.kept, self.kept_bytes = self.kept, [], 0
-        storages: set[int] = set()
-        for profiled, x, version in kept:
-            storage = x.untyped_storage().data_ptr()
-            if (version is not None and x._version != version) or (storage in storages and x.numel()):
-                what = "overwritten" if storage in storages else "modified in place"
-                raise RuntimeError(
-                    f"the input of {profiled.site.name} was {what} before it was measured: the model reuses its memory. "
-                    "HookManager(..., group_bytes=0) measures each input at once"
-                )
-            storages.add(storage)
-        return grouped([(profiled, x) for profiled, x, _ in kept])
+    def take(self) -> list[Group]:
+        """What was kept; nothing is kept any more. Check each group before its launch (`check_unchanged`)."""
+        kept = self.kept
+        self.kept, self.kept_bytes = [], 0
+        return kept
 
     def follow_stream(self) -> None:
         """A forward begins on the current stream: it goes on with the moments where the one before left them."""
-        if self.device.type != "cuda":
+        if not self.is_cuda:
             return
         current = torch.cuda.current_stream(self.device)
         if (
@@ -83,9 +101,7 @@ class DeviceQueue:
 
     def off_stream(self) -> bool:
         """Whether the current stream is another than the one the forward began on."""
-        return self.device.type == "cuda" and (
-            torch._C._cuda_getCurrentRawStream(self.device.index) != self.raw_stream
-        )
+        return self.is_cuda and torch._C._cuda_getCurrentRawStream(self.device.index) != self.raw_stream
 
     @contextmanager
     def on_its_stream(self) -> Iterator[None]:
@@ -103,17 +119,32 @@ class DeviceQueue:
         self.kept, self.kept_bytes = [], 0
 
 
-def grouped(inputs: list[tuple[Profiled, Tensor]]) -> list[tuple[list[int], list[Tensor]]]:
-    """Groups of distinct rows whose inputs have one shape and dtype and whose heads have one width, in order."""
-    groups: list[tuple[int, list[int], list[Tensor]]] = []
+def check_unchanged(groups: list[Group], names: dict[int, str]) -> None:
+    """Raises RuntimeError where a kept input was changed, or may have been; `names` of the sites, by row."""
+    storages: set[int] = set()
+    for group in groups:
+        for row, x, version in zip(group.rows, group.inputs, group.versions, strict=True):
+            storage = x.untyped_storage().data_ptr()
+            changed = version is not None and x._version != version
+            if changed or (storage in storages and x.numel()):
+                what = "modified in place" if changed else "overwritten"
+                raise RuntimeError(
+                    f"the input of {names[row]} was {what} before it was measured: the model reuses its memory. "
+                    "HookManager(..., group_bytes=0) measures each input at once"
+                )
+            storages.add(storage)
+
+
+def grouped(inputs: list[tuple[Profiled, Tensor]]) -> list[Group]:
+    """The inputs in groups, in order."""
+    groups: list[Group] = []
     for profiled, x in inputs:
-        head_dim = profiled.site.head_dim
-        for group_head_dim, rows, xs in groups:
-            alike = group_head_dim == head_dim and xs[0].dtype == x.dtype and xs[0].shape == x.shape
-            if alike and profiled.row not in rows:
-                rows.append(profiled.row)
-                xs.append(x)
+        for group in groups:
+            if group.takes(profiled, x):
                 break
         else:
-            groups.append((head_dim, [profiled.row], [x]))
-    return [(rows, xs) for _, rows, xs in groups]
+            group = Group(profiled.site.head_dim, x.shape, x.dtype)
+            groups.append(group)
+        group.rows.append(profiled.row)
+        group.inputs.append(x)
+    return groups

@@ -15,15 +15,17 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastheads import operator, retrace
+from fastheads import operator
 from fastheads.dispatch import PRECISIONS, Dispatcher
 from fastheads.factors import StaleFactorError
-from fastheads.grouping import DeviceQueue, Profiled, grouped
+from fastheads.grouping import DeviceQueue, Profiled, check_unchanged, grouped
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS
 from fastheads.moments import CommittedMoments, Moments, RunningMoments
 from fastheads.results import HeadProfile
+from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens
 from fastheads.weights import dense_weight
@@ -84,7 +86,7 @@ class HookManager:
         self.token_agg, self.precision, self.skip_first = token_agg, precision, skip_first
         self.allow_skipped = allow_skipped
         self.sites = find_sites(self.model)
-        self.layers = None if layers is None else sorted(set(layers))
+        self.layers = _checked_layers(layers)
         chosen = _choose(self.sites, self.layers)
         self._dispatcher = Dispatcher(chosen, backend, precision, token_agg)
         self._max_heads = max(site.num_heads for site in self.sites)
@@ -94,6 +96,8 @@ class HookManager:
             Profiled(row, site, self._queue_on(dense_weight(site).device), site.num_heads * site.head_dim)
             for row, site in chosen.items()
         ]
+        self._names = {row: site.name for row, site in chosen.items()}
+        self._places = [_place(self.model, site) for site in chosen.values()]
         self._decoder = decoder_of(self.model)
         self._arguments = DecoderArguments(self._decoder)
         self._running: nn.Module | None = None  # the outermost module of the forward under way
@@ -122,17 +126,30 @@ class HookManager:
 
     def _attach(self) -> None:
         for module in {id(m): m for m in (self.model, self._decoder)}.values():
+            # Functions, not bound methods: a copy of the model would copy the manager with those.
             self._handles += (
-                module.register_forward_pre_hook(self._start, with_kwargs=True),
-                module.register_forward_hook(self._finish),
+                module.register_forward_pre_hook(
+                    lambda *called: self._start(*called),  # noqa: PLW0108
+                    with_kwargs=True,
+                ),
+                module.register_forward_hook(lambda module, _args, _output: self._finish(module)),
                 # Runs after an exception too, where the one above has not closed the forward.
-                module.register_forward_hook(self._abandon, always_call=True),
+                module.register_forward_hook(
+                    lambda module, _args, _output: self._abandon(module), always_call=True
+                ),
             )
+        self._handles.append(RetraceHandle({p.site.name: p.site.module for p in self._profiled}))
+        self._handles.append(register_optimizer_step_post_hook(self._after_optimizer_step))
         for profiled in self._profiled:
             self._handles.append(
                 profiled.site.module.register_forward_pre_hook(self._projection_hook(profiled))
             )
-            self._handles.append(retrace.attach(profiled.site.module))
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Fused optimizers write weights without a trace."""
+        own = {id(parameter) for p in self._profiled for parameter in p.site.module.parameters()}
+        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            self._dispatcher.mark_changed()
 
     def remove(self) -> None:
         """Take every hook off the model. The results stay as they are, also if a CUDA graph that was captured with the hooks is
@@ -168,19 +185,31 @@ class HookManager:
     # ------------------------------------------------------------------ one forward
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._paused:
-            return
         if module is not self.model and module is not self._decoder:
-            raise RuntimeError(
-                "DataParallel's replicas cannot be profiled: use DistributedDataParallel, or the model itself on one device"
-            )
+            if getattr(module, "_is_replica", False):
+                raise RuntimeError(
+                    "DataParallel's replicas cannot be profiled: use DistributedDataParallel, or the model itself on one device"
+                )
+            return  # a copy of the model brought the hooks along
+        if self._paused:
+            self._drop()  # what Ctrl-C left of a forward must not go on in this one
+            return
         if self._running is None or module is self.model or not self._still_running():
-            self._running = module
+            self._running, self._real = module, None
             if not torch.compiler.is_compiling():
                 self._prepare()
             for queue in self._queues.values():
                 queue.moments.begin()
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "a batch with an adapter for each row (adapter_names) has no one weight to measure with"
+            )
         if module is self._decoder:
+            if self._real is not None:
+                raise RuntimeError(
+                    "the decoder was called again after a call that did not end: what that one measured cannot be told apart"
+                )
+            self._traced = []
             self._real = self._arguments.real_tokens(args, kwargs, self.skip_first)
             self._decoder_traced = torch.compiler.is_compiling()
 
@@ -201,6 +230,11 @@ class HookManager:
         self._skipped.clear()
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise RuntimeError("a forward under torch.func transforms (vmap, grad …) cannot be profiled")
+        for modules, name, projection in self._places:
+            if modules.get(name) is not projection:
+                raise RuntimeError(
+                    f"{name} of an attention module was replaced or wrapped while hooks were on it: attach a new HookManager"
+                )
         for queue in self._queues.values():
             queue.discard()
             queue.follow_stream()
@@ -214,14 +248,51 @@ class HookManager:
 
     def _projection_hook(self, profiled: Profiled) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if (
-                self._running is not None
-            ):  # else not within a forward: a checkpoint's recomputation, a layer called alone
-                self._measure(profiled, args[0].detach())
+            if self._running is None or module is not profiled.site.module:
+                return  # not within a forward: a checkpoint's recomputation, a layer called alone, a copy of the model
+            if torch.compiler.is_compiling():
+                self._trace(profiled, args[0].detach(), module)
+            else:
+                self._measure(profiled, args[0])
 
         return pre_hook
 
     def _measure(self, profiled: Profiled, x: Tensor) -> None:
+        self._check_input(profiled, x)
+        if x.requires_grad:
+            x = x.detach()  # what is kept would hold autograd's graph
+        size = x.numel() * x.element_size()
+        if type(x) is not Tensor:
+            raise RuntimeError(
+                f"{profiled.site.name}: an input of type {type(x).__name__} cannot be measured"
+            )
+        self._ran.add(profiled.row)
+        queue = profiled.queue if x.device == profiled.queue.device else self._queue_on(x.device)
+        if self._decoder_traced:  # eager code inside a compiled decoder: nobody launches what is kept here
+            assert self._real is not None
+            self.record_in_graph([profiled.row], [x], self._real.valid, queue.moments.pending.buffer)
+            return
+        if size > queue.largest or queue.off_stream():
+            self._record_at_once(queue, profiled.row, x)
+            return
+        if queue.kept_bytes + size > queue.budget:
+            self._record_kept(queue)
+        queue.keep(profiled, x, size)
+
+    def _record_at_once(self, queue: DeviceQueue, row: int, x: Tensor) -> None:
+        assert self._real is not None  # within a decoder's call
+        with queue.on_its_stream():
+            self._dispatcher.record([row], [x], self._real, queue.moments.pending)
+
+    def _record_kept(self, queue: DeviceQueue) -> None:
+        assert self._real is not None
+        groups = queue.take()
+        check_unchanged(groups, self._names)
+        with queue.on_its_stream():
+            for group in groups:
+                self._dispatcher.record(group.rows, group.inputs, self._real, queue.moments.pending)
+
+    def _check_input(self, profiled: Profiled, x: Tensor) -> None:
         if self._real is None:
             raise RuntimeError(
                 f"{profiled.site.name} ran outside the decoder's own call: its real tokens are not known"
@@ -230,31 +301,17 @@ class HookManager:
             raise RuntimeError(
                 f"{profiled.site.name}: expected an input [batch, seq, {profiled.width}], got {list(x.shape)}"
             )
-        size = x.numel() * x.element_size()
-        if torch.compiler.is_compiling():
-            self._trace(profiled, x, size)
-            return
-        if type(x) is not Tensor:
-            raise RuntimeError(
-                f"{profiled.site.name}: an input of type {type(x).__name__} cannot be measured"
-            )
-        self._ran.add(profiled.row)
-        queue = profiled.queue if x.device == profiled.queue.device else self._queue_on(x.device)
-        if size > queue.largest or queue.off_stream():
-            self._record_groups(queue, [([profiled.row], [x])])
-            return
-        if queue.kept_bytes + size > queue.budget:
-            self._record_groups(queue, queue.take())
-        queue.keep(profiled, x)
 
-    def _record_groups(self, queue: DeviceQueue, groups: list[tuple[list[int], list[Tensor]]]) -> None:
-        assert self._real is not None  # within a decoder's call
-        with queue.on_its_stream():
-            for rows, inputs in groups:
-                self._dispatcher.record(rows, inputs, self._real, queue.moments.pending)
-
-    def _trace(self, profiled: Profiled, x: Tensor, size: int) -> None:
+    def _trace(self, profiled: Profiled, x: Tensor, module: nn.Module) -> None:
         """`_measure` inside a graph. The budget is decided here, once, when the graph is made."""
+        self._check_input(profiled, x)
+        if x.device != profiled.queue.device:
+            raise RuntimeError(
+                "the model was moved to another device after the hooks were attached: attach a new HookManager"
+            )
+        # Guarded: where layers are compiled one by one, each gets a graph of its own.
+        getattr(module, SITE_ATTRIBUTE)
+        size = x.numel() * x.element_size()
         if not self._decoder_traced or size > profiled.queue.largest:
             self._trace_groups([(profiled, x)])
             return
@@ -267,8 +324,10 @@ class HookManager:
         assert self._real is not None  # within a decoder's call
         valid = self._real.valid
         for queue in self._queues.values():
-            for rows, xs in grouped([(p, x) for p, x in inputs if p.queue is queue]):
-                torch.ops.fastheads.record(xs, valid, queue.moments.pending.buffer, rows, self._handle)
+            for group in grouped([(p, x) for p, x in inputs if p.queue is queue]):
+                torch.ops.fastheads.record(
+                    group.inputs, valid, queue.moments.pending.buffer, group.rows, self._handle
+                )
 
     def record_in_graph(
         self, rows: list[int], inputs: list[Tensor], valid: Tensor | None, state: Tensor
@@ -287,7 +346,7 @@ class HookManager:
             self._keep_for_graph()
         self._dispatcher.record(rows, inputs, RealTokens(valid, self.skip_first), RunningMoments.over(state))
 
-    def _finish(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _finish(self, module: nn.Module) -> None:
         if self._running is None:
             return
         if module is self._decoder:
@@ -298,7 +357,7 @@ class HookManager:
             else:
                 for queue in self._queues.values():
                     if queue.kept:
-                        self._record_groups(queue, queue.take())
+                        self._record_kept(queue)
                 if len(self._ran) < len(self._profiled):
                     self._skipped.update({p.row for p in self._profiled} - self._ran - self._in_graphs)
                 self._ran.clear()
@@ -306,20 +365,28 @@ class HookManager:
         if module is self._running:
             self._running = None
             if not torch.compiler.is_compiling():
+                self._dispatcher.check_unmoved()
                 self._missed |= self._skipped
             for queue in self._queues.values():
                 queue.moments.commit()
 
-    def _abandon(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _abandon(self, module: nn.Module) -> None:
         if module is self._running:
-            self._running = self._real = None
-            for queue in self._queues.values():
-                queue.discard()
+            self._drop()
+
+    def _drop(self) -> None:
+        """The forward under way, if there is one, does not count."""
+        self._running = self._real = None
+        self._decoder_traced = False
+        self._traced = []
+        for queue in self._queues.values():
+            queue.discard()
 
     def _queue_on(self, device: torch.device) -> DeviceQueue:
         if device not in self._queues:
             moments = CommittedMoments(len(METRICS), len(self.sites), self._max_heads, device)
             self._queues[device] = DeviceQueue(device, moments, self._group_bytes)
+            self._queues[device].follow_stream()
         return self._queues[device]
 
     def _keep_for_graph(self) -> None:
@@ -339,7 +406,7 @@ class HookManager:
         if stale:
             raise StaleFactorError(
                 f"the weight of {', '.join(stale)} was changed in place behind autograd's back while profiling: what was "
-                "measured since may be wrong. Call reset() after such a change"
+                "measured since may be wrong. Call reset() after such a change, or use backend='einsum', which reads it each time"
             )
         total: Moments | None = None
         for queue in self._queues.values():  # a layer that moved between devices has samples on both
@@ -365,6 +432,7 @@ class HookManager:
         for factor in self._dispatcher.factors.values():
             factor.rebuild()
         self._missed.clear()
+        self._dispatcher.used.clear()
         self._warned = False
 
     def _metadata(self) -> dict[str, Any]:
@@ -405,6 +473,15 @@ class HookManager:
             )
 
 
+def _checked_layers(layers: Iterable[int] | None) -> list[int] | None:
+    if layers is None:
+        return None
+    chosen = list(layers) if isinstance(layers, Iterable) else [None]
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in chosen):
+        raise ValueError(f"layers must be whole numbers in a list, not {layers!r}")
+    return sorted(set(chosen))
+
+
 def _choose(sites: list[HeadSite], layers: list[int] | None) -> dict[int, HeadSite]:
     """The sites to profile, by row."""
     rows = dict(enumerate(sites))
@@ -416,3 +493,9 @@ def _choose(sites: list[HeadSite], layers: list[int] | None) -> dict[int, HeadSi
             f"layers must name some of the layers {min(known)} to {max(known)} that have a site, not {layers}"
         )
     return {row: site for row, site in rows.items() if site.layer in layers}
+
+
+def _place(model: nn.Module, site: HeadSite) -> tuple[dict[str, nn.Module | None], str, nn.Module]:
+    """Where the projection hangs: its owner's children, its name among them, itself."""
+    path, _, name = site.name.rpartition(".")
+    return model.get_submodule(path)._modules, name, site.module

@@ -48,10 +48,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The stack of decoder layers: `model.get_decoder()` where there is one, else the model itself."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else None
-    return decoder if isinstance(decoder, nn.Module) else model
+    """The stack of decoder layers: `get_decoder()` of the model, or of the outermost module in it that has one."""
+    for module in model.modules():
+        get_decoder = getattr(module, "get_decoder", None)
+        decoder = get_decoder() if callable(get_decoder) else None
+        if isinstance(decoder, nn.Module):
+            return decoder
+    return model
 
 
 def find_sites(model: nn.Module) -> list[HeadSite]:
@@ -61,7 +64,8 @@ def find_sites(model: nn.Module) -> list[HeadSite]:
     """
     decoder = decoder_of(model)
     inside = {id(m) for m in decoder.modules()}
-    sites, attention_classes = [], set()
+    sites: list[HeadSite] = []
+    attention_classes, seen = set(), set()
     for path, owner in model.named_modules():
         class_name = type(owner).__name__
         if id(owner) not in inside or not ATTENTION.search(class_name):
@@ -74,6 +78,9 @@ def find_sites(model: nn.Module) -> list[HeadSite]:
             if isinstance(projection, nn.Module) and isinstance(
                 getattr(projection, "in_features", None), int
             ):
+                if id(projection) in seen:
+                    break  # shared between attention modules: one site that fires for each
+                seen.add(id(projection))
                 name = f"{path}.{child}" if path else child
                 sites.append(_site(name, owner, projection))
                 break

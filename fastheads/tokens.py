@@ -5,6 +5,7 @@ A sequence is one row of one call. What cannot be told apart for certain is refu
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,14 @@ class RealTokens:
             if self.skip_first == 0:
                 return None
             return (torch.arange(seq, device=x.device) >= self.skip_first).expand(batch, seq)
-        if self.valid.shape != (batch, seq):
+        valid = self.valid
+        if valid.shape[0] == 1 and batch > 1:
+            valid = valid.expand(batch, -1)  # one mask for all rows
+        if valid.shape != (batch, seq):
             raise ValueError(
-                f"the attention mask speaks of {list(self.valid.shape)} tokens, but an attention output is {[batch, seq]}"
+                f"the attention mask speaks of {list(valid.shape)} tokens, but an attention output is {[batch, seq]}"
             )
-        return self.valid.to(x.device, non_blocking=True)
+        return valid.to(x.device, non_blocking=True)
 
 
 def take_last(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -69,9 +73,10 @@ class DecoderArguments:
         mask, cache = given.get("attention_mask"), given.get("past_key_values")
         if given.get("cu_seq_lens_q") is not None:
             raise ValueError("packed rows (cu_seq_lens_q) are not supported: give one sequence a row")
+        if isinstance(mask, Mapping):  # one for each type of layer; windows hide tokens that are real
+            mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
         if mask is None:
-            _refuse_packed(given.get("position_ids"), cache)
-            return RealTokens(skip_first=skip_first)
+            return _without_mask(given.get("position_ids"), cache, skip_first)
         if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
             form = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
@@ -102,28 +107,41 @@ def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
             f"a 2D attention mask of {keys} columns for {queries} tokens beside a static cache does not say whose they are"
         )
     start = keys - queries
-    if isinstance(past, int) and past <= start:
-        start = past  # a mask may run past the tokens, up to the cache's length
+    if past is None or (isinstance(past, int) and 0 < past <= start):
+        start = (
+            past or 0
+        )  # a mask may run past the tokens. (A cache that says 0 may not know its length: MiniMax's.)
     return mask[:, start : start + queries] != 0
 
 
 def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
     """A 4D mask `[B, 1, S, keys]`: a token is real where it may attend to itself (True, or 0 of an additive mask)."""
-    if mask.shape[-2] != queries or (past is None and mask.shape[-1] != queries):
+    keys = mask.shape[-1]
+    if mask.shape[-2] != queries or keys < queries or (past is None and keys != queries):
         raise ValueError(
             f"a 4D attention mask {list(mask.shape)} does not fit {queries} tokens without a cache"
         )
     query = torch.arange(queries, device=mask.device)
-    key = query + (0 if past is None else past)
-    diagonal = mask[:, 0, query, key]
-    return diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    # The cache of a window holds no more than its length: the call's own keys are then the last.
+    start = torch.as_tensor(0 if past is None else past, device=mask.device).clamp(max=keys - queries)
+    diagonal = mask[:, 0, query, query + start]
+    # An additive mask may hold a bias where it does not forbid.
+    return diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
 
 
-def _refuse_packed(position_ids: Any, cache: Any) -> None:
-    """Positions that start again inside a row mean several sequences. Reads them, as transformers itself does in this case."""
+def _without_mask(position_ids: Any, cache: Any, skip_first: int) -> RealTokens:
+    """All tokens are real; but positions that start again inside a row mean several sequences, which is refused.
+
+    Reads the positions, as transformers itself does in this case. A graph cannot: there packed rows give no samples at all.
+    """
     if cache is not None or not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
-        return
-    if bool((position_ids.diff(dim=1) != 1).any()):
+        return RealTokens(skip_first=skip_first)
+    in_order = (position_ids.diff(dim=1) == 1).all()
+    if torch.compiler.is_compiling() or (position_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        kept = torch.arange(position_ids.shape[1], device=position_ids.device) >= skip_first
+        return RealTokens((in_order & kept).expand(position_ids.shape[0], -1), skip_first)
+    if not bool(in_order):
         raise ValueError(
             "packed rows (position_ids that start again) are not supported: give one sequence a row"
         )
+    return RealTokens(skip_first=skip_first)

@@ -27,8 +27,8 @@ def dense_weight(site: HeadSite) -> Tensor:
     weight, acting = _plain_weight(site, base), _acting_adapters(site)
     if acting and weight.dtype != torch.float64:
         weight = weight.float()  # the layer adds the adapter's output unrounded: so must this
-    for name in acting:
-        weight = weight + module.get_delta_weight(name).to(weight.dtype)  # type: ignore[operator]
+    for name, sign in acting:
+        weight = weight + sign * module.get_delta_weight(name).to(weight.dtype)  # type: ignore[operator]
     return weight
 
 
@@ -50,28 +50,38 @@ def _plain_weight(site: HeadSite, module: nn.Module) -> Tensor:
     return weight.detach()
 
 
-def _acting_adapters(site: HeadSite) -> list[str]:
-    """The names of the LoRA adapters that act beside the base weight (merged ones are inside it)."""
+def _acting_adapters(site: HeadSite) -> list[tuple[str, int]]:
+    """The LoRA adapters that act beside the base weight: added (1), or taken off (-1) where they are merged into it but disabled,
+    for the layer unmerges them as soon as it runs.
+    """
     module: Any = site.module
-    if not hasattr(module, "get_delta_weight") or not hasattr(module, "lora_A"):
+    if not hasattr(module, "lora_A") or not hasattr(module, "lora_dropout"):
         raise UnsupportedWeightError(
             f"{site.name} is a {type(module).__name__}; of adapters only PEFT's LoRA is supported"
         )
+    if not all(isinstance(part, nn.Module) for part in module.lora_A.values()):
+        raise UnsupportedWeightError(f"{site.name}: only plain LoRA is supported, not AdaLoRA")
     if module.disable_adapters:
-        return []
-    acting = [
-        name
-        for name in module.active_adapters
-        if name in module.lora_A and name not in module.merged_adapters
-    ]
+        return [(name, -1) for name in module.merged_adapters]
+    acting = [n for n in module.active_adapters if n in module.lora_A and n not in module.merged_adapters]
     variants = getattr(module, "lora_variant", {})  # DoRA and its like are not base + delta
-    if any(name in variants for name in acting) or any(
-        getattr(module, "lora_bias", {}).get(name) for name in acting
-    ):
-        raise UnsupportedWeightError(
-            f"{site.name}: only plain LoRA is supported, not {sorted(variants) or 'lora_bias'}"
-        )
-    return acting
+    biases = getattr(module, "lora_bias", {})
+    for name in acting:
+        if name in variants or biases.get(name):
+            raise UnsupportedWeightError(
+                f"{site.name}: adapter {name!r} is more than plain LoRA (DoRA, lora_bias …)"
+            )
+        if module.training and getattr(module.lora_dropout[name], "p", 0.0) > 0:
+            raise UnsupportedWeightError(
+                f"{site.name}: adapter {name!r} drops inputs at random in training, so no one weight acts: model.eval()"
+            )
+    return [(name, 1) for name in acting]
+
+
+def unmerges_when_run(site: HeadSite) -> bool:
+    """Whether the layer itself will move its weight: it takes disabled adapters off the weight when it runs."""
+    module: Any = site.module
+    return bool(getattr(module, "disable_adapters", False) and getattr(module, "merged_adapters", ()))
 
 
 def weight_key(site: HeadSite) -> tuple[Any, ...]:
@@ -94,6 +104,7 @@ def weight_key(site: HeadSite) -> tuple[Any, ...]:
     return (
         _tensor_key(base.weight),
         module.disable_adapters,
+        module.training,  # with dropout no one weight acts
         tuple(module.merged_adapters),
         tuple(adapters),
     )

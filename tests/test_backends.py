@@ -223,6 +223,9 @@ def test_an_unusual_input_is_refused():
         (dict(skip_first=-1), "skip_first"),
         (dict(layers=[7]), "layers"),
         (dict(layers=[]), "layers"),
+        (dict(layers=1), "layers must be whole numbers"),
+        (dict(layers=[True]), "layers must be whole numbers"),
+        (dict(group_bytes=-1), "group_bytes"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -191,8 +191,17 @@ def test_a_failed_forward_counts_nothing():
         assert_same(hooks.get_results(), want)
 
 
-def test_gradients_are_the_same_and_the_recomputation_is_not_counted():
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's own, while it traces
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_the_same_and_the_recomputation_is_not_counted(checkpointing):
     model = build().train()
+    if checkpointing:
+        enable = (
+            getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        )
+        enable()
     ids = tokens(2, 6)
 
     def gradients(run):
@@ -206,6 +215,62 @@ def test_gradients_are_the_same_and_the_recomputation_is_not_counted():
         hooked = gradients(compiled)
         assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
     assert all(torch.equal(a, b) for a, b in zip(plain, hooked, strict=True))
+
+
+def assert_counts_like_eager(model, run, want):
+    with torch.no_grad(), fastheads.HookManager(model, "all") as hooks:
+        for batch in calls():
+            run(**batch)
+        assert_same(hooks.get_results(), want)
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2], [1]])
+def test_attention_that_runs_eagerly_inside_a_compiled_decoder(layers):
+    model = build()
+    want = eagerly(model)
+    for n in layers:
+        attention = model.model.layers[n].self_attn
+        attention.forward = torch.compiler.disable(attention.forward)
+    assert_counts_like_eager(model, torch.compile(model, backend="aot_eager"), want)
+    torch._dynamo.reset()
+    model.model.compile(backend="aot_eager")
+    assert_counts_like_eager(model, model, want)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_forward_that_fails_after_a_graph_break_counts_nothing(layer, error):
+    model = build()
+    want = eagerly(model)
+    failing = []
+
+    @torch.compiler.disable
+    def fail(*_):
+        if failing:
+            raise error
+
+    model.model.layers[layer].mlp.register_forward_pre_hook(fail)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad(), fastheads.HookManager(model, "all") as hooks:
+        for batch in calls():
+            failing.append(1)
+            with pytest.raises(error):
+                compiled(**batch)
+            failing.clear()
+            compiled(**batch)
+        assert_same(hooks.get_results(), want)
+
+
+def test_position_ids_without_a_mask():
+    model = build()
+    ids = tokens(2, 6)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), fastheads.HookManager(model, "all") as hooks:
+        compiled(input_ids=ids, position_ids=torch.arange(6).expand(2, 6), use_cache=False)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
+        # packed rows give no samples: a graph cannot raise
+        compiled(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), use_cache=False)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
 
 
 def test_a_changed_weight_is_seen():

@@ -13,6 +13,7 @@ import fastheads
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
 ]
 
 # bfloat16 inputs: the exact kernel's own error per token is 5e-6; the means of float32 norms stay below.
@@ -82,20 +83,32 @@ def test_autocast_and_tf32_change_no_number():
         assert_results(hooks.get_results(), sites, inputs, [MASK.tolist()] * 3, "all", RTOL)
 
 
-def test_no_hook_waits_for_the_gpu():
+@pytest.mark.parametrize("token_agg", ["last", "all", "token"])
+@pytest.mark.parametrize("group_bytes", [0, 64 << 20])
+def test_no_hook_waits_for_the_gpu(monkeypatch, token_agg, group_bytes):
     model = gpu_model()
-    with fastheads.HookManager(model, "all"), torch.no_grad():
-        model(**batches()[0])
-        ids = tokens(3, 6).cuda()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the mode announces itself as a prototype
+    hooks = fastheads.HookManager(model, token_agg, group_bytes=group_bytes)
+    one_forward = batches()[0]
+    with torch.no_grad():
+        model(**one_forward)
+
+        def forbidding(step):
+            def run(*args):
                 torch.cuda.set_sync_debug_mode("error")
-            model.model(input_ids=ids, use_cache=False)
-        finally:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                torch.cuda.set_sync_debug_mode("default")
+                try:
+                    return step(*args)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+
+            return run
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the mode announces itself as a prototype
+            for name in ("_start", "_measure", "_finish"):
+                monkeypatch.setattr(hooks, name, forbidding(getattr(hooks, name)))
+            model(**one_forward)
+    assert (hooks.get_results()["head_output_norm"]["count"] >= 6).all()
+    hooks.remove()
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -151,7 +151,7 @@ def test_the_graph_of_autograd_is_not_held():
         seen = []
         for queue in hooks._queues.values():
             keep = queue.keep
-            queue.keep = lambda p, x, keep=keep: (seen.append(x.requires_grad), keep(p, x))
+            queue.keep = lambda p, x, size, keep=keep: (seen.append(x.requires_grad), keep(p, x, size))
         model(input_ids=ids, labels=ids).loss.backward()
     assert seen == [False] * 3
     assert all(not queue.kept for queue in hooks._queues.values())

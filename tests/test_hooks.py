@@ -1,5 +1,8 @@
 """Attaching, detaching, and the life of one forward."""
 
+import copy
+import gc
+
 import pytest
 import torch
 from oracle import METRICS, assert_results, captured_inputs, equal_results
@@ -167,6 +170,92 @@ def test_the_decoder_called_directly_counts_after_a_forward_that_failed(error):
         handle.remove()
         model.model(tokens(2, 6))
         assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
+
+
+@pytest.mark.parametrize("where", ["model.layers.1.mlp", "lm_head"])
+def test_a_paused_forward_after_ctrl_c_counts_nothing(where):
+    model = build()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with fastheads.HookManager(model) as hooks:
+        handle = model.get_submodule(where).register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            one_forward(model)
+        handle.remove()
+        with hooks.paused():
+            one_forward(model)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
+        one_forward(model)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
+
+
+def test_a_decoder_called_again_after_its_error_was_caught_is_refused():
+    model = build()
+    decoder_forward = model.model.forward
+
+    def forward(input_ids):
+        try:
+            return model.model(input_ids=torch.cat([input_ids, input_ids]), fail=True)
+        except ZeroDivisionError:
+            return model.model(input_ids=input_ids)
+
+    def fail_late(*args, fail=False, **kwargs):
+        output = decoder_forward(*args, **kwargs)
+        return 1 / 0 if fail else output
+
+    model.model.forward, model.forward = fail_late, forward
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        with pytest.raises(RuntimeError, match="did not end"):
+            model(tokens(2, 6))
+        assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
+
+
+def test_a_copy_of_a_model_with_hooks_is_a_model_without():
+    model = build()
+    with fastheads.HookManager(model) as hooks:
+        one_forward(model)
+        twin = copy.deepcopy(model)
+        assert {type(s.module) for s in fastheads.find_sites(twin)} == {torch.nn.Linear}
+        assert torch.equal(one_forward(twin), one_forward(model))
+        with fastheads.HookManager(twin) as own:
+            one_forward(twin)
+            assert (own.get_results()["head_output_norm"]["count"] == 2).all()
+        del twin
+        gc.collect()
+        one_forward(model)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 6).all()
+
+
+def test_a_projection_shared_by_two_layers_is_one_site():
+    model = build()
+    model.model.layers[1].self_attn.o_proj = model.model.layers[0].self_attn.o_proj
+    sites = fastheads.find_sites(model)
+    assert [s.layer for s in sites] == [0, 2]
+    for group_bytes in (0, 1 << 20):
+        with (
+            captured_inputs([s.module for s in sites]) as inputs,
+            fastheads.HookManager(model, "all", group_bytes=group_bytes) as hooks,
+        ):
+            one_forward(model)
+            flat = [[torch.cat(x)] for x in inputs]
+            assert_results(hooks.get_results(), sites, flat, [None], "all", 5e-6)
+
+
+def test_a_projection_that_gets_a_parametrization_keeps_it():
+    from torch.nn.utils import parametrize
+
+    class Double(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = build()
+    o_proj = model.model.layers[0].self_attn.o_proj
+    with fastheads.HookManager(model):
+        parametrize.register_parametrization(o_proj, "weight", Double())
+    assert o_proj.weight.shape == (64, 96)
+    one_forward(model)
 
 
 @managers

@@ -70,7 +70,9 @@ def test_make_knows_the_two_commands():
 def clone(tmp_path_factory):
     """The files of the checkout alone, as a clone has them."""
     folder = tmp_path_factory.mktemp("clone")
-    ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", "*.egg-info", "demo", ".*_cache", "build")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", "__pycache__", "*.egg-info", "demo", ".*_cache", "build"
+    )
     shutil.copytree(ROOT, folder / "fastheads", ignore=ignored)
     yield folder / "fastheads"
     shutil.rmtree(folder)  # gigabytes

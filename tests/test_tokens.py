@@ -158,8 +158,8 @@ def test_what_does_not_tell_the_real_tokens_is_refused():
                 model.model(input_ids=ids, position_ids=packed)
             with pytest.raises(ValueError, match="packed rows .cu_seq_lens_q"):
                 model.model(input_ids=ids, cu_seq_lens_q=cu)
-            with pytest.raises(ValueError, match="2 or 4 dimensions.*got dict"):
-                model.model(input_ids=ids, attention_mask={"full_attention": None})
+            with pytest.raises(ValueError, match="2 or 4 dimensions.*got 3D"):
+                model.model(input_ids=ids, attention_mask=torch.ones(2, 1, 6))
             with pytest.raises(ValueError, match="3 columns for 6 tokens"):
                 model.model(input_ids=ids, attention_mask=torch.ones(2, 3))
             assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
@@ -168,6 +168,103 @@ def test_what_does_not_tell_the_real_tokens_is_refused():
         model.model(input_ids=ids, position_ids=torch.arange(6).expand(2, 6))
         model.model(input_ids=ids, position_ids=packed, attention_mask=torch.ones(2, 6))
         assert (hooks.get_results()["head_output_norm"]["count"] == 4).all()
+
+
+def test_a_bias_in_an_additive_mask_is_no_padding():
+    model = build()
+    sites = fastheads.find_sites(model)
+    ids, mask, positions = padded("right")
+    square = torch.ones(9, 9).tril().bool() & mask[:, None, None, :].bool()
+    additive = torch.where(square, -0.3, torch.finfo(torch.float32).min)
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, "all") as hooks,
+        torch.no_grad(),
+    ):
+        model(input_ids=ids, attention_mask=additive, position_ids=positions)
+        assert_results(hooks.get_results(), sites, inputs, [mask.tolist()], "all", 5e-6)
+
+
+def test_one_mask_for_all_rows():
+    model = build()
+    sites = fastheads.find_sites(model)
+    row = [0, 0, 1, 1, 1, 1]
+    square = (torch.ones(6, 6).tril().bool() & torch.tensor(row).bool())[None, None]
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, "all") as hooks,
+        torch.no_grad(),
+    ):
+        model(input_ids=tokens(3, 6), attention_mask=square)
+        assert_results(hooks.get_results(), sites, inputs, [[row] * 3], "all", 5e-6)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma2", "gpt-oss", "mistral-window"])
+def test_static_caches_of_layers_with_windows(family):
+    """generate() passes a dict with a 4D mask for each type of layer, or the window's alone."""
+    changes = dict(sliding_window=8)
+    model = build(family.removesuffix("-window"), **changes)
+    sites = fastheads.find_sites(model)
+    ids, mask, _ = padded("left")
+    with captured_inputs([s.module for s in sites]) as inputs, fastheads.HookManager(model, "all") as hooks:
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            cache_implementation="static",
+            disable_compile=True,
+        )
+        results = hooks.get_results()
+    assert_results(results, sites, inputs, [mask.tolist()] + [[[1]] * 4] * 3, "all", 5e-6)
+
+
+def test_a_cache_that_does_not_know_its_length():
+    """MiniMax's says 0: in decode the call's columns of the mask are the last all the same."""
+
+    class Ignorant:
+        def get_seq_length(self):
+            return 0
+
+    given = dict(
+        input_ids=tokens(2, 1),
+        attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]),
+        past_key_values=Ignorant(),
+    )
+    real = DecoderArguments(build().model).real_tokens((), given, 0)
+    assert real.valid.tolist() == [[True], [True]]
+
+
+def test_a_mask_longer_than_the_tokens_without_a_cache():
+    """The model itself takes its first columns."""
+    given = dict(input_ids=tokens(1, 3), attention_mask=torch.tensor([[0, 1, 1, 0, 0]]))
+    real = DecoderArguments(build().model).real_tokens((), given, 0)
+    assert real.valid.tolist() == [[False, True, True]]
+
+
+@pytest.mark.parametrize("manager", [fastheads.HookManager, BasicHookManager])
+def test_a_wrapper_without_get_decoder(manager):
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm = build(dtype=torch.float64)
+
+        def forward(self, batch):
+            return self.lm(**batch)
+
+    wrapper = Wrapper()
+    sites = fastheads.find_sites(wrapper)
+    ids, mask, positions = padded("left")
+    batch = dict(input_ids=ids, attention_mask=mask, position_ids=positions)
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        manager(wrapper, "all") as hooks,
+        torch.no_grad(),
+    ):
+        wrapper(batch)
+        wrapper.lm(**batch)
+        assert_results(hooks.get_results(), sites, inputs, [mask.tolist()] * 2, "all", 1e-12)
 
 
 def test_a_mask_of_another_batch_is_refused():

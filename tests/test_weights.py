@@ -1,5 +1,7 @@
 """The factor: exact, also for heads that have no Cholesky factor, and never stale."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -222,6 +224,101 @@ def test_adapters(backend, targets):
         np.testing.assert_allclose(results["mean"][row], values.mean(0), rtol=5e-6)
         np.testing.assert_allclose(results["max"][row], values.amax(0), rtol=5e-6)
         assert (results["count"][row] == 50).all()
+
+
+def lora(model, **options):
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4, target_modules=["o_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **options
+    )
+    return peft.get_peft_model(model, config).eval()
+
+
+def test_wrapping_a_projection_while_hooks_are_on_it_is_an_error():
+    model = build()
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        lora(model)
+        with pytest.raises(RuntimeError, match="o_proj of an attention module was replaced or wrapped"):
+            model(input_ids=tokens(2, 5))
+        assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["factored", "einsum", "loop"])
+def test_adapters_that_are_merged_and_then_disabled(backend):
+    plain = build()
+    weights = [s.module.weight.detach().clone() for s in fastheads.find_sites(plain)]
+    model = lora(plain)
+    model.merge_adapter()
+    sites = fastheads.find_sites(model)
+    with (
+        torch.no_grad(),
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, "all", backend=backend) as hooks,
+        model.disable_adapter(),
+    ):
+        model(input_ids=tokens(2, 5))
+        assert_results(hooks.get_results(), sites, inputs, [None], "all", 2e-5, weights=weights)
+
+
+def test_adapters_without_one_weight_are_refused():
+    model = lora(build(), lora_dropout=0.5)
+    fastheads.HookManager(model).remove()
+    with pytest.raises(fastheads.UnsupportedWeightError, match="drops inputs at random"):
+        fastheads.HookManager(model.train())
+    model.eval()
+    with fastheads.HookManager(model), torch.no_grad():
+        with pytest.raises(ValueError, match="adapter_names"):
+            model(input_ids=tokens(2, 5), adapter_names=["default", "__base__"])
+        with pytest.raises(fastheads.UnsupportedWeightError, match="drops inputs at random"):
+            model.train()(input_ids=tokens(2, 5))
+
+
+@pytest.mark.parametrize("options", [dict(fused=True), dict(foreach=True), dict(foreach=False, fused=False)])
+def test_training_steps(options):
+    """A fused optimizer writes weights without moving their version."""
+    model = build().train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0, **options)
+
+    def step(model):
+        ids = tokens(2, 5, seed=7)
+        with torch.enable_grad(), hooks_off(model):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    assert_right(*profile_around(model, step))
+
+
+@contextmanager
+def hooks_off(model):
+    """The step's own forward is not among those that are compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        for manager in managers_on(model):
+            patch.setattr(manager, "_paused", True)
+        yield
+
+
+def managers_on(model):
+    for hook in model._forward_pre_hooks.values():
+        for cell in hook.__closure__:
+            if isinstance(cell.cell_contents, fastheads.HookManager):
+                yield cell.cell_contents
+
+
+def test_a_weight_that_changes_during_a_forward_is_an_error():
+    model = build()
+    o_proj = model.model.layers[1].self_attn.o_proj
+
+    def change(module, _args):
+        module.weight.mul_(1.5)
+
+    o_proj.register_forward_pre_hook(change)
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        with pytest.raises(fastheads.StaleFactorError, match=r"layers\.1.*during a forward"):
+            model(input_ids=tokens(2, 5))
+        assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
 
 
 def test_what_is_not_plainly_dense_is_refused_by_name():
