@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 def test_the_cases_hold_in_the_interpreter() -> None:
     cases = Path(__file__).with_name("test_kernel_cases.py")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
