@@ -12,9 +12,8 @@ import triton.language as tl
 
 # Byte layout of a factor's buffer; KernelFactor writes it and the kernel reads it.
 TICKET_BYTES = tl.constexpr(128)
-SLOT = tl.constexpr(
-    16
-)  # factors and rows travel as multiples of 16: one specialisation, whatever their values
+# Rows travel as multiples of 16, as addresses are: one compilation, whatever their values.
+SLOT = tl.constexpr(16)
 
 # A function of its own: inlined, its registers make the loop over tokens spill.
 NOINLINE = True
@@ -400,7 +399,7 @@ def stream_tokens(
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One head, a range of rows and of tiles: sums (ALL), samples (LAST) or norms of each token (TOKEN)."""
+    """One head, a stretch of its tokens: sums (ALL), samples (LAST) or norms of each token (TOKEN)."""
     if SIDE_BY_SIDE:
         blocks = triangle(p_blocks, PIECES, COUNT, 2, UPCAST)
     else:
