@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from fastheads.weights import dense_weight
 TORCH_BACKENDS = ("loop", "einsum", "factored")
 BACKENDS = ("auto", *TORCH_BACKENDS, "triton")
 PRECISIONS = ("exact", "fast")
+
+
+# Samples of a layer, at most, that wait for the other layers': 32 KiB.
+LATE_ELEMENTS = 2**12
 
 
 def check_backend(backend: str) -> None:
@@ -60,6 +65,27 @@ def _triton_missing() -> str | None:
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class _Samples:
+    """Samples `[n, 4, rows, heads]` of one call of the decoder, on their way to the moments."""
+
+    moments: RunningMoments
+    rows: list[int]
+    values: Tensor
+    present: Tensor | None  # bool [n]; the same for all layers of a call
+
+    def joins(self, others: "list[_Samples]") -> bool:
+        """Whether one merge can take these along: one shape but for the rows, which are all different."""
+        n, _, _, heads = self.values.shape
+        first = others[0]
+        return (
+            first.moments is self.moments
+            and (first.values.shape[0], first.values.shape[3]) == (n, heads)
+            and (first.present is None) == (self.present is None)
+            and not any(row in other.rows for other in others for row in self.rows)
+        )
+
+
 class Dispatcher:
     """Takes groups of inputs to a backend and their samples into moments."""
 
@@ -77,6 +103,7 @@ class Dispatcher:
                 self.factors[row] = SiteFactor(site)
             if self._choice(weight.device, weight.dtype, site.head_dim) == "triton":
                 self.factors[row].kernel(weight.dtype, precision)
+        self._waiting: list[_Samples] = []
         self._places: dict[
             int, tuple[Tensor, int, Tensor]
         ] = {}  # row -> (its bank, its place, its view of it)
@@ -112,7 +139,28 @@ class Dispatcher:
                 )
                 contribution = self._contribution(backend, rows[part], site.num_heads, x.device)
                 values, present = samples(group, mask, self.token_agg, site.num_heads, contribution)
-                moments.update(_as_slice(rows[part]), values, present)
+                self._merge_later(_Samples(moments, list(rows[part]), values, present))
+
+    def finish(self) -> None:
+        """Merge the samples that wait. To be called before anybody looks at the moments."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            first = waiting[0]
+            rows = [row for part in waiting for row in part.rows]
+            values = torch.cat([part.values for part in waiting], dim=2) if len(waiting) > 1 else first.values
+            first.moments.update(_as_slice(rows), values, first.present)
+
+    def discard(self) -> None:
+        """Forget the samples that wait."""
+        self._waiting = []
+
+    def _merge_later(self, part: "_Samples") -> None:
+        """Samples are small and a merge is many small steps: those of several layers are merged at once."""
+        if self._waiting and not part.joins(self._waiting):
+            self.finish()
+        self._waiting.append(part)
+        if part.values.numel() > LATE_ELEMENTS:
+            self.finish()
 
     def _batches(self, rows: Sequence[int], backend: str) -> list[slice]:
         """The group as one batch where its factors lie side by side, else layer by layer."""

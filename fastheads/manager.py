@@ -235,6 +235,7 @@ class HookManager:
                 raise RuntimeError(
                     f"{name} of an attention module was replaced or wrapped while hooks were on it: attach a new HookManager"
                 )
+        self._dispatcher.discard()
         for queue in self._queues.values():
             queue.discard()
             queue.follow_stream()
@@ -345,6 +346,7 @@ class HookManager:
         if capturing:
             self._keep_for_graph()
         self._dispatcher.record(rows, inputs, RealTokens(valid, self.skip_first), RunningMoments.over(state))
+        self._dispatcher.finish()
 
     def _finish(self, module: nn.Module) -> None:
         if self._running is None:
@@ -358,6 +360,7 @@ class HookManager:
                 for queue in self._queues.values():
                     if queue.kept:
                         self._record_kept(queue)
+                self._dispatcher.finish()
                 if len(self._ran) < len(self._profiled):
                     self._skipped.update({p.row for p in self._profiled} - self._ran - self._in_graphs)
                 self._ran.clear()
@@ -379,6 +382,7 @@ class HookManager:
         self._running = self._real = None
         self._decoder_traced = False
         self._traced = []
+        self._dispatcher.discard()
         for queue in self._queues.values():
             queue.discard()
 
