@@ -244,8 +244,9 @@ def sample_moments(values, present, m_heads, per_head):
     per_head is 1 / heads.
     """
     mean = (tl.sum(tl.where(m_heads, values, 0.0), axis=2) * per_head)[:, :, None]
-    # A mean of norms is 0 where all are, and 0/0 is NaN; NaN in one head is NaN in the layer's mean.
-    relative = tl.where(mean == 0, float("nan"), values / tl.where(mean == 0, 1.0, mean))
+    # A mean of norms is 0 where all are, and 0/0 is NaN; one NaN or infinite head leaves the layer without a mean.
+    no_mean = (mean == 0) | (mean == float("inf"))
+    relative = tl.where(no_mean, float("nan"), values / tl.where(no_mean, 1.0, mean))
     values = tl.where(tl.arange(0, 4)[:, None, None] >= 2, relative, values)
     present = present & m_heads
     finite = present & (tl.abs(values) < float("inf"))  # false for NaN
