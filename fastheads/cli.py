@@ -7,7 +7,7 @@ when a command runs, so that `--help` is quick.
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -124,7 +124,8 @@ def profile(
     """Run a model over text and measure every attention head."""
     terminal = Console(stderr=True, file=sys.stderr, highlight=False)
     try:
-        with _doing("starting", terminal):
+        # On a terminal only: elsewhere a wrong option would get two lines where one is enough.
+        with _doing("starting", terminal) if terminal.is_terminal else nullcontext():
             from fastheads import data as sources
             from fastheads import loading
 

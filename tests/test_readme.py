@@ -1,5 +1,6 @@
 """Every code block of the README runs."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -20,6 +21,13 @@ BIN = Path(sys.executable).parent
 
 def test_every_block_is_python_or_shell():
     assert {kind for kind, _ in BLOCKS} == {"python", "sh"}
+
+
+def test_figures_are_those_of_the_committed_measurements():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "bench" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert tables.with_tables(README) == README, "run python bench/tables.py"
 
 
 @pytest.fixture
