@@ -40,6 +40,7 @@ def profile(
     backend: str = "auto",
     precision: str = "exact",
     skip_first: int = 0,
+    allow_skipped: bool = False,
     field: str = "text",
     progress: bool | Progress = False,
     dtype: str = "auto",
@@ -74,6 +75,7 @@ def profile(
         backend: "auto", "loop", "einsum", "factored" or "triton".
         precision: "exact" or "fast".
         skip_first: leave the first real tokens of each sequence out (1: the attention sink).
+        allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
         field: of a JSON line, the one with the text.
         progress: True shows a bar; or a function that is called with the tokens done and those in all, or None.
         dtype: of a model that is loaded: "auto", "float32", "bfloat16" or "float16".
@@ -118,8 +120,18 @@ def profile(
     else:
         batches = _limited(source, max_tokens)
 
+    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"profile() runs decoders alone, and {type(module).__name__} has an encoder: run it yourself under a HookManager"
+        )
     hooks = HookManager(
-        module, token_agg, layers=layers, backend=backend, precision=precision, skip_first=skip_first
+        module,
+        token_agg,
+        layers=layers,
+        backend=backend,
+        precision=precision,
+        skip_first=skip_first,
+        allow_skipped=allow_skipped,
     )
     with hooks, _progress(progress) as report:
         run = _Run(hooks, about | {"max_tokens": max_tokens}, name)

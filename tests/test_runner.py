@@ -1,6 +1,7 @@
 """profile(): every number against a float64 oracle, every kind of data, and what it leaves behind."""
 
 import contextlib
+import copy
 import json
 
 import pytest
@@ -272,3 +273,29 @@ def test_an_unknown_model_is_refused():
 
 def test_profile_is_a_public_name():
     assert fastheads.profile is profile
+
+
+def test_an_encoder_decoder_is_refused():
+    from transformers import MoonshineConfig, MoonshineForConditionalGeneration
+
+    config = MoonshineConfig(
+        vocab_size=130,
+        hidden_size=32,
+        intermediate_size=32,
+        encoder_num_hidden_layers=1,
+        decoder_num_hidden_layers=1,
+        encoder_num_attention_heads=2,
+        decoder_num_attention_heads=2,
+    )
+    with pytest.raises(ValueError, match="has an encoder"):
+        profile(MoonshineForConditionalGeneration(config), torch.ones(1, 4, dtype=torch.long))
+
+
+def test_layers_that_are_skipped_by_design(model):
+    model = copy.deepcopy(model)
+    model.model.layers[1].forward = lambda hidden, **_: hidden
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="allow_skipped=True"):
+        profile(model, ids)
+    found = profile(model, ids, allow_skipped=True)
+    assert found.moments["head_output_norm"].count[:, 0].tolist() == [1, 0, 1]
