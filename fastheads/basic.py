@@ -89,9 +89,9 @@ class HookManager:
             mask = self._real.mask(x)
             weight = dense_weight(site).double()  # [hidden, num_heads * head_dim]
             for i in range(batch):
-                real = (
-                    head_outputs[i] if mask is None else head_outputs[i][mask[i]]
-                )  # [tokens, heads, head_dim]
+                real = head_outputs[i]  # [tokens, heads, head_dim]
+                if mask is not None:
+                    real = real[mask[i]]
                 if len(real):
                     self._update(row, site, real[-1:] if self.token_agg == "last" else real, weight)
 

@@ -104,9 +104,8 @@ class Dispatcher:
             if self._choice(weight.device, weight.dtype, site.head_dim) == "triton":
                 self.factors[row].kernel(weight.dtype, precision)
         self._waiting: list[_Samples] = []
-        self._places: dict[
-            int, tuple[Tensor, int, Tensor]
-        ] = {}  # row -> (its bank, its place, its view of it)
+        # row -> (its bank, its place in it, its view of it)
+        self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._fill_banks()
 
     def record(
@@ -132,11 +131,8 @@ class Dispatcher:
         with exact_arithmetic(x.device.type):
             mask = real.mask(x)
             for part in self._batches(rows, backend):
-                group = (
-                    torch.stack(list(inputs[part]))
-                    if part.stop - part.start > 1
-                    else inputs[part.start].unsqueeze(0)
-                )
+                several = part.stop - part.start > 1
+                group = torch.stack(list(inputs[part])) if several else inputs[part.start].unsqueeze(0)
                 contribution = self._contribution(backend, rows[part], site.num_heads, x.device)
                 values, present = samples(group, mask, self.token_agg, site.num_heads, contribution)
                 self._merge_later(_Samples(moments, list(rows[part]), values, present))

@@ -104,14 +104,12 @@ class HookManager:
         self._real: RealTokens | None = None  # the real tokens of the decoder's call under way
         self._decoder_traced = False  # while a graph is traced that holds the decoder's call
         self._traced: list[tuple[Profiled, Tensor]] = []  # what that graph keeps for its operators
-        self._ran: set[int] = set()  # rows, in the decoder's call under way
-        self._skipped: set[int] = (
-            set()
-        )  # rows that did not run in a call of the decoder in the forward under way
-        self._missed: set[int] = set()  # the same, of forwards that ended
-        self._in_graphs: set[int] = (
-            set()
-        )  # rows that compiled code measured: not every run of theirs is seen in Python
+        # Rows that ran in the decoder's call under way; that did not in some call of the forward under way; that did not in a
+        # forward that ended; and those that compiled code measures, whose runs Python does not always see.
+        self._ran: set[int] = set()
+        self._skipped: set[int] = set()
+        self._missed: set[int] = set()
+        self._in_graphs: set[int] = set()
         self._paused = False
         self._warned = False
         self._handles: list[Any] = []

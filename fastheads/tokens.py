@@ -108,9 +108,8 @@ def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
         )
     start = keys - queries
     if past is None or (isinstance(past, int) and 0 < past <= start):
-        start = (
-            past or 0
-        )  # a mask may run past the tokens. (A cache that says 0 may not know its length: MiniMax's.)
+        # A mask may run past the tokens. (A cache that says 0 may not know its length: MiniMax's.)
+        start = past or 0
     return mask[:, start : start + queries] != 0
 
 

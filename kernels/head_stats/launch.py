@@ -36,6 +36,18 @@ _MERGE_ELEMENTS = 256
 _TOKEN_PROGRAMS = 64
 
 
+_SLOT = int(kernel.SLOT.value)
+
+
+def _cdiv(a: int, b: int) -> int:
+    """As triton.cdiv, which takes ten times as long outside a kernel."""
+    return -(-a // b)
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
 @lru_cache
 def _gpu(index: int) -> tuple[str, int, int]:
     """Compute capability, shared memory a program may hold, multiprocessors."""
@@ -225,12 +237,11 @@ def _tables(
     size = next(size for size in _TABLE_SIZES if len(xs) <= size)
     padding = (0,) * (size - len(xs))  # never read
     pad_address = (xs[0].data_ptr(),) * len(padding)
-    slot = int(kernel.SLOT.value)
     return (
         size,
         tuple(x.data_ptr() for x in xs) + pad_address,
         tuple(factor.buffer.data_ptr() for factor in factors) + pad_address,
-        tuple(row * slot for row in rows) + padding,
+        tuple(row * _SLOT for row in rows) + padding,
     )
 
 
@@ -252,12 +263,12 @@ def _launch_one(
     _, _, multiprocessors = _device(state.device)
     config = _sized(factor.config, batch if token_agg == "last" else seq)
     if token_agg == "last":
-        programs, tiles_per_program, chunks = triton.cdiv(batch, config.block_tokens), 1, 1
+        programs, tiles_per_program, chunks = _cdiv(batch, config.block_tokens), 1, 1
     else:
-        tiles = triton.cdiv(seq, config.block_tokens)
+        tiles = _cdiv(seq, config.block_tokens)
         at_once = multiprocessors * programs_at_once(config, factor.head_dim, factor.dtype, factor.precision)
         tiles_per_program = _share(batch * tiles, len(xs) * heads, at_once)
-        programs = triton.cdiv(batch * tiles, tiles_per_program)
+        programs = _cdiv(batch * tiles, tiles_per_program)
         chunks = _most_programs(tiles, tiles_per_program)
     partial = None
     if token_agg != "token":
@@ -265,7 +276,7 @@ def _launch_one(
     size, addresses, factor_addresses, slots = _tables(xs, factors, rows)
     stride_b, stride_s = _strides(xs[0])
     unit = 16 // xs[0].element_size()
-    padded_heads = max(16, triton.next_power_of_2(heads))
+    padded_heads = max(16, _next_power_of_2(heads))
     # Bulk copies see x as [batch * seq, width]: evenly spaced rows, and no piece that reaches into the next head.
     even = stride_s > 0 and (batch == 1 or stride_b == seq * stride_s)
     tma = config.tma and token_agg != "last" and even and sum(pieces) == factor.head_dim
@@ -330,7 +341,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 
 def _sized(config: Config, tokens: int) -> Config:
     """The configuration with a tile no larger than needed: few rows are not worth a tile of many."""
-    block = max(16, triton.next_power_of_2(tokens))
+    block = max(16, _next_power_of_2(tokens))
     return config if block >= config.block_tokens else replace(config, block_tokens=block, num_warps=4)
 
 
@@ -341,10 +352,10 @@ def _share(tiles: int, heads: int, at_once: int) -> int:
     All programs take as long, so the time is that of the rounds in which `at_once` of them run; a program starts by reading
     its factor, which costs about two tiles. Most often one round is best.
     """
-    fewest = triton.cdiv(heads, at_once)
+    fewest = _cdiv(heads, at_once)
     best = (float("inf"), 1)
     for rounds in range(fewest, fewest + 16):
-        share = triton.cdiv(tiles, max(1, min(tiles, rounds * at_once // heads)))
+        share = _cdiv(tiles, max(1, min(tiles, rounds * at_once // heads)))
         if share <= _MOST_TILES or rounds == fewest + 15:
             best = min(best, (rounds * (share + 2.0), min(share, _MOST_TILES)))
     return best[1]
@@ -354,7 +365,7 @@ def _most_programs(tiles: int, share: int) -> int:
     """Programs that at most take part in one row of `tiles` tiles."""
     if share % tiles == 0:
         return 1
-    return tiles // share if tiles % share == 0 else triton.cdiv(tiles - 1, share) + 1
+    return tiles // share if tiles % share == 0 else _cdiv(tiles - 1, share) + 1
 
 
 def _launch_tokens(
@@ -401,9 +412,9 @@ def _launch_window(
     batch, seq, _ = xs[0].shape
     heads = factors[0].heads
     _launch_one(xs, factors, state, rows, "token", None, None, 0, scale, norms)
-    padded_heads = max(16, triton.next_power_of_2(heads))
+    padded_heads = max(16, _next_power_of_2(heads))
     block_tokens = max(1, 2 * _MERGE_ELEMENTS // padded_heads)
-    programs = min(_TOKEN_PROGRAMS, triton.cdiv(batch * seq, block_tokens))
+    programs = min(_TOKEN_PROGRAMS, _cdiv(batch * seq, block_tokens))
     partial = torch.empty(len(xs) * programs * 24 * padded_heads, dtype=torch.float64, device=state.device)
     size, _, factor_addresses, slots = _tables(xs, factors, rows)
     kernel.token_moments_kernel[(programs, len(xs))](
