@@ -194,10 +194,12 @@ class HookManager:
             return
         if self._running is None or module is self.model or not self._still_running():
             self._running, self._real = module, None
-            if not torch.compiler.is_compiling():
+            in_graph = torch.compiler.is_compiling()
+            if not in_graph:
                 self._prepare()
+                in_graph = bool(self._in_graphs) or _is_capturing()
             for queue in self._queues.values():
-                queue.moments.begin()
+                queue.moments.begin(always=in_graph)
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 "a batch with an adapter for each row (adapter_names) has no one weight to measure with"
@@ -237,7 +239,7 @@ class HookManager:
         for queue in self._queues.values():
             queue.discard()
             queue.follow_stream()
-        by_hand = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        by_hand = _is_capturing()
         for factor in self._dispatcher.factors.values():
             factor.refresh()
             if by_hand:
@@ -473,6 +475,10 @@ class HookManager:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _checked_layers(layers: Iterable[int] | None) -> list[int] | None:

@@ -123,14 +123,21 @@ class CommittedMoments:
     def __init__(self, metrics: int, rows: int, heads: int, device: torch.device) -> None:
         self.committed = RunningMoments(metrics, rows, heads, device)
         self.pending = RunningMoments(metrics, rows, heads, device)
+        self._begun = False  # since the last commit: pending may hold what committed does not
 
-    def begin(self) -> None:
-        """Start a forward: what an exception left pending is overwritten."""
-        self.pending.buffer.copy_(self.committed.buffer)
+    def begin(self, always: bool) -> None:
+        """Start a forward: what an exception left pending is overwritten.
+
+        `always`: also where nothing was begun since the last commit as far as Python knows, for graphs and what they leave.
+        """
+        if always or self._begun:
+            self.pending.buffer.copy_(self.committed.buffer)
+        self._begun = True
 
     def commit(self) -> None:
         """End a forward: its samples count."""
         self.committed.buffer.copy_(self.pending.buffer)
+        self._begun = False
 
     def clear(self) -> None:
         """Forget every sample, in place."""

@@ -116,7 +116,7 @@ def test_empty_and_nonfinite():
 def test_state_keeps_its_address():
     moments = CommittedMoments(4, 2, 3, CPU)
     address = moments.committed.buffer.data_ptr(), moments.pending.buffer.data_ptr()
-    moments.begin()
+    moments.begin(always=False)
     moments.pending.update([1], torch.randn(5, 4, 1, 3, dtype=torch.float64))
     assert moments.committed.views().count.sum() == 0
     moments.commit()
@@ -127,3 +127,17 @@ def test_state_keeps_its_address():
     moments.clear()
     assert (moments.committed.buffer.data_ptr(), moments.pending.buffer.data_ptr()) == address
     assert moments.committed.views().max.eq(-math.inf).all()
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_what_was_begun_and_not_committed_is_overwritten(always):
+    moments = CommittedMoments(4, 1, 1, CPU)
+    one = torch.ones(1, 4, 1, 1, dtype=torch.float64)
+    for step in range(4):
+        moments.begin(always=always)
+        moments.pending.update([0], one)
+        if step % 2:
+            moments.commit()
+    assert moments.committed.views().count.eq(2).all()
+    moments.begin(always=always)
+    assert moments.pending.views().count.eq(2).all()
