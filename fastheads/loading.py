@@ -247,4 +247,6 @@ def _first_line(error: BaseException) -> str:
     """The first line of the message, cut to a readable length."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[0] if lines else type(error).__name__
+    if line.endswith(":"):  # the start of a list
+        line = " ".join(lines[:4])
     return line if len(line) <= 300 else line[:297] + "..."

@@ -35,11 +35,11 @@ def heatmap(profile: "HeadProfile", metric: str, stat: str = "mean") -> "Figure"
     values = stats[stat].double().where(stats["count"] > 0, float("nan"))
 
     rows, heads = profile.shape
-    figure = Figure(figsize=(min(3 + 0.35 * max(heads, 9), 18), min(2 + 0.22 * max(rows, 8), 24)))
+    figure = Figure(figsize=(min(3 + 0.35 * max(heads, 9), 18), min(2 + 0.22 * max(rows, 14), 24)))
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot(facecolor="0.85")
     image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", cmap="viridis")
-    relative = " (1: the layer's average head)" if metric.startswith("relative_") and stat == "mean" else ""
+    relative = "\n(1: the layer's average head)" if metric.startswith("relative_") and stat == "mean" else ""
     figure.colorbar(image, label=f"{stat} of {metric}{relative}")
     axes.set(xlabel="head", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

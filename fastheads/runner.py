@@ -83,7 +83,7 @@ def profile(
         trust_remote_code: let a model that is loaded bring its own code.
 
     Raises:
-        DataError: the data cannot be read, or hold no tokens.
+        DataError: the data cannot be read, hold no tokens, or skip_first leaves none of them.
         LoadError: the model or its tokenizer cannot be loaded.
         NoSitesError: the model has nothing to profile.
         ValueError: an option is out of range or unknown.
@@ -139,7 +139,13 @@ def profile(
             run.over(module, batches, lambda done: report(done, total))
         except KeyboardInterrupt as interrupt:
             raise ProfileInterrupted(run.result(complete=False)) from interrupt
-        return run.result(complete=True)
+        measured = run.result(complete=True)
+        if not any(m.count.any() or m.nonfinite.any() for m in measured.moments.values()):
+            raise DataError(
+                f"nothing was measured: skip_first={skip_first} leaves none of the {run.tokens:,} tokens "
+                f"in {run.sequences:,} sequences"
+            )
+        return measured
 
 
 class _Run:

@@ -299,3 +299,8 @@ def test_layers_that_are_skipped_by_design(model):
         profile(model, ids)
     found = profile(model, ids, allow_skipped=True)
     assert found.moments["head_output_norm"].count[:, 0].tolist() == [1, 0, 1]
+
+
+def test_a_skip_that_leaves_nothing_is_an_error(model, tokenizer):
+    with pytest.raises(DataError, match="skip_first=20 leaves none of the 9 tokens in 2 sequences"):
+        profile(model, ["abcde", "abcd"], tokenizer=tokenizer, skip_first=20)
