@@ -40,7 +40,6 @@ SHAPES = {
 }
 CASES = [(1, 1), (1, 128), (8, 128), (32, 128), (8, 2048)]  # batch, seq
 MODES = {"eager": None, "compiled": "default", "reduce-overhead": "reduce-overhead"}
-SHORT = 0.1  # seconds: a forward below takes part in at least 20 pairs
 
 
 def main() -> None:

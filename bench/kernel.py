@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -100,14 +101,12 @@ def torch_times(x: Tensor, weights: Tensor, L: Tensor) -> dict[str, float]:
     return {name: part.nbytes / graph_ms(call, calls=1) / 1e9 for name, call in calls.items()}
 
 
-def bench_case(
-    head_dim: int, heads: int, batch: int, least: dict[str, int], matmul: float
-) -> dict[str, object]:
+def bench_case(head_dim: int, heads: int, batch: int, least: dict[str, int], matmul: float) -> dict[str, Any]:
     weights, L = random_factor(heads, head_dim)
     x = torch.randn(batch, SEQ, heads * head_dim, device="cuda", dtype=torch.bfloat16)
     truth = true_means(x, weights)
     ceiling = read_ceiling(x)
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "head_dim": head_dim, "heads": heads, "batch": batch, "seq": SEQ, "bytes": x.nbytes,
         "read_ceiling_tb_s": ceiling / 1e12, "torch_tb_s": torch_times(x, weights, L),
     }  # fmt: skip
@@ -167,7 +166,7 @@ def main() -> None:
         commit = asked.stdout.strip() or "unknown"
     torch.manual_seed(0)
     matmul = matmul_ceiling()
-    report: dict[str, object] = {
+    report: dict[str, Any] = {
         "commit": commit, "date": datetime.date.today().isoformat(),
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "cuda": torch.version.cuda, "matmul_ceiling_tflop_s": matmul / 1e12,
@@ -178,23 +177,23 @@ def main() -> None:
         case = bench_case(head_dim, heads, batch, {"fast": fast, "exact": exact}, matmul)
         cases.append(case)
         print(
-            f"head_dim {head_dim}, {heads} heads, {case['bytes'] / 1e6:.0f} MB, "  # type: ignore[operator]
+            f"head_dim {head_dim}, {heads} heads, {case['bytes'] / 1e6:.0f} MB, "
             f"read ceiling {case['read_ceiling_tb_s']:.2f} TB/s; torch: "
-            + ", ".join(f"{name} {rate:.2f} TB/s" for name, rate in case["torch_tb_s"].items())  # type: ignore[attr-defined]
+            + ", ".join(f"{name} {rate:.2f} TB/s" for name, rate in case["torch_tb_s"].items())
         )
         for precision in ("fast", "exact"):
             row = case[precision]
             print(
-                "  {0:5} {ms:.3f} ms {tb_s:.2f} TB/s, {percent_of_ceiling:.1f} % of the ceiling, {percent_of_roof:.1f} % of the "  # type: ignore[arg-type]
+                "  {0:5} {ms:.3f} ms {tb_s:.2f} TB/s, {percent_of_ceiling:.1f} % of the ceiling, {percent_of_roof:.1f} % of the "
                 "binding roof (target {target}); means off by {bias:.0e}, {heads_with_two_passes} heads in two passes".format(
                     precision, **row
                 ),
                 flush=True,
             )
-            print("        tokens off by " + ", ".join(f"{v:.1e} ({k})" for k, v in row["errors"].items()))  # type: ignore[index]
+            print("        tokens off by " + ", ".join(f"{v:.1e} ({k})" for k, v in row["errors"].items()))
     report["cases"] = cases
     report["small_us"] = bench_small()
-    for name, microseconds in report["small_us"].items():  # type: ignore[attr-defined]
+    for name, microseconds in report["small_us"].items():
         print(f"{name}: {microseconds:.1f} us")
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
