@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastheads.factors import SiteFactor, StaleFactorError
+from fastheads.factors import SiteFactor, StaleFactorError, WeightWatch
 from fastheads.metrics import ContributionNorms, einsum_norms, factored_norms, loop_norms, samples
 from fastheads.moments import RunningMoments
 from fastheads.numerics import exact_arithmetic
@@ -103,6 +103,7 @@ class Dispatcher:
                 self.factors[row] = SiteFactor(site)
             if self._choice(weight.device, weight.dtype, site.head_dim) == "triton":
                 self.factors[row].kernel(weight.dtype, precision)
+        self._watch = WeightWatch(self.factors.values())
         self._waiting: list[_Samples] = []
         # row -> (its bank, its place in it, its view of it)
         self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
@@ -199,13 +200,18 @@ class Dispatcher:
                 self.factors[row].keep_dense_in(view)
                 self._places[row] = (bank, place, view)
 
+    def refresh(self) -> None:
+        """Rebuild the factors of weights that are known to have changed; waits for nothing."""
+        self._watch.refresh()
+
     def mark_changed(self) -> None:
         """The weights may have changed without a trace."""
-        for factor in self.factors.values():
-            factor.mark_changed()
+        self._watch.mark_changed()
 
     def check_unmoved(self) -> None:
         """Raises StaleFactorError where a weight changed during a forward."""
+        if not self._watch.moved():
+            return
         moved = [
             factor.site.name for factor in self.factors.values() if factor.moved() and not factor.unmerges
         ]

@@ -5,7 +5,7 @@ float64: it squares W's condition number, and in float32 the weak directions of 
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -138,6 +138,46 @@ class SiteFactor:
                 self._dense = lower
             else:
                 self._dense.copy_(lower)
+
+
+class WeightWatch:
+    """Whether any of many weights has moved, for the price of a short look at each: it is asked twice a forward."""
+
+    def __init__(self, factors: Iterable[SiteFactor]) -> None:
+        self._factors = list(factors)
+        plain = [f for f in self._factors if "weight" in f.site.module._parameters]
+        self._parameters = [f.site.module._parameters for f in plain]
+        self._others = [f for f in self._factors if f not in plain]
+        self._seen: list[Any] | None = None
+
+    def moved(self) -> bool:
+        """Whether a weight, or what acts with it, is another one than at the last `refresh`; as `SiteFactor.moved` of each."""
+        return self._seen is None or self._seen != self._look()
+
+    def refresh(self) -> None:
+        """`SiteFactor.refresh` of each, where anything has moved."""
+        look = self._look()
+        if self._seen is None or self._seen != look:
+            for factor in self._factors:
+                factor.refresh()
+            self._seen = self._look()
+
+    def mark_changed(self) -> None:
+        """The weights may have changed without a trace."""
+        self._seen = None
+        for factor in self._factors:
+            factor.mark_changed()
+
+    def _look(self) -> list[Any] | None:
+        try:
+            weights: list[Any] = [parameters["weight"] for parameters in self._parameters]
+            seen: list[Any] = [
+                (w.untyped_storage()._cdata, w.data_ptr(), w._version, w.dtype) for w in weights
+            ]
+        except (KeyError, AttributeError, RuntimeError):
+            # A weight was taken away, or is an inference tensor, which has no version.
+            return [weight_key(factor.site) for factor in self._factors]
+        return seen + [weight_key(factor.site) for factor in self._others] if self._others else seen
 
 
 def lower_factor(weight: Tensor, num_heads: int) -> Tensor:

@@ -4,7 +4,7 @@ With small batches the time goes to launches, not to the GPU. So the hook of a s
 launch at the end of the decoder's call serves all layers. A byte budget bounds what is kept.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,25 +28,20 @@ class Profiled:
     width: int  # of its input: num_heads * head_dim
 
 
+# What the hook of a small input leaves behind: the site, its input, and the input's version (None for an inference tensor: it
+# has none, so that nothing shows whether it was changed).
+Kept = tuple[Profiled, Tensor, int | None]
+
+
 @dataclass(eq=False)
 class Group:
     """Inputs of one shape and dtype, of different rows whose heads have one width: what one launch serves."""
 
-    head_dim: int
     shape: torch.Size
     dtype: torch.dtype
+    head_dim: int
     rows: list[int] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
-    versions: list[int | None] = field(default_factory=list)  # of the inputs, when they were kept
-
-    def takes(self, profiled: Profiled, x: Tensor) -> bool:
-        """Whether x belongs here."""
-        return (
-            x.shape == self.shape
-            and x.dtype == self.dtype
-            and profiled.site.head_dim == self.head_dim
-            and profiled.row not in self.rows
-        )
 
 
 @dataclass(eq=False)
@@ -56,34 +51,31 @@ class DeviceQueue:
     device: torch.device
     moments: CommittedMoments
     budget: int  # bytes; an input that does not fit is not kept
-    kept: list[Group] = field(default_factory=list)
-    kept_bytes: int = 0
+    kept: list[Kept] = field(default_factory=list)
+    room: int = (
+        -1
+    )  # bytes that may still be kept; -1 while no call of the decoder is under way in plain Python
     stream: torch.cuda.Stream | None = None  # where the forward under way began
     raw_stream: int = 0
 
     def __post_init__(self) -> None:
         self.is_cuda = self.device.type == "cuda"
+        self.index = -1 if self.device.index is None else self.device.index
         # Bytes of the largest input worth keeping.
         self.largest = min(self.budget, CPU_KEEP_BYTES) if self.device.type == "cpu" else self.budget
 
-    def keep(self, profiled: Profiled, x: Tensor, size: int) -> None:
-        """Remember x, of `size` bytes, until `take`."""
-        for group in self.kept:
-            if group.takes(profiled, x):
-                break
-        else:
-            group = Group(profiled.site.head_dim, x.shape, x.dtype)
-            self.kept.append(group)
-        group.rows.append(profiled.row)
-        group.inputs.append(x)
-        # An inference tensor has no version: that it is not changed cannot be checked.
-        group.versions.append(None if x.is_inference() else x._version)
-        self.kept_bytes += size
+    def open(self) -> None:
+        """From now on inputs may be kept."""
+        self.room = self.budget
 
-    def take(self) -> list[Group]:
-        """What was kept; nothing is kept any more. Check each group before its launch (`check_unchanged`)."""
-        kept = self.kept
-        self.kept, self.kept_bytes = [], 0
+    def close(self) -> None:
+        """No input may be kept until `open`; those that are go."""
+        self.room = -1
+        self.kept = []
+
+    def take(self) -> list[Kept]:
+        """What was kept; nothing is kept any more."""
+        kept, self.kept, self.room = self.kept, [], self.budget
         return kept
 
     def follow_stream(self) -> None:
@@ -101,7 +93,7 @@ class DeviceQueue:
 
     def off_stream(self) -> bool:
         """Whether the current stream is another than the one the forward began on."""
-        return self.is_cuda and torch._C._cuda_getCurrentRawStream(self.device.index) != self.raw_stream
+        return self.is_cuda and torch._C._cuda_getCurrentRawStream(self.index) != self.raw_stream
 
     @contextmanager
     def on_its_stream(self) -> Iterator[None]:
@@ -114,36 +106,41 @@ class DeviceQueue:
         yield
         self.stream.wait_stream(current)
 
-    def discard(self) -> None:
-        """Forget what was kept: the forward it came from did not end."""
-        self.kept, self.kept_bytes = [], 0
 
-
-def check_unchanged(groups: list[Group], names: dict[int, str]) -> None:
-    """Raises RuntimeError where a kept input was changed, or may have been; `names` of the sites, by row."""
+def check_unchanged(kept: list[Kept]) -> None:
+    """Raises RuntimeError where a kept input was changed, or may have been: another one lies in the same memory."""
+    if len({x.untyped_storage()._cdata for _, x, _ in kept}) == len(kept) and not any(
+        version is not None and x._version != version for _, x, version in kept
+    ):
+        return
     storages: set[int] = set()
-    for group in groups:
-        for row, x, version in zip(group.rows, group.inputs, group.versions, strict=True):
-            storage = x.untyped_storage().data_ptr()
-            changed = version is not None and x._version != version
-            if changed or (storage in storages and x.numel()):
-                what = "modified in place" if changed else "overwritten"
-                raise RuntimeError(
-                    f"the input of {names[row]} was {what} before it was measured: the model reuses its memory. "
-                    "HookManager(..., group_bytes=0) measures each input at once"
-                )
-            storages.add(storage)
+    for profiled, x, version in kept:
+        storage = x.untyped_storage()._cdata
+        changed = version is not None and x._version != version
+        if changed or (storage in storages and x.numel()):
+            what = "modified in place" if changed else "overwritten"
+            raise RuntimeError(
+                f"the input of {profiled.site.name} was {what} before it was measured: the model reuses its memory. "
+                "HookManager(..., group_bytes=0) measures each input at once"
+            )
+        storages.add(storage)
 
 
-def grouped(inputs: list[tuple[Profiled, Tensor]]) -> list[Group]:
-    """The inputs in groups, in order."""
+def grouped(inputs: Iterable[tuple[Profiled, Tensor]]) -> list[Group]:
+    """The inputs in groups, in order; a row that comes twice is in two of them."""
     groups: list[Group] = []
     for profiled, x in inputs:
         for group in groups:
-            if group.takes(profiled, x):
+            # Compared and not hashed: the shape may hold symbols that a hash would make numbers of.
+            if (
+                x.shape == group.shape
+                and x.dtype == group.dtype
+                and profiled.site.head_dim == group.head_dim
+                and profiled.row not in group.rows
+            ):
                 break
         else:
-            group = Group(profiled.site.head_dim, x.shape, x.dtype)
+            group = Group(x.shape, x.dtype, profiled.site.head_dim)
             groups.append(group)
         group.rows.append(profiled.row)
         group.inputs.append(x)

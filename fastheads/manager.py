@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastheads import operator
 from fastheads.dispatch import PRECISIONS, Dispatcher
 from fastheads.factors import StaleFactorError
-from fastheads.grouping import DeviceQueue, Profiled, check_unchanged, grouped
+from fastheads.grouping import DeviceQueue, Group, Profiled, check_unchanged, grouped
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS
 from fastheads.moments import CommittedMoments, Moments, RunningMoments
@@ -96,7 +96,6 @@ class HookManager:
             Profiled(row, site, self._queue_on(dense_weight(site).device), site.num_heads * site.head_dim)
             for row, site in chosen.items()
         ]
-        self._names = {row: site.name for row, site in chosen.items()}
         self._places = [_place(self.model, site) for site in chosen.values()]
         self._decoder = decoder_of(self.model)
         self._arguments = DecoderArguments(self._decoder)
@@ -160,7 +159,7 @@ class HookManager:
         self._handles.clear()
         operator.release(self._handle)
         for queue in self._queues.values():
-            queue.discard()
+            queue.close()
             queue.moments.freeze()
 
     def __enter__(self) -> Self:
@@ -212,6 +211,9 @@ class HookManager:
             self._traced = []
             self._real = self._arguments.real_tokens(args, kwargs, self.skip_first)
             self._decoder_traced = torch.compiler.is_compiling()
+            if not self._decoder_traced:
+                for queue in self._queues.values():
+                    queue.open()
 
     def _still_running(self) -> bool:
         """Whether the forward under way is on the stack: after Ctrl-C torch calls no hook that would have ended it."""
@@ -237,58 +239,74 @@ class HookManager:
                 )
         self._dispatcher.discard()
         for queue in self._queues.values():
-            queue.discard()
+            queue.close()
             queue.follow_stream()
         by_hand = _is_capturing()
-        for factor in self._dispatcher.factors.values():
-            factor.refresh()
-            if by_hand:
-                factor.in_graph = factor.in_own_graph = True
+        self._dispatcher.refresh()
         if by_hand:
+            for factor in self._dispatcher.factors.values():
+                factor.in_graph = factor.in_own_graph = True
             self._keep_for_graph()
 
     def _projection_hook(self, profiled: Profiled) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        own, queue = profiled.site.module, profiled.queue
+        is_compiling = torch.compiler.is_compiling
+        raw_stream = torch._C._cuda_getCurrentRawStream if queue.is_cuda else None
+
         def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._running is None or module is not profiled.site.module:
-                return  # not within a forward: a checkpoint's recomputation, a layer called alone, a copy of the model
-            if torch.compiler.is_compiling():
-                self._trace(profiled, args[0].detach(), module)
-            else:
-                self._measure(profiled, args[0])
+            # A decode step's layer takes 100 µs on a GPU: here every look at the tensor counts.
+            if is_compiling():
+                if self._running is not None and module is own:
+                    self._trace(profiled, args[0].detach(), module)
+                return
+            x = args[0]
+            size = x.nbytes
+            if (
+                size <= queue.room  # never so outside a call of the decoder
+                and size <= queue.largest
+                and module is own
+                and x.get_device() == queue.index
+                and not x.requires_grad
+                and (raw_stream is None or raw_stream(queue.index) == queue.raw_stream)
+            ):
+                queue.room -= size
+                queue.kept.append((profiled, x, None if x.is_inference() else x._version))
+            elif self._running is not None and module is own:
+                self._measure(profiled, x)
+            # else not within a forward: a checkpoint's recomputation, a layer called alone, a copy of the model
 
         return pre_hook
 
     def _measure(self, profiled: Profiled, x: Tensor) -> None:
+        """What the hook does with an input that it cannot simply keep."""
         self._check_input(profiled, x)
-        if x.requires_grad:
-            x = x.detach()  # what is kept would hold autograd's graph
-        size = x.numel() * x.element_size()
-        if type(x) is not Tensor:
-            raise RuntimeError(
-                f"{profiled.site.name}: an input of type {type(x).__name__} cannot be measured"
-            )
-        self._ran.add(profiled.row)
+        x = x.detach()  # what is kept would hold autograd's graph
         queue = profiled.queue if x.device == profiled.queue.device else self._queue_on(x.device)
         if self._decoder_traced:  # eager code inside a compiled decoder: nobody launches what is kept here
             assert self._real is not None
+            self._ran.add(profiled.row)
             self.record_in_graph([profiled.row], [x], self._real.valid, queue.moments.pending.buffer)
             return
+        size = x.nbytes
         if size > queue.largest or queue.off_stream():
-            self._record_at_once(queue, profiled.row, x)
+            self._ran.add(profiled.row)
+            self._record(queue, grouped([(profiled, x)]))
             return
-        if queue.kept_bytes + size > queue.budget:
+        if size > queue.room:
             self._record_kept(queue)
-        queue.keep(profiled, x, size)
-
-    def _record_at_once(self, queue: DeviceQueue, row: int, x: Tensor) -> None:
-        assert self._real is not None  # within a decoder's call
-        with queue.on_its_stream():
-            self._dispatcher.record([row], [x], self._real, queue.moments.pending)
+        queue.room -= size
+        queue.kept.append((profiled, x, None if x.is_inference() else x._version))
 
     def _record_kept(self, queue: DeviceQueue) -> None:
-        assert self._real is not None
-        groups = queue.take()
-        check_unchanged(groups, self._names)
+        kept = queue.take()
+        check_unchanged(kept)
+        for profiled, x, _ in kept:
+            self._check_input(profiled, x)
+            self._ran.add(profiled.row)
+        self._record(queue, grouped([(profiled, x) for profiled, x, _ in kept]))
+
+    def _record(self, queue: DeviceQueue, groups: list[Group]) -> None:
+        assert self._real is not None  # within a decoder's call
         with queue.on_its_stream():
             for group in groups:
                 self._dispatcher.record(group.rows, group.inputs, self._real, queue.moments.pending)
@@ -297,6 +315,10 @@ class HookManager:
         if self._real is None:
             raise RuntimeError(
                 f"{profiled.site.name} ran outside the decoder's own call: its real tokens are not known"
+            )
+        if type(x) is not Tensor and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{profiled.site.name}: an input of type {type(x).__name__} cannot be measured"
             )
         if x.dim() != 3 or x.shape[-1] != profiled.width:
             raise RuntimeError(
@@ -334,17 +356,14 @@ class HookManager:
         self, rows: list[int], inputs: list[Tensor], valid: Tensor | None, state: Tensor
     ) -> None:
         """What the operator `fastheads::record` does: at each call, or once while a CUDA graph is captured."""
-        capturing = inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()
         self._in_graphs.update(rows)
-        for row in rows:
-            if row in self._dispatcher.factors:
-                factor = self._dispatcher.factors[row]
-                if capturing:
-                    factor.in_graph = True
-                else:
-                    factor.refresh()
-        if capturing:
+        if inputs[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            for row in rows:
+                if row in self._dispatcher.factors:
+                    self._dispatcher.factors[row].in_graph = True
             self._keep_for_graph()
+        else:
+            self._dispatcher.refresh()
         self._dispatcher.record(rows, inputs, RealTokens(valid, self.skip_first), RunningMoments.over(state))
         self._dispatcher.finish()
 
@@ -360,6 +379,7 @@ class HookManager:
                 for queue in self._queues.values():
                     if queue.kept:
                         self._record_kept(queue)
+                    queue.close()
                 self._dispatcher.finish()
                 if len(self._ran) < len(self._profiled):
                     self._skipped.update({p.row for p in self._profiled} - self._ran - self._in_graphs)
@@ -384,7 +404,7 @@ class HookManager:
         self._traced = []
         self._dispatcher.discard()
         for queue in self._queues.values():
-            queue.discard()
+            queue.close()
 
     def _queue_on(self, device: torch.device) -> DeviceQueue:
         if device not in self._queues:
@@ -431,7 +451,7 @@ class HookManager:
     def reset(self) -> None:
         """Forget every sample and take the weights as they are now."""
         for queue in self._queues.values():
-            queue.discard()
+            queue.close()
             queue.moments.clear()
         for factor in self._dispatcher.factors.values():
             factor.rebuild()

@@ -37,7 +37,6 @@ def release(handle: int) -> None:
     _recorders.pop(handle, None)
 
 
-@torch.library.custom_op("fastheads::record", mutates_args=("state",))
 def record(inputs: list[Tensor], valid: Tensor | None, state: Tensor, rows: list[int], handle: int) -> None:
     """Merge the samples of a group of layers into `state`: the buffer of the recorder's pending moments, or a copy that a
     compiler made of it and copies back.
@@ -47,6 +46,12 @@ def record(inputs: list[Tensor], valid: Tensor | None, state: Tensor, rows: list
         recorder.record_in_graph(rows, inputs, valid, state)
 
 
-@record.register_fake
+# Not by torch.library.custom_op, which wraps each call in 16 µs of Python that serve autograd: the inputs are detached.
+_library = torch.library.Library("fastheads", "FRAGMENT")
+_library.define("record(Tensor[] inputs, Tensor? valid, Tensor(a!) state, int[] rows, int handle) -> ()")
+_library.impl("record", record, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastheads::record", lib=_library)
 def _(inputs: list[Tensor], valid: Tensor | None, state: Tensor, rows: list[int], handle: int) -> None:
     return None

@@ -149,9 +149,11 @@ def test_the_graph_of_autograd_is_not_held():
     ids = tokens(2, 6)
     with fastheads.HookManager(model) as hooks:
         seen = []
-        for queue in hooks._queues.values():
-            keep = queue.keep
-            queue.keep = lambda p, x, size, keep=keep: (seen.append(x.requires_grad), keep(p, x, size))
+        record = hooks._record
+        hooks._record = lambda queue, groups: (
+            seen.extend(x.requires_grad for group in groups for x in group.inputs),
+            record(queue, groups),
+        )
         model(input_ids=ids, labels=ids).loss.backward()
     assert seen == [False] * 3
     assert all(not queue.kept for queue in hooks._queues.values())

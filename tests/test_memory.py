@@ -36,14 +36,14 @@ def largest(backend, token_agg, seq, hidden, monkeypatch):
         torch.no_grad(),
         fastheads.HookManager(model, token_agg, backend=backend) as hooks,
     ):
-        measure = hooks._measure
+        measure = hooks._record
 
         def measured(*args):
             mode.active = True
             measure(*args)
             mode.active = False
 
-        monkeypatch.setattr(hooks, "_measure", measured)
+        monkeypatch.setattr(hooks, "_record", measured)
         model.model(input_ids=tokens(4, seq), use_cache=False)
     return mode.bytes
 

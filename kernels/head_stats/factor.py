@@ -1,7 +1,7 @@
 """The factor as the kernel reads it: split into parts of the input's dtype, scaled, its triangle packed in blocks."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class KernelFactor:
     dtype: torch.dtype  # of x
     precision: str
     config: Config
+    plans: dict[object, object] = field(default_factory=dict)  # of launches that this factor comes first in
 
     @property
     def pieces(self) -> tuple[int, ...]:

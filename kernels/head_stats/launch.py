@@ -1,8 +1,9 @@
 """From tensors to launches: what the kernel cannot take is copied or refused here, and nothing waits for the GPU."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from functools import partial as bind
 
@@ -123,12 +124,8 @@ def launch(
     scale: Tensor | None = None,
 ) -> None:
     """`head_stats` without the operator boundary."""
-    _check(inputs, factors, state, rows, token_agg)
-    batch, seq, _ = inputs[0].shape
-    if batch == 0 or seq == 0:
-        return
     if token_agg == "last" and last is None and valid is not None:
-        positions = torch.arange(1, seq + 1, device=valid.device)
+        positions = torch.arange(1, valid.shape[1] + 1, device=valid.device)
         last = torch.where(valid, positions, 0).amax(1) - 1
     if valid is not None:
         valid = valid.contiguous().view(torch.uint8)
@@ -136,12 +133,86 @@ def launch(
         last = last.to(torch.int64).contiguous()
     if scale is not None:
         scale = scale.to(torch.float32).contiguous()
+    key: tuple[object, ...] = (token_agg, skip_first, state.shape, *rows, *[id(f) for f in factors])
+    plan = factors[0].plans.get(key) if factors else None
+    if isinstance(plan, _Plan) and plan.serves(inputs, state, valid, last, scale):
+        plan.launch(inputs, state, valid, last, scale)
+        return
+    _check(inputs, factors, state, rows, token_agg)
+    if inputs[0].shape[0] == 0 or inputs[0].shape[1] == 0:
+        return
     loadable = [_loadable(x) for x in inputs]
-    if state.device.type == "cuda" and state.device.index != torch.cuda.current_device():
-        with torch.cuda.device(state.device):
-            _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
-    else:
-        _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
+    with _on(state.device):
+        plan = _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
+    if plan is not None:
+        factors[0].plans[key] = plan
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which `device` is the current one."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """A launch that was made once, to be made again with other tensors: small forwards take as long as their Python does.
+
+    `run` is the compiled kernel with its grid: it looks at no argument again, so `serves` has to.
+    """
+
+    run: Callable[..., object]
+    factors: tuple[KernelFactor, ...]  # the plan's key names them by id: they must not go before it
+    like: Tensor  # of no elements, with the inputs' dtype and device
+    shape: torch.Size  # of an input
+    strides: tuple[int, ...]
+    given: tuple[bool, bool, bool]  # which of valid, last and scale there are
+    padding: tuple[int, ...]
+    tables: tuple[object, object]
+    numbers: tuple[object, ...]  # the arguments after the tensors
+    partials: int
+
+    def serves(
+        self,
+        inputs: Sequence[Tensor],
+        state: Tensor,
+        valid: Tensor | None,
+        last: Tensor | None,
+        scale: Tensor | None,
+    ) -> bool:
+        """Whether the launch would be the same but for addresses; state's shape, rows and factors are those of the key."""
+        shape, strides, dtype, device = self.shape, self.strides, self.like.dtype, self.like.device
+        if (valid is not None, last is not None, scale is not None) != self.given:
+            return False
+        addresses = state.data_ptr()
+        for x in inputs:
+            if x.shape != shape or x.stride() != strides or x.dtype != dtype or x.device != device:
+                return False
+            addresses |= x.data_ptr()
+        for tensor in (valid, last, scale):
+            if tensor is not None:
+                addresses |= tensor.data_ptr()
+        # The compiled code may have been made for addresses that are multiples of 16.
+        return (
+            not addresses & 15
+            and state.dtype == torch.float64
+            and state.device == device
+            and state.is_contiguous()
+        )
+
+    def launch(
+        self,
+        inputs: Sequence[Tensor],
+        state: Tensor,
+        valid: Tensor | None,
+        last: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
+        with _on(state.device):
+            partial = torch.empty(self.partials, dtype=torch.float64, device=state.device)
+            addresses = (*[x.data_ptr() for x in inputs], *self.padding)
+            self.run(addresses, *self.tables, state, partial, None, valid, last, scale, *self.numbers)
 
 
 def _check(
@@ -199,8 +270,9 @@ def _launch_groups(
     last: Tensor | None,
     skip_first: int,
     scale: Tensor | None,
-) -> None:
-    """Launches of layers with the same strides, no factor twice in one (its ticket counts one layer)."""
+) -> _Plan | None:
+    """Launches of layers with the same strides, no factor twice in one (its ticket counts one layer); if it was one, its plan."""
+    plan = None
     waiting = list(zip(inputs, factors, rows, strict=True))
     while waiting:
         strides = _strides(waiting[0][0])
@@ -218,7 +290,10 @@ def _launch_groups(
         if token_agg == "token":
             _launch_tokens(xs, fs, state, rs, valid, skip_first, scale)
         else:
-            _launch_one(xs, fs, state, rs, token_agg, valid, last, skip_first, scale, None)
+            plan = _launch_one(xs, fs, state, rs, token_agg, valid, last, skip_first, scale, None)
+        if len(group) < len(inputs):
+            plan = None
+    return plan
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -256,7 +331,7 @@ def _launch_one(
     skip_first: int,
     scale: Tensor | None,
     norms: Tensor | None,
-) -> None:
+) -> _Plan | None:
     batch, seq, _ = xs[0].shape
     factor = factors[0]
     heads, pieces = factor.heads, factor.pieces
@@ -281,17 +356,8 @@ def _launch_one(
     even = stride_s > 0 and (batch == 1 or stride_b == seq * stride_s)
     tma = config.tma and token_agg != "last" and even and sum(pieces) == factor.head_dim
     grid = (heads * programs, len(xs))
-    run = bind(
-        kernel.head_stats_kernel[grid],
-        addresses,
-        factor_addresses,
-        slots,
-        state,
-        partial,
-        norms,
-        valid,
-        last,
-        scale,
+    tensors = (state, partial, norms, valid, last, scale)
+    numbers = (
         stride_b // unit,
         stride_s // unit,
         batch,
@@ -302,31 +368,48 @@ def _launch_one(
         skip_first,
         tiles_per_program,
         chunks,
-        DTYPE=_TL_DTYPE[xs[0].dtype],
-        SIZE=size,
-        MODE=TOKEN_AGGS[token_agg],
-        MASKED=valid is not None or skip_first > 0 or seq % config.block_tokens > 0,
-        HEAD_DIM=factor.head_dim,
-        PIECES=pieces,
-        COUNT=len(pieces),
-        BLOCKS=triangle_elements(pieces),
-        BT=config.block_tokens,
-        HP=padded_heads,
-        BB=max(1, _MERGE_ELEMENTS // padded_heads),
-        FAST=factor.precision == "fast",
-        Z_PARTS=3 if xs[0].dtype == torch.float32 else 1,
-        SIDE_BY_SIDE=config.side_by_side,
-        TMA=tma,
-        UPCAST=IS_INTERPRETED,
-        STAGES=config.num_stages,
-        EXACT_STAGES=config.exact_stages,
-        num_warps=config.num_warps,
-        maxnreg=config.max_registers,
     )
+    compiled_for = {
+        "DTYPE": _TL_DTYPE[xs[0].dtype],
+        "SIZE": size,
+        "MODE": TOKEN_AGGS[token_agg],
+        "MASKED": valid is not None or skip_first > 0 or seq % config.block_tokens > 0,
+        "HEAD_DIM": factor.head_dim,
+        "PIECES": pieces,
+        "COUNT": len(pieces),
+        "BLOCKS": triangle_elements(pieces),
+        "BT": config.block_tokens,
+        "HP": padded_heads,
+        "BB": max(1, _MERGE_ELEMENTS // padded_heads),
+        "FAST": factor.precision == "fast",
+        "Z_PARTS": 3 if xs[0].dtype == torch.float32 else 1,
+        "SIDE_BY_SIDE": config.side_by_side,
+        "TMA": tma,
+        "UPCAST": IS_INTERPRETED,
+        "STAGES": config.num_stages,
+        "EXACT_STAGES": config.exact_stages,
+    }
+    options = {"num_warps": config.num_warps, "maxnreg": config.max_registers}
+    launcher = kernel.head_stats_kernel[grid]
+    run = bind(launcher, addresses, factor_addresses, slots, *tensors, *numbers, **compiled_for, **options)
     if tma and not IS_INTERPRETED:
         copy_context().run(_with_scratch, run)
-    else:
-        run()
+        return None  # only large inputs, whose launches hide behind the GPU's work
+    compiled = run()
+    if partial is None or any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors):
+        return None
+    return _Plan(
+        bind(launcher, **options) if IS_INTERPRETED else compiled[grid],  # type: ignore[index]
+        tuple(factors),
+        xs[0].new_empty(0),
+        xs[0].shape,
+        xs[0].stride(),
+        (valid is not None, last is not None, scale is not None),
+        addresses[len(xs) :],
+        (factor_addresses, slots),
+        (*numbers, *compiled_for.values()),
+        partial.numel(),
+    )
 
 
 def _with_scratch(run: Callable[[], object]) -> None:
