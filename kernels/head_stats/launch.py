@@ -355,7 +355,7 @@ def _launch_one(
     # Bulk copies see x as [batch * seq, width]: evenly spaced rows, and no piece that reaches into the next head.
     even = stride_s > 0 and (batch == 1 or stride_b == seq * stride_s)
     tma = config.tma and token_agg != "last" and even and sum(pieces) == factor.head_dim
-    grid = (heads * programs, len(xs))
+    grid = (heads * programs, len(xs), 1)  # all three: a compiled kernel asks for them
     tensors = (state, partial, norms, valid, last, scale)
     numbers = (
         stride_b // unit,
