@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def backend_for(backend: str, device: torch.device, dtype: torch.dtype, head_dim
         return "factored"
     reason = _triton_missing()
     if reason is None:
-        reason = importlib.import_module("fastheads.kernels").unsupported(device, dtype, head_dim)
+        reason = _kernels().unsupported(device, dtype, head_dim)
     if reason is None:
         return "triton"
     if backend == "auto":
@@ -52,6 +53,12 @@ def backend_for(backend: str, device: torch.device, dtype: torch.dtype, head_dim
     raise RuntimeError(
         f"backend 'triton' cannot be used: {reason}; choose one of {', '.join(TORCH_BACKENDS)}, or auto"
     )
+
+
+@cache
+def _kernels() -> Any:
+    """`fastheads.kernels`, which imports triton: only where it is there."""
+    return importlib.import_module("fastheads.kernels")
 
 
 def _triton_missing() -> str | None:
@@ -119,7 +126,7 @@ class Dispatcher:
         backend = self._choice(x.device, x.dtype, site.head_dim)
         self.used.add(backend)
         if backend == "triton":
-            importlib.import_module("fastheads.kernels").head_stats(
+            _kernels().head_stats(
                 inputs,
                 [self.factors[row].kernel(x.dtype, self.precision) for row in rows],
                 moments.buffer,

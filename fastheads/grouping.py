@@ -80,7 +80,7 @@ class DeviceQueue:
 
     def follow_stream(self) -> None:
         """A forward begins on the current stream: it goes on with the moments where the one before left them."""
-        if not self.is_cuda:
+        if not self.is_cuda or (self.stream is not None and not self.off_stream()):
             return
         current = torch.cuda.current_stream(self.device)
         if (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastheads import operator
+from fastheads import boundary, operator
 from fastheads.dispatch import PRECISIONS, Dispatcher
 from fastheads.factors import StaleFactorError
 from fastheads.grouping import DeviceQueue, Group, Profiled, check_unchanged, grouped
@@ -109,6 +109,9 @@ class HookManager:
         self._skipped: set[int] = set()
         self._missed: set[int] = set()
         self._in_graphs: set[int] = set()
+        self._started_in_graphs = (
+            False  # a graph holds whole forwards: what one left behind, Python does not know
+        )
         self._paused = False
         self._warned = False
         self._handles: list[Any] = []
@@ -123,18 +126,7 @@ class HookManager:
 
     def _attach(self) -> None:
         for module in {id(m): m for m in (self.model, self._decoder)}.values():
-            # Functions, not bound methods: a copy of the model would copy the manager with those.
-            self._handles += (
-                module.register_forward_pre_hook(
-                    lambda *called: self._start(*called),  # noqa: PLW0108
-                    with_kwargs=True,
-                ),
-                module.register_forward_hook(lambda module, _args, _output: self._finish(module)),
-                # Runs after an exception too, where the one above has not closed the forward.
-                module.register_forward_hook(
-                    lambda module, _args, _output: self._abandon(module), always_call=True
-                ),
-            )
+            self._handles += boundary.register(self, module)
         self._handles.append(RetraceHandle({p.site.name: p.site.module for p in self._profiled}))
         self._handles.append(register_optimizer_step_post_hook(self._after_optimizer_step))
         for profiled in self._profiled:
@@ -181,7 +173,8 @@ class HookManager:
 
     # ------------------------------------------------------------------ one forward
 
-    def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call of the model, or of its decoder, begins."""
         if module is not self.model and module is not self._decoder:
             if getattr(module, "_is_replica", False):
                 raise RuntimeError(
@@ -196,7 +189,7 @@ class HookManager:
             in_graph = torch.compiler.is_compiling()
             if not in_graph:
                 self._prepare()
-                in_graph = bool(self._in_graphs) or _is_capturing()
+                in_graph = self._started_in_graphs or self._is_capturing()
             for queue in self._queues.values():
                 queue.moments.begin(always=in_graph)
         if kwargs.get("adapter_names") is not None:
@@ -219,7 +212,7 @@ class HookManager:
         """Whether the forward under way is on the stack: after Ctrl-C torch calls no hook that would have ended it."""
         if torch.compiler.is_compiling():
             return True
-        frame = sys._getframe(2)
+        frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code is _CALL_IMPL and frame.f_locals.get("self") is self._running:
                 return True
@@ -241,12 +234,16 @@ class HookManager:
         for queue in self._queues.values():
             queue.close()
             queue.follow_stream()
-        by_hand = _is_capturing()
+        by_hand = self._is_capturing()
         self._dispatcher.refresh()
         if by_hand:
             for factor in self._dispatcher.factors.values():
                 factor.in_graph = factor.in_own_graph = True
             self._keep_for_graph()
+
+    def _is_capturing(self) -> bool:
+        on_gpu = any([queue.is_cuda for queue in self._queues.values()])
+        return on_gpu and torch.cuda.is_current_stream_capturing()
 
     def _projection_hook(self, profiled: Profiled) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         own, queue = profiled.site.module, profiled.queue
@@ -299,10 +296,15 @@ class HookManager:
 
     def _record_kept(self, queue: DeviceQueue) -> None:
         kept = queue.take()
+        if not kept:
+            return
         check_unchanged(kept)
         for profiled, x, _ in kept:
-            self._check_input(profiled, x)
+            # Most have the first one's shape, which one look has found right.
+            if type(x) is not Tensor or x.shape != kept[0][1].shape or profiled.width != x.shape[-1]:
+                self._check_input(profiled, x)
             self._ran.add(profiled.row)
+        self._check_input(*kept[0][:2])
         self._record(queue, grouped([(profiled, x) for profiled, x, _ in kept]))
 
     def _record(self, queue: DeviceQueue, groups: list[Group]) -> None:
@@ -357,17 +359,21 @@ class HookManager:
     ) -> None:
         """What the operator `fastheads::record` does: at each call, or once while a CUDA graph is captured."""
         self._in_graphs.update(rows)
-        if inputs[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        capturing = inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing:
             for row in rows:
                 if row in self._dispatcher.factors:
                     self._dispatcher.factors[row].in_graph = True
             self._keep_for_graph()
-        else:
-            self._dispatcher.refresh()
+        if self._running is None:
+            self._started_in_graphs = True
+            if not capturing:
+                self._dispatcher.refresh()
         self._dispatcher.record(rows, inputs, RealTokens(valid, self.skip_first), RunningMoments.over(state))
         self._dispatcher.finish()
 
-    def _finish(self, module: nn.Module) -> None:
+    def finish(self, module: nn.Module) -> None:
+        """A call of the model, or of its decoder, returned."""
         if self._running is None:
             return
         if module is self._decoder:
@@ -377,8 +383,7 @@ class HookManager:
                 self._decoder_traced = False
             else:
                 for queue in self._queues.values():
-                    if queue.kept:
-                        self._record_kept(queue)
+                    self._record_kept(queue)
                     queue.close()
                 self._dispatcher.finish()
                 if len(self._ran) < len(self._profiled):
@@ -393,7 +398,8 @@ class HookManager:
             for queue in self._queues.values():
                 queue.moments.commit()
 
-    def _abandon(self, module: nn.Module) -> None:
+    def abandon(self, module: nn.Module) -> None:
+        """A call of the model, or of its decoder, is over; where `finish` was not called, it raised."""
         if module is self._running:
             self._drop()
 
@@ -495,10 +501,6 @@ class HookManager:
                 RuntimeWarning,
                 stacklevel=4,
             )
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _checked_layers(layers: Iterable[int] | None) -> list[int] | None:

@@ -104,7 +104,7 @@ def test_no_hook_waits_for_the_gpu(monkeypatch, token_agg, group_bytes):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the mode announces itself as a prototype
-            for name in ("_start", "_measure", "_finish"):
+            for name in ("start", "_measure", "finish"):
                 monkeypatch.setattr(hooks, name, forbidding(getattr(hooks, name)))
             model(**one_forward)
     assert (hooks.get_results()["head_output_norm"]["count"] >= 6).all()
