@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=None, help="batch x seq, such as 4x256")
     parser.add_argument("--threads", type=int, default=2, help="CPU")
     parser.add_argument(
-        "--pairs", type=int, default=None, help="plain/profiled pairs (default: 9 on the CPU, 21)"
+        "--pairs", type=int, default=None, help="plain/profiled pairs (default: 9 on the CPU, 41)"
     )
     parser.add_argument("--token-aggs", nargs="+", default=None, choices=["last", "all", "token"])
     parser.add_argument(
@@ -108,7 +108,7 @@ def gpu_rows(options: argparse.Namespace) -> Any:
                         # Compiled, a twin that shares the weights: each attaching would make the compiler start again.
                         twin = model if mode == "eager" else sharing_twin(model)
                         yield row | measure(
-                            model, twin, mode, backend, token_agg, batch, seq, options.pairs or 21
+                            model, twin, mode, backend, token_agg, batch, seq, options.pairs or 41
                         )
                         del twin
         del model

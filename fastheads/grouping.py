@@ -25,7 +25,10 @@ class Profiled:
     row: int
     site: HeadSite
     queue: "DeviceQueue"
-    width: int  # of its input: num_heads * head_dim
+
+    def __post_init__(self) -> None:
+        self.head_dim = self.site.head_dim
+        self.width = self.site.num_heads * self.head_dim  # of its input
 
 
 # What the hook of a small input leaves behind: the site, its input, and the input's version (None for an inference tensor: it
@@ -135,12 +138,12 @@ def grouped(inputs: Iterable[tuple[Profiled, Tensor]]) -> list[Group]:
             if (
                 x.shape == group.shape
                 and x.dtype == group.dtype
-                and profiled.site.head_dim == group.head_dim
+                and profiled.head_dim == group.head_dim
                 and profiled.row not in group.rows
             ):
                 break
         else:
-            group = Group(x.shape, x.dtype, profiled.site.head_dim)
+            group = Group(x.shape, x.dtype, profiled.head_dim)
             groups.append(group)
         group.rows.append(profiled.row)
         group.inputs.append(x)

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastheads import boundary, operator
 from fastheads.dispatch import PRECISIONS, Dispatcher
 from fastheads.factors import StaleFactorError
-from fastheads.grouping import DeviceQueue, Group, Profiled, check_unchanged, grouped
+from fastheads.grouping import DeviceQueue, Profiled, check_unchanged, grouped
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS
 from fastheads.moments import CommittedMoments, Moments, RunningMoments
@@ -93,8 +93,7 @@ class HookManager:
         self._group_bytes = group_bytes
         self._queues: dict[torch.device, DeviceQueue] = {}
         self._profiled = [
-            Profiled(row, site, self._queue_on(dense_weight(site).device), site.num_heads * site.head_dim)
-            for row, site in chosen.items()
+            Profiled(row, site, self._queue_on(dense_weight(site).device)) for row, site in chosen.items()
         ]
         self._places = [_place(self.model, site) for site in chosen.values()]
         self._decoder = decoder_of(self.model)
@@ -287,7 +286,7 @@ class HookManager:
         size = x.nbytes
         if size > queue.largest or queue.off_stream():
             self._ran.add(profiled.row)
-            self._record(queue, grouped([(profiled, x)]))
+            self._record(queue, [([profiled.row], [x])])
             return
         if size > queue.room:
             self._record_kept(queue)
@@ -299,19 +298,26 @@ class HookManager:
         if not kept:
             return
         check_unchanged(kept)
-        for profiled, x, _ in kept:
-            # Most have the first one's shape, which one look has found right.
-            if type(x) is not Tensor or x.shape != kept[0][1].shape or profiled.width != x.shape[-1]:
-                self._check_input(profiled, x)
-            self._ran.add(profiled.row)
+        rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
+        kinds = {(type(x), x.shape, x.dtype, profiled.width, profiled.head_dim) for profiled, x, _ in kept}
+        ran = set(rows)
+        self._ran |= ran
         self._check_input(*kept[0][:2])
-        self._record(queue, grouped([(profiled, x) for profiled, x, _ in kept]))
+        if len(kinds) == 1 and len(ran) == len(
+            rows
+        ):  # most often so: each of these lines is paid for at each token
+            self._record(queue, [(rows, inputs)])
+            return
+        for profiled, x, _ in kept:
+            self._check_input(profiled, x)
+        groups = grouped([(profiled, x) for profiled, x, _ in kept])
+        self._record(queue, [(group.rows, group.inputs) for group in groups])
 
-    def _record(self, queue: DeviceQueue, groups: list[Group]) -> None:
+    def _record(self, queue: DeviceQueue, groups: list[tuple[list[int], list[Tensor]]]) -> None:
         assert self._real is not None  # within a decoder's call
         with queue.on_its_stream():
-            for group in groups:
-                self._dispatcher.record(group.rows, group.inputs, self._real, queue.moments.pending)
+            for rows, inputs in groups:
+                self._dispatcher.record(rows, inputs, self._real, queue.moments.pending)
 
     def _check_input(self, profiled: Profiled, x: Tensor) -> None:
         if self._real is None:

@@ -151,7 +151,7 @@ def test_the_graph_of_autograd_is_not_held():
         seen = []
         record = hooks._record
         hooks._record = lambda queue, groups: (
-            seen.extend(x.requires_grad for group in groups for x in group.inputs),
+            seen.extend(x.requires_grad for _, inputs in groups for x in inputs),
             record(queue, groups),
         )
         model(input_ids=ids, labels=ids).loss.backward()

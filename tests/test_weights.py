@@ -301,10 +301,7 @@ def hooks_off(model):
 
 
 def managers_on(model):
-    for hook in model._forward_pre_hooks.values():
-        for cell in hook.__closure__:
-            if isinstance(cell.cell_contents, fastheads.HookManager):
-                yield cell.cell_contents
+    return [hook.args[0].boundary for hook in model._forward_pre_hooks.values()]
 
 
 def test_a_weight_that_changes_during_a_forward_is_an_error():

@@ -1,7 +1,6 @@
 """From tensors to launches: what the kernel cannot take is copied or refused here, and nothing waits for the GPU."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -142,17 +141,18 @@ def launch(
     if inputs[0].shape[0] == 0 or inputs[0].shape[1] == 0:
         return
     loadable = [_loadable(x) for x in inputs]
-    with _on(state.device):
+    if _is_elsewhere(state.device):
+        with torch.cuda.device(state.device):
+            plan = _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
+    else:
         plan = _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
     if plan is not None:
         factors[0].plans[key] = plan
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which `device` is the current one."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        return torch.cuda.device(device)
-    return nullcontext()
+def _is_elsewhere(device: torch.device) -> bool:
+    """Whether another GPU than `device` is the current one."""
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +171,9 @@ class _Plan:
     padding: tuple[int, ...]
     tables: tuple[object, object]
     numbers: tuple[object, ...]  # the arguments after the tensors
-    partials: int
+    partial: (
+        Tensor  # launches that share factors follow one another: so they may share the partial sums' memory
+    )
 
     def serves(
         self,
@@ -209,10 +211,25 @@ class _Plan:
         last: Tensor | None,
         scale: Tensor | None,
     ) -> None:
-        with _on(state.device):
-            partial = torch.empty(self.partials, dtype=torch.float64, device=state.device)
-            addresses = (*[x.data_ptr() for x in inputs], *self.padding)
-            self.run(addresses, *self.tables, state, partial, None, valid, last, scale, *self.numbers)
+        if _is_elsewhere(state.device):
+            with torch.cuda.device(state.device):
+                self._launch(inputs, state, valid, last, scale)
+        else:
+            self._launch(inputs, state, valid, last, scale)
+
+    def _launch(
+        self,
+        inputs: Sequence[Tensor],
+        state: Tensor,
+        valid: Tensor | None,
+        last: Tensor | None,
+        scale: Tensor | None,
+    ) -> None:
+        partial = self.partial
+        if partial.is_cuda and torch.cuda.is_current_stream_capturing():
+            partial = torch.empty_like(partial)  # a graph keeps memory of its own
+        addresses = (*[x.data_ptr() for x in inputs], *self.padding)
+        self.run(addresses, *self.tables, state, partial, None, valid, last, scale, *self.numbers)
 
 
 def _check(
@@ -396,7 +413,12 @@ def _launch_one(
         copy_context().run(_with_scratch, run)
         return None  # only large inputs, whose launches hide behind the GPU's work
     compiled = run()
-    if partial is None or any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors):
+    capturing = state.is_cuda and torch.cuda.is_current_stream_capturing()
+    if (
+        partial is None
+        or capturing
+        or any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors)
+    ):
         return None
     return _Plan(
         bind(launcher, **options) if IS_INTERPRETED else compiled[grid],  # type: ignore[index]
@@ -408,7 +430,7 @@ def _launch_one(
         addresses[len(xs) :],
         (factor_addresses, slots),
         (*numbers, *compiled_for.values()),
-        partial.numel(),
+        partial,
     )
 
 
