@@ -59,11 +59,13 @@ def candidates(head_dim: int, precision: str) -> Iterator[Config]:
             for stages in (2, 3) if head_dim > 128 else (3, 4):
                 for tma in (False, True) if head_dim > 128 or head_dim == 80 else (False,):
                     for side_by_side in (True, False) if exact and head_dim == 64 else (exact,):
-                        config = Config(
-                            width, block_tokens, num_warps, stages, stages if exact else 2, side_by_side, tma, registers
-                        )  # fmt: skip
-                        if shared_bytes(config, head_dim, torch.bfloat16, precision) < 226 << 10:
-                            yield config
+                        for together in (False, True) if not exact and head_dim in (64, 128) else (False,):
+                            config = Config(
+                                width, block_tokens, num_warps, stages, stages if exact else 2, side_by_side, tma, together,
+                                registers,
+                            )  # fmt: skip
+                            if shared_bytes(config, head_dim, torch.bfloat16, precision) < 226 << 10:
+                                yield config
 
 
 def new_state(heads: int) -> Tensor:
@@ -197,7 +199,7 @@ def describe(row: dict[str, object]) -> str:
     c = Config(**row["config"])  # type: ignore[arg-type]
     text = (
         f"width {c.width:3} tokens {c.block_tokens:3} warps {c.num_warps} stages {c.num_stages}/{c.exact_stages} "
-        f"wide {c.side_by_side:d} tma {c.tma:d} regs {c.max_registers}: "
+        f"wide {c.side_by_side:d} tma {c.tma:d} together {c.together:d} regs {c.max_registers}: "
     )
     if "error" in row:
         return text + str(row["error"])

@@ -6,6 +6,7 @@ On a GPU these are tests marked `gpu`; under TRITON_INTERPRET=1 (see test_kernel
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ pytestmark = [
     ),
 ]
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-# Two parts of L in bfloat16 hold 16 bits: 4e-6 in one element, less in a sum (float64 emulation: at most 4e-6 at D = 16,
-# 2e-6 above). float32 sums of squares and the square root add under 3e-7.
+# Two parts of L in bfloat16 hold 16 bits: 4e-6 in one element, less in a sum (at D = 128 with weights of κ = 1e4, 2.4e-6).
+# Below D = 64 there are three. float32 sums of squares and the square root add under 3e-7.
 EXACT = 5e-6
 FAST = 2e-3
 COUNT, NONFINITE, MEAN, M2, MIN, MAX = range(6)
@@ -344,6 +345,29 @@ def test_exact_to_5e6_a_token(dtype: torch.dtype, kappa: float) -> None:
     x = torch.randn(1, 100, 256).to(DEVICE, dtype)
     got, want = token_norms(x, factor_of(weights, dtype)), true_norms(x, weights)
     assert ((got - want).abs() / want).max() <= EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 40, 48])
+def test_exact_in_small_heads_whose_tokens_may_miss_what_is_large(head_dim: int, dtype: torch.dtype) -> None:
+    """Of few dimensions a random token may hold little of the large ones: rounding errors of 16 bits of L come to 2e-5."""
+    torch.manual_seed(0)
+    weights = random_weights(2, head_dim, 1024, dtype, 1e4)
+    x = torch.randn(1, 400, 2 * head_dim).to(DEVICE, dtype)
+    got, want = token_norms(x, factor_of(weights, dtype)), true_norms(x, weights)
+    assert ((got - want).abs() / want).max() <= 1e-6
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_both_squares_in_one_reduction(head_dim: int, precision: str) -> None:
+    x, weights, factor, tolerance = case("all", head_dim=head_dim, precision=precision, seq=50)
+    together = replace(factor.config, together=True)
+    per_head = weights.permute(1, 0, 2)
+    factor = prepare(torch.linalg.cholesky(per_head.mT @ per_head), x.dtype, precision, config=together)
+    state = new_state(1, 3)
+    head_stats([x], [factor], state, [0], token_agg="all")
+    check(state, 0, true_samples(true_norms(x, weights), all_real(x), "all"), tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -23,6 +23,9 @@ class Config:
     exact_stages: int  # of the two-pass loop
     side_by_side: bool = False  # both parts of L in one product twice as wide: fewer products, more registers
     tma: bool = False  # x by bulk copies where its rows lie evenly spaced
+    together: bool = (
+        False  # one reduction for the squares of z and of the product; bfloat16, pieces of one width
+    )
     max_registers: int = 255  # a thread's; 65536 / (max_registers * threads) programs fit a multiprocessor
 
     def pieces(self, head_dim: int) -> tuple[int, ...]:
@@ -30,6 +33,11 @@ class Config:
         full, rest = divmod(head_dim, self.width)
         last = () if rest == 0 else (max(16, 1 << (rest - 1).bit_length()),)
         return (self.width,) * full + last
+
+
+def parts(head_dim: int, dtype: torch.dtype) -> int:
+    """Parts of L: two of 8 bits, but three in small heads of a decaying spectrum a token may all but miss what is large."""
+    return 3 if head_dim < 64 and dtype != torch.float16 else 2
 
 
 def triangle_elements(pieces: tuple[int, ...]) -> int:
@@ -42,7 +50,7 @@ def shared_bytes(config: Config, head_dim: int, dtype: torch.dtype, precision: s
     pieces = config.pieces(head_dim)
     one_pass = triangle_elements(pieces) * 2
     tile = config.block_tokens * sum(pieces) * dtype.itemsize
-    exact = 2 * one_pass + max(config.exact_stages - 1, 1) * tile
+    exact = parts(head_dim, dtype) * one_pass + max(config.exact_stages - 1, 1) * tile
     fast = one_pass + max(config.num_stages - 1, 1) * tile
     return exact if precision == "exact" else max(exact, fast)
 

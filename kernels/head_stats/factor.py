@@ -1,12 +1,13 @@
 """The factor as the kernel reads it: split into parts of the input's dtype, scaled, its triangle packed in blocks."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .config import Config, triangle_elements
+from .config import Config, parts, triangle_elements
 from .kernel import TICKET_BYTES
 
 PRECISIONS = ("exact", "fast")
@@ -23,8 +24,8 @@ class KernelFactor:
     """L of all heads of one layer on one device, in one buffer whose address never changes.
 
     Bytes: a ticket (128), float32 scale [heads], int32 flag [heads] (1: two passes), padding to 128, then the blocks
-    [heads, elements] in `part_dtype`, a row of the high part of a block followed by the same row of the low part. With s
-    the scale, s (high + low) is L Q to the rounding of the parts; Q is orthogonal (1, or `rotation` in one pass).
+    [heads, elements] in `part_dtype`, a row of the high part of a block followed by the same row of the low parts. With s
+    the scale, s (high + low + ...) is L Q to the rounding of the parts; Q is orthogonal (1, or `rotation` in one pass).
     Launches that share a factor share its ticket: a stream must order them.
     """
 
@@ -39,6 +40,10 @@ class KernelFactor:
     @property
     def pieces(self) -> tuple[int, ...]:
         return self.config.pieces(self.head_dim)
+
+    @property
+    def parts(self) -> int:
+        return parts(self.head_dim, self.dtype)
 
     @property
     def part_dtype(self) -> torch.dtype:
@@ -59,16 +64,17 @@ def part_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float32 else dtype
 
 
-def buffer_bytes(heads: int, pieces: tuple[int, ...]) -> int:
+def buffer_bytes(heads: int, pieces: tuple[int, ...], count: int) -> int:
     header = int(TICKET_BYTES.value) + -(-heads * 8 // 128) * 128
-    return header + heads * 2 * triangle_elements(pieces) * 2
+    return header + heads * count * triangle_elements(pieces) * 2
 
 
 def new_factor(L: Tensor, dtype: torch.dtype, precision: str, config: Config) -> KernelFactor:
     """Allocate and fill."""
     heads, head_dim, _ = L.shape
     with torch.inference_mode(False):
-        buffer = torch.zeros(buffer_bytes(heads, config.pieces(head_dim)), dtype=torch.uint8, device=L.device)
+        size = buffer_bytes(heads, config.pieces(head_dim), parts(head_dim, dtype))
+        buffer = torch.zeros(size, dtype=torch.uint8, device=L.device)
     factor = KernelFactor(buffer, heads, head_dim, dtype, precision, config)
     write_factor(factor, L)
     return factor
@@ -102,9 +108,11 @@ def write_factor(factor: KernelFactor, L: Tensor) -> None:
         else:
             flag[part] = 1
         scale[part] = power.float()
-        high = scaled.to(factor.part_dtype)
-        low = (scaled - high.double()).to(factor.part_dtype)
-        blocks[part] = pack(high, low, pieces)
+        split = []
+        for _ in range(factor.parts):
+            split.append(scaled.to(factor.part_dtype))
+            scaled = scaled - split[-1].double()
+        blocks[part] = pack(split, pieces)
 
 
 def scale_of(L: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,13 +159,13 @@ def worst_error(L: Tensor, rounded: Tensor) -> Tensor:
     return 1.0 - (1.0 - bound).clamp(min=0.0).sqrt()
 
 
-def pack(high: Tensor, low: Tensor, pieces: tuple[int, ...]) -> Tensor:
-    """The blocks [I, J], I ≥ J, of two `[heads, D, columns]`, column by column: `[heads, elements]`.
+def pack(split: Sequence[Tensor], pieces: tuple[int, ...]) -> Tensor:
+    """The blocks [I, J], I ≥ J, of parts `[heads, D, columns]`, column by column: `[heads, elements]`.
 
-    A block is row-major [I's width, 2, J's width], zero in rows beyond D: one product with it is both parts at once.
+    A block is row-major [I's width, parts, J's width], zero in rows beyond D: one product with two parts is both at once.
     """
-    both = torch.stack((high, low), dim=-2)  # [heads, D, 2, columns]
-    both = torch.nn.functional.pad(both, (0, 0, 0, 0, 0, sum(pieces) - high.shape[1]))
+    both = torch.stack(tuple(split), dim=-2)  # [heads, D, parts, columns]
+    both = torch.nn.functional.pad(both, (0, 0, 0, 0, 0, sum(pieces) - both.shape[1]))
     edges = [sum(pieces[:i]) for i in range(len(pieces) + 1)]
     return torch.cat(
         [

@@ -33,37 +33,22 @@ def entry(table, i, SIZE: tl.constexpr):
 
 
 @triton.jit
-def triangle(p_blocks, PIECES: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr):
-    """The blocks L[I, J], I >= J, column by column, each [PIECES[I], PARTS * PIECES[J]].
+def triangle(p_blocks, PIECES: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr, WIDE: tl.constexpr,
+             UPCAST: tl.constexpr):  # fmt: skip
+    """The blocks L[I, J], I >= J, column by column, each [PIECES[I], WIDE * PIECES[J]]: WIDE parts of L from PART on.
 
-    In memory a block is [PIECES[I], 2, PIECES[J]]: a row of the high part, then the same row of the low part.
+    In memory a block is [PIECES[I], PARTS, PIECES[J]]: a row of the high part, then the same row of the next.
     """
     blocks = ()
     for j in tl.static_range(COUNT):
         for i in tl.static_range(j, COUNT):
             o_i = tl.arange(0, PIECES[i])[:, None]
-            o_j = tl.arange(0, PARTS * PIECES[j])[None, :]
-            block = tl.load(p_blocks + o_i * (2 * PIECES[j]) + o_j)
+            o_j = PART * PIECES[j] + tl.arange(0, WIDE * PIECES[j])[None, :]
+            block = tl.load(p_blocks + o_i * (PARTS * PIECES[j]) + o_j)
             if UPCAST:
                 block = block.to(tl.float32)
             blocks = blocks + (block,)
-            p_blocks += 2 * PIECES[i] * PIECES[j]
-    return blocks
-
-
-@triton.jit
-def low_triangle(p_blocks, PIECES: tl.constexpr, COUNT: tl.constexpr, UPCAST: tl.constexpr):
-    """The low parts alone, each [PIECES[I], PIECES[J]]."""
-    blocks = ()
-    for j in tl.static_range(COUNT):
-        for i in tl.static_range(j, COUNT):
-            o_i = tl.arange(0, PIECES[i])[:, None]
-            o_j = PIECES[j] + tl.arange(0, PIECES[j])[None, :]
-            block = tl.load(p_blocks + o_i * (2 * PIECES[j]) + o_j)
-            if UPCAST:
-                block = block.to(tl.float32)
-            blocks = blocks + (block,)
-            p_blocks += 2 * PIECES[i] * PIECES[j]
+            p_blocks += PARTS * PIECES[i] * PIECES[j]
     return blocks
 
 
@@ -107,17 +92,25 @@ def high_plus_low(acc, BT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def both_sums(z, c, more_z, more_c):
+    return z + more_z, c + more_c
+
+
+@triton.jit
 def tile_norms(
     source,  # where the tile lies: ([BT] pointers to the head in each token's row,), or descriptors and a place
     blocks,
     lows,
+    lowest,
     head_scale,
     HEAD_DIM: tl.constexpr,
     PIECES: tl.constexpr,
     COUNT: tl.constexpr,
     BT: tl.constexpr,
     PASSES: tl.constexpr,
+    PARTS: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     TMA: tl.constexpr,
     Z_PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -126,6 +119,7 @@ def tile_norms(
     first = ()
     second = ()
     third = ()
+    raw = ()
     square_z = tl.zeros([BT], dtype=tl.float32)
     squares = ()  # of the pieces as wide as the first, added up: one reduction
     for i in tl.static_range(COUNT):
@@ -142,13 +136,15 @@ def tile_norms(
                 b_z = tl.load(source[0][:, None] + o_i, mask=o_i < HEAD_DIM, other=0.0)
             else:
                 b_z = tl.load(source[0][:, None] + o_i)
+        raw = raw + (b_z,)
         z = widened(b_z, UPCAST)
-        if PIECES[i] != PIECES[0]:
-            square_z += tl.sum(z * z, axis=1)
-        elif i == 0:
-            squares = (z * z,)
-        else:
-            squares = (squares[0] + z * z,)
+        if not TOGETHER:
+            if PIECES[i] != PIECES[0]:
+                square_z += tl.sum(z * z, axis=1)
+            elif i == 0:
+                squares = (z * z,)
+            else:
+                squares = (squares[0] + z * z,)
         if Z_PARTS == 1:
             if UPCAST:
                 b_z = z
@@ -167,7 +163,8 @@ def tile_norms(
                 first = first + (one,)
                 second = second + (two,)
                 third = third + (three,)
-    square_z += tl.sum(squares[0], axis=1)
+    if not TOGETHER:
+        square_z += tl.sum(squares[0], axis=1)
     square_c = tl.zeros([BT], dtype=tl.float32)
     for j in tl.static_range(COUNT):
         # Small products first: what they add is not lost under the large ones.
@@ -176,6 +173,8 @@ def tile_norms(
         else:
             acc = no_sums(BT, PIECES[j])
         if PASSES == 2 and not SIDE_BY_SIDE:
+            if PARTS == 3:
+                acc = column_dot(first, lowest, acc, j, COUNT)
             acc = column_dot(first, lows, acc, j, COUNT)
             if Z_PARTS == 3:
                 acc = column_dot(second, lows, acc, j, COUNT)
@@ -185,7 +184,14 @@ def tile_norms(
         acc = column_dot(first, blocks, acc, j, COUNT)
         if SIDE_BY_SIDE:
             acc = high_plus_low(acc, BT, PIECES[j])
-        square_c += tl.sum(acc * acc, axis=1)
+        if TOGETHER:
+            # One reduction has one layout, the product's: four threads share a row, not eight, and the loads follow it.
+            z = (raw[j].to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+            more_z, more_c = tl.reduce((z * z, acc * acc), 1, both_sums)
+            square_z += more_z
+            square_c += more_c
+        else:
+            square_c += tl.sum(acc * acc, axis=1)
     return tl.sqrt(square_z), tl.sqrt(square_c) * head_scale
 
 
@@ -201,7 +207,7 @@ def combine(n, bad, mean, m2, low, high):
     """The moments of several parts of a stream, [4, parts, HP] each, as one: [4, HP] each.
 
     n = sum n_i, mean = sum n_i mean_i / n, m2 = sum m2_i + n_i (mean_i - mean)^2, with the rounding error of the
-    mean fed back (Chan, Golub & LeVeque 1983). A sample is a part with n = 1 and m2 = 0; an absent one has n = 0.
+    mean fed back (Chan, Golub & LeVeque 1983). An empty part has n = 0 and mean 0.
     """
     count = tl.sum(n, axis=1)
     divisor = tl.maximum(count, 1.0)
@@ -237,29 +243,50 @@ def merged(a, b):
 
 
 @triton.jit
-def sample_moments(values, present, m_heads, per_head):
-    """Moments of the four metrics over samples, from float64 values [4, samples, HP].
+def no_samples(SLOTS: tl.constexpr, HP: tl.constexpr):
+    """What `add_samples` keeps of the samples of each slot, [4, SLOTS, HP]: counts, then sums."""
+    none = tl.zeros([4, SLOTS, HP], dtype=tl.int32)
+    zero = tl.zeros([4, SLOTS, HP], dtype=tl.float64)
+    return none, none, zero, zero, zero, zero + float("inf"), zero - float("inf")
+
+
+@triton.jit
+def add_samples(kept, values, present, m_heads, per_head):
+    """`kept` with one sample more in each slot, from float64 values [4, SLOTS, HP].
 
     The metrics are |z|, |W z|, and each over its mean over the layer's heads: values holds the first two twice;
-    per_head is 1 / heads.
+    per_head is 1 / heads. Sums are of deviations d from the slot's first sample, which is itself one of the n: of
+    m2 = sum d^2 - (sum d)^2 / n the second term is at most n m2, so that no more than n roundings of m2 are lost.
     """
+    seen, n, first, sum_d, sum_d2, low, high = kept
     mean = (tl.sum(tl.where(m_heads, values, 0.0), axis=2) * per_head)[:, :, None]
     # A mean of norms is 0 where all are, and 0/0 is NaN; one NaN or infinite head leaves the layer without a mean.
     no_mean = (mean == 0) | (mean == float("inf"))
-    relative = tl.where(no_mean, float("nan"), values / tl.where(no_mean, 1.0, mean))
-    values = tl.where(tl.arange(0, 4)[:, None, None] >= 2, relative, values)
+    relative = tl.arange(0, 4)[:, None, None] >= 2
+    values = values / tl.where(relative, tl.where(no_mean, float("nan"), mean), 1.0)
     present = present & m_heads
     finite = present & (tl.abs(values) < float("inf"))  # false for NaN
-    n = finite.to(tl.float64)
-    kept = tl.where(finite, values, 0.0)  # selected, never multiplied by zero
-    return combine(
-        n,
-        present.to(tl.float64) - n,
-        kept,
-        tl.zeros_like(kept),
-        tl.where(finite, values, float("inf")),
-        tl.where(finite, values, -float("inf")),
+    first = tl.where(finite & (n == 0), values, first)
+    d = tl.where(finite, values - first, 0.0)  # selected, never multiplied by zero
+    return (
+        seen + present.to(tl.int32),
+        n + finite.to(tl.int32),
+        first,
+        sum_d + d,
+        sum_d2 + d * d,
+        tl.where(finite & (values < low), values, low),
+        tl.where(finite & (values > high), values, high),
     )
+
+
+@triton.jit
+def sample_moments(kept):
+    """The moments of all slots together."""
+    seen, n, first, sum_d, sum_d2, low, high = kept
+    count = n.to(tl.float64)
+    mean_d = sum_d / tl.maximum(count, 1.0)
+    m2 = tl.maximum(sum_d2 - sum_d * mean_d, 0.0)
+    return combine(count, (seen - n).to(tl.float64), first + mean_d, m2, low, high)
 
 
 @triton.jit
@@ -341,7 +368,7 @@ def merge_samples(
     # Divisions in float64 are long: those by one number are done once.
     per_head = 1.0 / heads.to(tl.float64)
     per_token = 1.0 / tl.maximum(tokens, 1).to(tl.float64)
-    moments = no_moments(HP)
+    kept = no_samples(BB, HP)
     for i_b in range(0, batch, BB):
         o_b = i_b + tl.arange(0, BB)[None, :, None]
         m = (o_b < batch) & m_h
@@ -362,7 +389,8 @@ def merge_samples(
         else:
             count += tl.where(m, tokens.to(tl.float64), 0.0)
             values *= per_token
-        moments = merged(moments, sample_moments(values, count > 0, m_h, per_head))
+        kept = add_samples(kept, values, count > 0, m_h, per_head)
+    moments = sample_moments(kept)
     write_state(p_state, stride_plane, m_state, old, moments, old_count, old_bad)
 
 
@@ -394,20 +422,22 @@ def stream_tokens(
     BLOCKS: tl.constexpr,
     BT: tl.constexpr,
     PASSES: tl.constexpr,
+    PARTS: tl.constexpr,
     SIDE_BY_SIDE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     TMA: tl.constexpr,
     Z_PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One head, a stretch of its tokens: sums (ALL), samples (LAST) or norms of each token (TOKEN)."""
-    if SIDE_BY_SIDE:
-        blocks = triangle(p_blocks, PIECES, COUNT, 2, UPCAST)
-    else:
-        blocks = triangle(p_blocks, PIECES, COUNT, 1, UPCAST)
+    blocks = triangle(p_blocks, PIECES, COUNT, PARTS, 0, 2 if SIDE_BY_SIDE else 1, UPCAST)
     lows = ()
+    lowest = ()
     if PASSES == 2 and not SIDE_BY_SIDE:
-        lows = low_triangle(p_blocks, PIECES, COUNT, UPCAST)
+        lows = triangle(p_blocks, PIECES, COUNT, PARTS, 1, 1, UPCAST)
+        if PARTS == 3:
+            lowest = triangle(p_blocks, PIECES, COUNT, PARTS, 2, 1, UPCAST)
     head_scale = tl.load(p_scale)
     PER16: tl.constexpr = 128 // p_x.dtype.element_ty.primitive_bitwidth
     stride_xs = stride_xs16.to(tl.int64) * PER16
@@ -426,8 +456,8 @@ def stream_tokens(
             token = tl.zeros_like(row) + (seq - 1)
             m_b = m_b & (seq > skip_first)
         n_z, n_c = tile_norms(
-            (p_x + i_h * HEAD_DIM + (row * stride_xb16 + token * stride_xs16) * PER16,), blocks, lows, head_scale,
-            HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, False, Z_PARTS, UPCAST,
+            (p_x + i_h * HEAD_DIM + (row * stride_xb16 + token * stride_xs16) * PER16,), blocks, lows, lowest, head_scale,
+            HEAD_DIM, PIECES, COUNT, BT, PASSES, PARTS, SIDE_BY_SIDE, TOGETHER, False, Z_PARTS, UPCAST,
         )  # fmt: skip
         if token_scale is not None:
             n_c *= tl.load(token_scale + row * seq + token)
@@ -478,8 +508,8 @@ def stream_tokens(
                 o_s = t_start.to(tl.int64) * stride_xs16.to(tl.int64)
                 source = (p_x + (o_b + o_s) * PER16 + o_rows,)
             n_z, n_c = tile_norms(
-                source, blocks, lows, head_scale,
-                HEAD_DIM, PIECES, COUNT, BT, PASSES, SIDE_BY_SIDE, TMA, Z_PARTS, UPCAST,
+                source, blocks, lows, lowest, head_scale,
+                HEAD_DIM, PIECES, COUNT, BT, PASSES, PARTS, SIDE_BY_SIDE, TOGETHER, TMA, Z_PARTS, UPCAST,
             )  # fmt: skip
             if token_scale is not None:
                 n_c *= tl.load(token_scale + place + o_t, mask=real, other=0.0)
@@ -561,7 +591,9 @@ def head_stats_kernel(
     BB: tl.constexpr,  # rows of the batch in a block of the merge
     FAST: tl.constexpr,  # one pass for the heads whose flag is unset
     Z_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,  # of L in memory; two passes take all of them
     SIDE_BY_SIDE: tl.constexpr,  # both parts of L in one product
+    TOGETHER: tl.constexpr,  # one reduction for the squares of z and of the product
     TMA: tl.constexpr,  # x by bulk copies; its rows lie evenly spaced
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
@@ -581,7 +613,7 @@ def head_stats_kernel(
     p_flag = (p_factor + TICKET_BYTES + heads * 4).to(tl.pointer_type(tl.int32))
     WEIGHT: tl.constexpr = tl.bfloat16 if Z_PARTS == 3 else DTYPE
     p_blocks = (p_factor + TICKET_BYTES + tl.cdiv(heads * 8, 128) * 128).to(tl.pointer_type(WEIGHT))
-    p_blocks += i_h.to(tl.int64) * (2 * BLOCKS)
+    p_blocks += i_h.to(tl.int64) * (PARTS * BLOCKS)
 
     if MODE == TOKEN:
         norms += i_l.to(tl.int64) * 2 * heads * batch * seq
@@ -595,14 +627,16 @@ def head_stats_kernel(
             p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, chunks,
             i_h, i_p,
-            MODE, MASKED, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, False, TMA, Z_PARTS, UPCAST, STAGES,
+            MODE, MASKED, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, PARTS, False, TOGETHER,
+            TMA, Z_PARTS, UPCAST, STAGES,
         )  # fmt: skip
     else:
         stream_tokens(
             p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, chunks,
             i_h, i_p,
-            MODE, MASKED, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, SIDE_BY_SIDE, TMA, Z_PARTS, UPCAST, EXACT_STAGES,
+            MODE, MASKED, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, PARTS, SIDE_BY_SIDE, TOGETHER,
+            TMA, Z_PARTS, UPCAST, EXACT_STAGES,
         )  # fmt: skip
 
     if MODE != TOKEN:
@@ -645,7 +679,7 @@ def token_moments_kernel(
     partial += i_l.to(tl.int64) * programs * (24 * HP)
     p_norms = norms + (o_metric % 2) * (heads.to(tl.int64) * tokens) + o_h.to(tl.int64) * tokens
     per_head = 1.0 / heads.to(tl.float64)
-    moments = no_moments(HP)
+    kept = no_samples(BT, HP)
     for i_t in range(i_p * BT, tokens, programs * BT):
         o_t = i_t + tl.arange(0, BT)[None, :, None]
         real = o_t < tokens
@@ -655,7 +689,8 @@ def token_moments_kernel(
         else:
             real = real & (o_t % seq >= skip_first)
         values = tl.load(p_norms + o_t, mask=m, other=0.0).to(tl.float64)
-        moments = merged(moments, sample_moments(values, real, m_h, per_head))
+        kept = add_samples(kept, values, real, m_h, per_head)
+    moments = sample_moments(kept)
     o_partial = o_metric * (6 * HP) + o_h
     p_out = partial + i_p * (24 * HP) + (tl.arange(0, 4)[:, None] * 6) * HP + tl.arange(0, HP)[None, :]
     for plane in tl.static_range(6):

@@ -33,7 +33,7 @@ _WORKSPACE_BYTES = 32 << 20
 _MOST_TILES = 256
 # float64 values in a block of the merge: few a thread, or the merge sets the registers of the kernel.
 _MERGE_ELEMENTS = 256
-_TOKEN_PROGRAMS = 64
+_TOKEN_PROGRAMS = 128
 
 
 _SLOT = int(kernel.SLOT.value)
@@ -372,6 +372,8 @@ def _launch_one(
     # Bulk copies see x as [batch * seq, width]: evenly spaced rows, and no piece that reaches into the next head.
     even = stride_s > 0 and (batch == 1 or stride_b == seq * stride_s)
     tma = config.tma and token_agg != "last" and even and sum(pieces) == factor.head_dim
+    # The bits of one bfloat16, as wide as what they are multiplied with.
+    together = config.together and xs[0].dtype == torch.bfloat16 and len(set(pieces)) == 1
     grid = (heads * programs, len(xs), 1)  # all three: a compiled kernel asks for them
     tensors = (state, partial, norms, valid, last, scale)
     numbers = (
@@ -400,7 +402,9 @@ def _launch_one(
         "BB": max(1, _MERGE_ELEMENTS // padded_heads),
         "FAST": factor.precision == "fast",
         "Z_PARTS": 3 if xs[0].dtype == torch.float32 else 1,
-        "SIDE_BY_SIDE": config.side_by_side,
+        "PARTS": factor.parts,
+        "SIDE_BY_SIDE": config.side_by_side and factor.parts == 2,
+        "TOGETHER": together,
         "TMA": tma,
         "UPCAST": IS_INTERPRETED,
         "STAGES": config.num_stages,
@@ -539,5 +543,5 @@ def _launch_window(
         HP=padded_heads,
         BT=block_tokens,
         BP=max(1, _MERGE_ELEMENTS // padded_heads),
-        num_warps=4,
+        num_warps=8,
     )
