@@ -51,7 +51,7 @@ def candidates(head_dim: int, precision: str) -> Iterator[Config]:
         (128, 4, 168),
     )
     if head_dim > 128:
-        shapes = ((64, 8, 128), (64, 8, 255), (64, 4, 255), (128, 8, 255))
+        shapes = ((64, 8, 128), (64, 8, 255), (64, 4, 255), (128, 8, 255), (128, 8, 224))
     elif head_dim == 64:
         shapes = ((128, 8, 128), (64, 4, 128), (64, 4, 96), (128, 4, 168), (128, 4, 128))
     for width in widths:
@@ -59,7 +59,9 @@ def candidates(head_dim: int, precision: str) -> Iterator[Config]:
             for stages in (2, 3) if head_dim > 128 else (3, 4):
                 for tma in (False, True) if head_dim > 128 or head_dim == 80 else (False,):
                     for side_by_side in (True, False) if exact and head_dim == 64 else (exact,):
-                        for together in (False, True) if not exact and head_dim in (64, 128) else (False,):
+                        for together in (
+                            (False, True) if head_dim == 128 or (head_dim == 64 and not exact) else (False,)
+                        ):
                             config = Config(
                                 width, block_tokens, num_warps, stages, stages if exact else 2, side_by_side, tma, together,
                                 registers,

@@ -31,7 +31,9 @@ _TABLE_SIZES = (1, 8, 32)
 _WORKSPACE_BYTES = 32 << 20
 # Tiles that one program takes at most: it adds up the norms of a row in float32.
 _MOST_TILES = 256
-# float64 values in a block of the merge: few a thread, or the merge sets the registers of the kernel.
+# Rows times heads in a block of the merge, a warp: one a thread, of four metrics, or it sets the registers of the kernel.
+_MERGE_LANES = 32
+# The same in the kernel of token mode, a program.
 _MERGE_ELEMENTS = 256
 _TOKEN_PROGRAMS = 128
 
@@ -399,7 +401,7 @@ def _launch_one(
         "BLOCKS": triangle_elements(pieces),
         "BT": config.block_tokens,
         "HP": padded_heads,
-        "BB": max(1, _MERGE_ELEMENTS // padded_heads),
+        "BB": max(1, _MERGE_LANES * config.num_warps // padded_heads),
         "FAST": factor.precision == "fast",
         "Z_PARTS": 3 if xs[0].dtype == torch.float32 else 1,
         "PARTS": factor.parts,
