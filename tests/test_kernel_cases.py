@@ -281,6 +281,21 @@ def test_a_group_of_layers_in_one_launch(token_agg: str) -> None:
     assert (state[COUNT, :, :, 3] == 0).all()
 
 
+@pytest.mark.parametrize("token_agg", AGGS)
+def test_each_layer_of_a_group_has_its_scales(token_agg: str) -> None:
+    """Also where the group is two launches: a factor that comes twice."""
+    cases = [case(token_agg, seed=seed, seq=11) for seed in range(2)]
+    order = [0, 1, 0]
+    inputs = [torch.randn_like(cases[i][0]) for i in order]
+    scale = torch.rand(3, *inputs[0].shape[:2], device=DEVICE) + 0.5
+    state = new_state(3, 3)
+    head_stats(inputs, [cases[i][2] for i in order], state, [0, 1, 2], token_agg=token_agg, scale=scale)
+    for row, i in enumerate(order):
+        norms = true_norms(inputs[row], cases[i][1])
+        samples = true_samples(norms, all_real(inputs[row]), token_agg, scale[row])
+        check(state, row, samples, cases[i][3])
+
+
 def test_one_factor_for_several_layers() -> None:
     x, weights, factor, tolerance = case("all")
     other = torch.randn_like(x)

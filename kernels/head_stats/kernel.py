@@ -567,7 +567,7 @@ def head_stats_kernel(
     norms,  # float32 [layers, 2, heads, batch * seq] (TOKEN)
     valid,  # uint8 [batch, seq]
     last_index,  # int64 [batch]
-    token_scale,  # float32 [batch, seq]
+    token_scale,  # float32 [layers, batch, seq]
     stride_xb16,  # strides of x in units of 16 bytes
     stride_xs16,
     batch,
@@ -615,6 +615,8 @@ def head_stats_kernel(
     p_blocks = (p_factor + TICKET_BYTES + tl.cdiv(heads * 8, 128) * 128).to(tl.pointer_type(WEIGHT))
     p_blocks += i_h.to(tl.int64) * (PARTS * BLOCKS)
 
+    if token_scale is not None:
+        token_scale += i_l.to(tl.int64) * batch * seq
     if MODE == TOKEN:
         norms += i_l.to(tl.int64) * 2 * heads * batch * seq
     else:

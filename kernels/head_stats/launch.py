@@ -133,7 +133,7 @@ def launch(
     if last is not None:
         last = last.to(torch.int64).contiguous()
     if scale is not None:
-        scale = scale.to(torch.float32).contiguous()
+        scale = scale.to(torch.float32).expand(len(inputs), *inputs[0].shape[:2]).contiguous()
     key: tuple[object, ...] = (token_agg, skip_first, state.shape, *rows, *[id(f) for f in factors])
     plan = factors[0].plans.get(key) if factors else None
     if isinstance(plan, _Plan) and plan.serves(inputs, state, valid, last, scale):
@@ -292,10 +292,10 @@ def _launch_groups(
 ) -> _Plan | None:
     """Launches of layers with the same strides, no factor twice in one (its ticket counts one layer); if it was one, its plan."""
     plan = None
-    waiting = list(zip(inputs, factors, rows, strict=True))
+    waiting = list(zip(inputs, factors, rows, range(len(rows)), strict=True))
     while waiting:
         strides = _strides(waiting[0][0])
-        group: list[tuple[Tensor, KernelFactor, int]] = []
+        group: list[tuple[Tensor, KernelFactor, int, int]] = []
         later = []
         taken = set()
         for item in waiting:
@@ -305,11 +305,14 @@ def _launch_groups(
             else:
                 later.append(item)
         waiting = later
-        xs, fs, rs = zip(*group, strict=True)
+        xs, fs, rs, places = zip(*group, strict=True)
+        part = scale
+        if scale is not None and len(group) < len(inputs):
+            part = torch.stack([scale[place] for place in places])
         if token_agg == "token":
-            _launch_tokens(xs, fs, state, rs, valid, skip_first, scale)
+            _launch_tokens(xs, fs, state, rs, valid, skip_first, part)
         else:
-            plan = _launch_one(xs, fs, state, rs, token_agg, valid, last, skip_first, scale, None)
+            plan = _launch_one(xs, fs, state, rs, token_agg, valid, last, skip_first, part, None)
         if len(group) < len(inputs):
             plan = None
     return plan
@@ -505,7 +508,7 @@ def _launch_tokens(
                 rows,
                 None if valid is None else valid[part].contiguous(),
                 max(0, skip_first - t),
-                None if scale is None else scale[part].contiguous(),
+                None if scale is None else scale[:, *part].contiguous(),
                 norms,
             )
 

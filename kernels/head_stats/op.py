@@ -33,7 +33,8 @@ def head_stats(
         valid: bool `[batch, seq]`, the real tokens, less the `skip_first` first of each sequence; None where all are.
         last: int64 `[batch]`, the last real token of each row, -1 where there is none; None where it is seq - 1 in each.
         skip_first: tokens at the start of each row that are not real; counts only where `valid` is None.
-        scale: `[batch, seq]`, multiplied into the norms of the contributions |W z| (not of |z|), token by token.
+        scale: `[batch, seq]`, or `[layers, batch, seq]` with one for each input, multiplied into the norms of the contributions
+            |W z| (not of |z|), token by token.
 
     Raises:
         ValueError: shapes, dtypes, devices or names that do not fit together.
