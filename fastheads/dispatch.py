@@ -207,7 +207,7 @@ class Dispatcher:
     def check_unmoved(self) -> None:
         """Raises StaleFactorError where a weight changed during a forward."""
         moved = [
-            factor.site.name for factor in self.factors.values() if factor.moved() and not factor.unmerges
+            factor.site.name for factor in self.factors.values() if factor.moved() and not factor.moves_itself
         ]
         if moved:
             raise StaleFactorError(

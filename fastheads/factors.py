@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastheads.sites import HeadSite
-from fastheads.weights import checksum, dense_weight, hold_key, unmerges_when_run, weight_key
+from fastheads.weights import checksum, dense_weight, hold_key, key_reader, moves_when_run
 
 # float64 elements of W to widen at a time: 256 MiB, so that a 405B layer does not need 2 GB at once.
 CHUNK_ELEMENTS = 2**25
@@ -48,7 +48,7 @@ class SiteFactor:
         self._kernel: dict[tuple[torch.dtype, str], Any] = {}  # by dtype of the input and precision
         self._unverified = False
         self._stale = False
-        self._note_weight(dense_weight(site))
+        self._note_weight()
 
     def dense(self) -> Tensor:
         """L `[num_heads, head_dim, head_dim]`, lower triangular: float32, or float64 for a float64 weight."""
@@ -78,7 +78,7 @@ class SiteFactor:
 
     def moved(self) -> bool:
         """Whether the weight is known to have changed since the factor was made."""
-        return weight_key(self.site) != self._key
+        return self._read_key() != self._key
 
     def refresh(self) -> None:
         """Rebuild where the weight is known to have changed; reads no value back."""
@@ -89,10 +89,10 @@ class SiteFactor:
     def rebuild(self) -> None:
         """Make every form anew of the weight as it is now; forgets that it was stale."""
         self._stale = False
-        self._note_weight(dense_weight(self.site))
+        weight = self._note_weight()
         if self._dense is None and not self._kernel:
             return
-        lower = self._lower()
+        lower = self._lower(weight)
         if self._dense is not None:
             self._write_dense(lower)
         for key, form in list(self._kernel.items()):
@@ -111,29 +111,31 @@ class SiteFactor:
             return not self._stale
         if self.moved():
             return not self.in_graph
-        with torch.no_grad():
-            self._unverified = not torch.equal(checksum(dense_weight(self.site)), self._checksum)
+        self._unverified = not torch.equal(checksum(dense_weight(self.site)), self._checksum)
         return not self._unverified
 
-    def _note_weight(self, weight: Tensor) -> None:
+    def _note_weight(self) -> Tensor:
+        """The weight as it is now; its key and checksum are kept."""
+        # In the caller's mode, like every look at the weight: what acts may depend on it (`repacks_when_run`).
+        weight = dense_weight(self.site)
+        self.moves_itself = moves_when_run(self.site)
+        self._read_key = key_reader(self.site)
+        self._key, self._held = self._read_key(), hold_key(self.site)
+        # float32 rounds by 6e-8, as the products themselves do
+        self._place = (weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
         with _plain_mode():
-            self.unmerges = unmerges_when_run(self.site)
-            self._key, self._held, self._checksum = (
-                weight_key(self.site),
-                hold_key(self.site),
-                checksum(weight),
-            )
+            self._checksum = checksum(weight)
         self._unverified = False
+        return weight
 
-    def _lower(self) -> Tensor:
+    def _lower(self, weight: Tensor | None = None) -> Tensor:
+        weight = dense_weight(self.site) if weight is None else weight
         with _plain_mode():
-            return lower_factor(dense_weight(self.site), self.site.num_heads)
+            return lower_factor(weight, self.site.num_heads)
 
     def _write_dense(self, lower: Tensor) -> None:
         with _plain_mode():
-            weight = dense_weight(self.site)
-            # float32 rounds by 6e-8, as the products themselves do
-            lower = lower.to(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+            lower = lower.to(*self._place)
             if self._dense is None or (self._dense.device, self._dense.dtype) != (lower.device, lower.dtype):
                 self._dense = lower
             else:

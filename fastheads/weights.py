@@ -1,123 +1,113 @@
 """The dense W of an output projection, and what tells that it has changed."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastheads import offload
+from fastheads.forms import (
+    MODULES,
+    TENSORS,
+    Form,
+    NotDenseError,
+    Parts,
+    UnsupportedWeightError,
+    is_dtensor,
+    leaves,
+    plain_forward,
+    qualified_name,
+    repacks_when_run,
+)
 from fastheads.sites import HeadSite
+
+__all__ = [
+    "UnsupportedWeightError",
+    "checksum",
+    "dense_weight",
+    "hold_key",
+    "key_reader",
+    "moves_when_run",
+]
 
 DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-
-class UnsupportedWeightError(ValueError):
-    """The projection's dense weight cannot be had with certainty."""
+# PEFT's LoRA on the kinds of base layer that can be read; all are base + scaling · B A.
+LORA = frozenset(
+    f"peft.tuners.lora.{name}"
+    for name in (
+        "layer.Linear",
+        "bnb.Linear4bit",
+        "bnb.Linear8bitLt",
+        "torchao.TorchaoLoraLinear",
+        "hqq.HqqLoraLinear",
+    )
+)
 
 
 def dense_weight(site: HeadSite) -> Tensor:
     """The weight `[out_features, num_heads * head_dim]` with which the projection now acts on its input.
 
-    Raises UnsupportedWeightError for a projection whose weight is not plainly dense (quantised, sharded, offloaded …).
+    A quantised weight is dequantised, an offloaded one is fetched to where it acts, and LoRA that is not merged is added.
+
+    Raises UnsupportedWeightError, naming the site, for a projection of a type that is not known, or whose weight is sharded, on
+    the meta device, or no fixed matrix.
     """
-    module = site.module
-    base = getattr(module, "base_layer", None)
-    if base is None:
-        return _plain_weight(site, module)
-    weight, acting = _plain_weight(site, base), _acting_adapters(site)
-    if acting and weight.dtype != torch.float64:
-        weight = weight.float()  # the layer adds the adapter's output unrounded: so must this
-    for name, sign in acting:
-        weight = weight + sign * module.get_delta_weight(name).to(weight.dtype)  # type: ignore[operator]
+    try:
+        weight = _read(site.module)
+        if weight.dtype not in DENSE_DTYPES:
+            raise NotDenseError(f"has a weight of dtype {weight.dtype}; only floating point is supported")
+        width = site.num_heads * site.head_dim
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise NotDenseError(
+                f"has a weight {list(weight.shape)} where [out_features, {width}] was expected (sharded?)"
+            )
+    except NotDenseError as error:
+        raise UnsupportedWeightError(f"{site.name} {error}") from None
     return weight
 
 
-def _plain_weight(site: HeadSite, module: nn.Module) -> Tensor:
-    kind = type(module)
-    if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
-        raise UnsupportedWeightError(f"{site.name} is a {kind.__name__}; only torch.nn.Linear is supported")
-    weight = module.weight
-    if type(weight) not in (Tensor, nn.Parameter):
-        raise UnsupportedWeightError(
-            f"{site.name} has a weight of type {type(weight).__name__}; only plain tensors are supported"
-        )
-    if weight.dtype not in DENSE_DTYPES:
-        raise UnsupportedWeightError(
-            f"{site.name} has a weight of dtype {weight.dtype}; only floating point is supported"
-        )
-    if weight.device.type == "meta":
-        raise UnsupportedWeightError(f"{site.name} has its weight on the meta device (offloaded?)")
-    return weight.detach()
+def key_reader(site: HeadSite) -> Callable[[], Parts]:
+    """A function whose value moves when the weight is replaced or changed in place the ordinary way: storage, versions, scales,
+    the adapters' state. Another is needed once that value has moved, for the weight may have another form then.
 
-
-def _acting_adapters(site: HeadSite) -> list[tuple[str, int]]:
-    """The LoRA adapters that act beside the base weight: added (1), or taken off (-1) where they are merged into it but disabled,
-    for the layer unmerges them as soon as it runs.
+    It reads no values, so it costs no wait; `weight.data.mul_()` and its like move none of it (see `checksum`).
     """
-    module: Any = site.module
-    if not hasattr(module, "lora_A") or not hasattr(module, "lora_dropout"):
-        raise UnsupportedWeightError(
-            f"{site.name} is a {type(module).__name__}; of adapters only PEFT's LoRA is supported"
-        )
-    if not all(isinstance(part, nn.Module) for part in module.lora_A.values()):
-        raise UnsupportedWeightError(f"{site.name}: only plain LoRA is supported, not AdaLoRA")
-    if module.disable_adapters:
-        return [(name, -1) for name in module.merged_adapters]
-    acting = [n for n in module.active_adapters if n in module.lora_A and n not in module.merged_adapters]
-    variants = getattr(module, "lora_variant", {})  # DoRA and its like are not base + delta
-    biases = getattr(module, "lora_bias", {})
-    for name in acting:
-        if name in variants or biases.get(name):
-            raise UnsupportedWeightError(
-                f"{site.name}: adapter {name!r} is more than plain LoRA (DoRA, lora_bias …)"
-            )
-        if module.training and getattr(module.lora_dropout[name], "p", 0.0) > 0:
-            raise UnsupportedWeightError(
-                f"{site.name}: adapter {name!r} drops inputs at random in training, so no one weight acts: model.eval()"
-            )
-    return [(name, 1) for name in acting]
+    module = site.module
+    if not (
+        plain_forward(module)
+        and type(module._parameters.get("weight")) is nn.Parameter
+        and offload.source(module) is None
+    ):
+        return lambda: _key(_known_parts(module))
 
+    def plain() -> Parts:
+        weight = module._parameters.get("weight")  # module.weight takes as long as all the rest
+        if weight is None:
+            return (None,)
+        # _tensor_key, without the call: this runs for each projection in each forward
+        version = None if weight.is_inference() else weight._version
+        return (weight.untyped_storage()._cdata, weight.data_ptr(), version, weight.dtype)
 
-def unmerges_when_run(site: HeadSite) -> bool:
-    """Whether the layer itself will move its weight: it takes disabled adapters off the weight when it runs."""
-    module: Any = site.module
-    return bool(getattr(module, "disable_adapters", False) and getattr(module, "merged_adapters", ()))
-
-
-def weight_key(site: HeadSite) -> tuple[Any, ...]:
-    """What moves when a weight is replaced or changed in place the ordinary way: storage, versions, adapters' state.
-
-    Reads no values, so it costs no wait; `weight.data.mul_()` and its like move none of it (see `checksum`).
-    """
-    module: Any = site.module
-    weight = module._parameters.get("weight")  # module.weight takes as long as all the rest
-    if weight is not None:
-        return _tensor_key(weight)
-    base = module._modules.get("base_layer")
-    if base is None:
-        return _tensor_key(module.weight)
-    adapters = []
-    for name in module.active_adapters:
-        if name in getattr(module, "lora_A", {}):
-            low_rank = (_tensor_key(module.lora_A[name].weight), _tensor_key(module.lora_B[name].weight))
-            adapters.append((name, module.scaling[name], *low_rank))
-    return (
-        _tensor_key(base.weight),
-        module.disable_adapters,
-        module.training,  # with dropout no one weight acts
-        tuple(module.merged_adapters),
-        tuple(adapters),
-    )
-
-
-def _tensor_key(tensor: Tensor) -> tuple[Any, ...]:
-    version = None if tensor.is_inference() else tensor._version
-    return (tensor.untyped_storage()._cdata, tensor.data_ptr(), version, tensor.dtype)
+    return plain
 
 
 def hold_key(site: HeadSite) -> list[StorageWeakRef]:
-    """What keeps the storages in `weight_key` from giving their addresses to others, though not their memory."""
-    return [StorageWeakRef(p.untyped_storage()) for p in site.module.parameters()]
+    """What keeps the storages in the key from giving their addresses to others, though not their memory."""
+    return [StorageWeakRef(t.untyped_storage()) for t in _tensors(_known_parts(site.module))]
+
+
+def moves_when_run(site: HeadSite) -> bool:
+    """Whether the layer itself will move its weight, and `dense_weight` is already the one after that: PEFT takes disabled
+    adapters off the weight when it runs, bitsandbytes repacks 4-bit weights on some CPUs.
+    """
+    module: Any = site.module
+    if getattr(module, "disable_adapters", False) and getattr(module, "merged_adapters", ()):
+        return True
+    base = module._modules.get("base_layer", module)
+    return hasattr(base, "support_avx512bf16_for_cpu") and repacks_when_run(base)
 
 
 def checksum(weight: Tensor) -> Tensor:
@@ -130,3 +120,190 @@ def checksum(weight: Tensor) -> Tensor:
         odd = torch.arange(1, 2 * len(sums), 2, device=weight.device)
         total += ((sums ^ (sums >> 29)) * odd * (0x9E3779B97F4A7C1 + 2 * dim)).sum()  # wraps, as it should
     return total
+
+
+# ---------------------------------------------------------------- one projection
+
+
+def _read(module: nn.Module) -> Tensor:
+    base = module._modules.get("base_layer")
+    if base is not None:
+        return _read_adapted(module, base)
+    form = _form(module)
+    weight = form.read(module)
+    return weight.T if form.transposed else weight
+
+
+def _parts(module: nn.Module) -> Parts:
+    base = module._modules.get("base_layer")
+    if base is not None:
+        return (_parts(base), *_parts_of_adapters(module))
+    return _form(module).parts(module)
+
+
+def _known_parts(module: nn.Module) -> Parts:
+    """Of a form that is no longer known the parameters will do: they are what has moved."""
+    try:
+        return _parts(module)
+    except NotDenseError:
+        return tuple(p for p in module.parameters() if not is_dtensor(p))
+
+
+def _form(module: nn.Module) -> Form:
+    """The form of a projection without adapters."""
+    _check_own_forward(module)
+    form = MODULES.get(qualified_name(type(module)))
+    if form is not None:
+        return form
+    if not plain_forward(module):
+        kind = type(module)
+        raise NotDenseError(
+            f"is a {kind.__name__} of {kind.__module__}, whose weight cannot be read with certainty: "
+            "only torch.nn.Linear and the forms listed under Weights in the README are supported"
+        )
+    if offload.source(module) is not None:
+        return OFFLOADED
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return COMPUTED
+    if is_dtensor(weight):
+        raise NotDenseError(
+            f"has its weight sharded over ranks ({weight.placements}, FSDP2 or tensor parallelism): "  # type: ignore[attr-defined]
+            "profile a model that is whole on each rank"
+        )
+    if type(weight) is nn.Parameter or type(weight) is Tensor:
+        return PLAIN
+    form = TENSORS.get(qualified_name(type(weight)))
+    if form is None:
+        named = f"{type(weight).__name__} of {type(weight).__module__}"
+        raise NotDenseError(
+            f"has a weight of type {named}; only plain tensors and the forms listed under Weights in the README are supported"
+        )
+    return Form(lambda m: form.read(m.weight), lambda m: form.parts(m.weight))
+
+
+def _check_own_forward(module: nn.Module) -> None:
+    """A forward set on the module itself may do anything; accelerate's moves weights and inputs between devices."""
+    own = vars(module).get("forward")
+    if own is not None and not offload.only_aligns_devices(module):
+        name = getattr(own, "__qualname__", type(own).__name__)
+        raise NotDenseError(f"runs a forward of its own ({name}), which may be more than its weight")
+
+
+def _read_plain(module: nn.Module) -> Tensor:
+    weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+    if weight.device.type == "meta":
+        raise NotDenseError(
+            "has its weight on the meta device (not loaded, or offloaded by something else than accelerate)"
+        )
+    return weight.detach()
+
+
+def _read_offloaded(module: nn.Module) -> Tensor:
+    found = offload.source(module)
+    assert found is not None
+    return found.fetch()
+
+
+def _parts_of_offloaded(module: nn.Module) -> Parts:
+    found = offload.source(module)
+    return (None,) if found is None else found.parts()
+
+
+def _read_computed(module: Any) -> Tensor:
+    """`torch.nn.utils.parametrize` and `prune` make the weight of other tensors."""
+    if hasattr(module, "parametrizations"):
+        return module.weight.detach()  # type: ignore[no-any-return]
+    if "weight_orig" in module._parameters and "weight_mask" in module._buffers:
+        return (module.weight_orig * module.weight_mask).detach()  # type: ignore[no-any-return]
+    raise NotDenseError("has a weight that is no parameter: a hook makes it, or FSDP1")
+
+
+PLAIN = Form(_read_plain, lambda module: (module._parameters["weight"],))
+OFFLOADED = Form(_read_offloaded, _parts_of_offloaded)
+COMPUTED = Form(_read_computed, lambda module: (*module.parameters(), *module.buffers(), module.training))
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def _read_adapted(module: Any, base: nn.Module) -> Tensor:
+    _check_own_forward(module)
+    if qualified_name(type(module)) not in LORA:
+        kind = type(module)
+        raise NotDenseError(
+            f"is a {kind.__name__} of {kind.__module__}; of adapters only PEFT's plain LoRA is supported"
+        )
+    weight, acting = _read(base), _acting_adapters(module)
+    if any(sign < 0 for _, sign in acting) and _form(base) is not PLAIN:
+        raise NotDenseError(
+            "has disabled adapters merged into a weight that is not plainly dense, which the layer will quantise anew as "
+            "it takes them off: call unmerge_adapter() first"
+        )
+    if acting and weight.dtype != torch.float64:
+        weight = weight.float()  # the layer adds the adapter's output unrounded: so must this
+    with torch.no_grad():
+        for name, sign in acting:
+            delta = module.get_delta_weight(name)
+            if delta.device.type == "meta":
+                raise NotDenseError(f"has adapter {name!r} on the meta device (offloaded?)")
+            weight = weight + sign * delta.to(weight)
+    return weight
+
+
+def _acting_adapters(module: Any) -> list[tuple[str, int]]:
+    """The LoRA adapters that act beside the base weight: added (1), or taken off (-1) where they are merged into it but disabled,
+    for the layer unmerges them as soon as it runs.
+    """
+    if module.disable_adapters:
+        return [(name, -1) for name in module.merged_adapters]
+    if module.merged_adapters:
+        return []  # with one merged, the layer leaves all others out
+    acting = [name for name in module.active_adapters if name in module.lora_A]
+    variants = getattr(module, "lora_variant", {})  # DoRA and its like are not base + delta
+    biases = getattr(module, "lora_bias", {})
+    for name in acting:
+        if name in variants or biases.get(name):
+            raise NotDenseError(f"has adapter {name!r}, which is more than plain LoRA (DoRA, lora_bias …)")
+        if module.training and getattr(module.lora_dropout[name], "p", 0.0) > 0:
+            raise NotDenseError(
+                f"has adapter {name!r}, which drops inputs at random in training, so no one weight acts: model.eval()"
+            )
+    return [(name, 1) for name in acting]
+
+
+def _parts_of_adapters(module: Any) -> Parts:
+    low_rank = getattr(module, "lora_A", {})
+    adapters = tuple(
+        (name, module.scaling[name], *module.lora_A[name].parameters(), *module.lora_B[name].parameters())
+        for name in module.active_adapters
+        if name in low_rank and isinstance(low_rank[name], nn.Module)
+    )
+    # With dropout no one weight acts in training.
+    return (adapters, tuple(module.merged_adapters), module.disable_adapters, module.training)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def _key(parts: Parts) -> Parts:
+    return tuple(_key_of(part) for part in parts)
+
+
+def _key_of(part: Any) -> Any:
+    if isinstance(part, Tensor):
+        return tuple(_tensor_key(leaf) for leaf in leaves(part))
+    return _key(tuple(part)) if isinstance(part, tuple | list) else part
+
+
+def _tensors(parts: Parts) -> Iterator[Tensor]:
+    for part in parts:
+        if isinstance(part, Tensor):
+            yield from leaves(part)
+        elif isinstance(part, tuple | list):
+            yield from _tensors(tuple(part))
+
+
+def _tensor_key(tensor: Tensor) -> Parts:
+    version = None if tensor.is_inference() else tensor._version
+    return (tensor.untyped_storage()._cdata, tensor.data_ptr(), version, tensor.dtype)
