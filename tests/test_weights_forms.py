@@ -147,7 +147,9 @@ class Gguf:
 
         kind = gguf.GGMLQuantizationType[self.kind]
         module = GgufLinear(WIDTH, HIDDEN, kind.value)
-        if self.kind.endswith("_K"):  # gguf packs none of these: any bits will do, with halves that are finite
+        if self.kind.endswith(
+            "_K"
+        ):  # gguf packs none of these: any bits will do, with halves that are finite
             data = torch.randint(0, 256, module.weight.shape, dtype=torch.uint8)
             halves = {"Q4_K": (0, 2), "Q6_K": (208,)}[self.kind]
             for start in halves:
@@ -283,16 +285,18 @@ class Quanto:
     def dense(self, module):
         weight = module.weight
         if hasattr(weight, "_shift"):  # blocks of 128 along the rows, in one column each
-            packed = numpy_of_packed(weight._data)
-            groups = (packed.astype(np.float64) - 0) * numpy(weight._scale) - numpy(weight._shift)
-            return groups.reshape(HIDDEN, WIDTH) if weight.axis == 0 else groups
+            codes = numpy_of_packed(weight._data).astype(np.float64)
+            return (codes * numpy(weight._scale) - numpy(weight._shift)).reshape(HIDDEN, WIDTH)
         return numpy(weight._data.float()) * numpy(weight._scale)
+
+    def frozen_again(module):
+        other = type(module).from_module(linear(), weights=module.weight_qtype)
+        other.freeze()
+        module.weight = other.weight
 
     changes = {
         "scales": lambda module: module.weight._scale.mul_(2),
-        "a new weight": lambda module: setattr(
-            module, "weight", type(module).from_module(linear(), weights=module.weight_qtype).qweight
-        ),
+        "a new weight": frozen_again,
     }
     behind = {"data of the scales": lambda module: module.weight._scale.data.mul_(2)}
 
@@ -345,6 +349,8 @@ class Torchao:
 
     def dense(self, module):
         weight = module.weight
+        if type(weight) is nn.Parameter:
+            return numpy(weight)
         codes = numpy(weight.qdata.float())
         scale = numpy(weight.scale)
         zero = weight.zero_point.numpy() if getattr(weight, "zero_point", None) is not None else 0 * scale
@@ -379,8 +385,8 @@ class Bnb4:
             return self.seen[id(module)]
         packed = module.weight.numpy().ravel()
         levels = np.stack([packed // 16, packed % 16], axis=-1).ravel()
-        absmax = state.absmax.numpy()
-        if self.nested:
+        absmax = state.absmax.numpy() if state.nested else state.absmax.float().numpy()
+        if state.nested:
             inner = state.state2
             absmax = by_blocks(inner.code.numpy()[absmax], inner.absmax.numpy(), inner.blocksize)
             absmax = absmax + state.offset.numpy()
@@ -397,7 +403,12 @@ class Bnb4:
             other = type(module)(WIDTH, HIDDEN, bias=False, quant_type=module.weight.quant_type).to("cpu")
         module.weight, module.quant_state = other.weight, other.quant_state
 
-    changes = {"a new weight": requantised}
+    changes = {
+        "a new weight": requantised,
+        "state_dict": lambda module: (
+            module.state_dict()
+        ),  # takes the repacking back, and loses some of the scales
+    }
     behind = {"data of the scales": lambda module: module.weight.quant_state.absmax.data.neg_()}
 
 
@@ -418,9 +429,6 @@ class Bnb8:
     changes = {
         "scales": lambda module: module.state.SCB.mul_(2),
         "codes": lambda module: module.weight.copy_(module.weight.flip(0)),
-        "load_state_dict": lambda module: module.load_state_dict(
-            {k: v.flip(0) if v.dim() else v for k, v in module.state_dict().items()}
-        ),
     }
     behind = {"data of the scales": lambda module: module.state.SCB.data.mul_(2)}
 
@@ -554,3 +562,185 @@ def test_a_change_behind_autograds_back_raises(made, name, change):
                 model(input_ids=tokens(2, 9))
             form.behind[change](projections(model)[1])
             hooks.get_results()
+
+
+# ---------------------------------------------------------------- what runs changes, or makes no one weight
+
+
+def test_a_weight_that_is_quantised_while_hooks_are_on_it():
+    """quanto's and torchao's layers before and after; of the first the weight that acts is quantised all along."""
+    form = Quanto("qint8")
+    quanto = pytest.importorskip("optimum.quanto", reason="quanto is not installed")
+    model = model_with(lambda _: quanto.QLinear.from_module(linear(), weights="qint8"))
+    frozen = model_with(form.make)
+    weights = dense_weights(frozen, form)
+    sites = fastheads.find_sites(model)
+    with (
+        torch.no_grad(),
+        captured_inputs(projections(model)) as inputs,
+        fastheads.HookManager(model, "all") as hooks,
+    ):
+        model(input_ids=tokens(2, 9))
+        for module in projections(model):
+            module.freeze()
+        model(input_ids=tokens(2, 9, seed=1))
+        assert_results(hooks.get_results(), sites, inputs, [None] * 2, "all", 1e-5, weights=weights)
+
+
+def test_torchao_quantises_a_plain_weight_while_hooks_are_on_it():
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    form = FORMS["torchao int8"]
+    changed_between_forwards(
+        model_with(linear), form, lambda module: torchao.quantize_(module, form.configured(torchao))
+    )
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_keeps_its_layout_for_inputs_with_gradients(nested):
+    """Then the scales act as they are, not rounded to bfloat16."""
+    model, form = model_with(Bnb4("nf4", nested).make), Bnb4("nf4", nested)
+    for module in projections(model):
+        module.train()
+    weights = dense_weights(model, form)  # unrounded
+    model.eval()
+    sites = fastheads.find_sites(model)
+    with (
+        captured_inputs(projections(model)) as inputs,
+        fastheads.HookManager(model, "all") as hooks,
+    ):
+        for seed in range(2):
+            model(input_ids=tokens(2, 9, seed=seed))
+        assert_results(hooks.get_results(), sites, inputs, [None] * 2, "all", 1e-5, weights=weights)
+
+
+def test_bitsandbytes_repacks_in_a_forward_where_that_was_not_to_be_expected():
+    """Gradients are on, and nothing has any: the forward in which it shows does not count, and says so."""
+    form = Bnb4("nf4", False)
+    model = model_with(form.make).requires_grad_(False)
+    if not projections(model)[0].support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no AVX512-BF16, so nothing is repacked")
+    weights, sites = dense_weights(model, form), fastheads.find_sites(model)
+    with fastheads.HookManager(model, "all") as hooks:
+        with pytest.raises(fastheads.StaleFactorError, match="during a forward"):
+            model(input_ids=tokens(2, 9))
+        with captured_inputs(projections(model)) as inputs:
+            model(input_ids=tokens(2, 9))
+        assert_results(hooks.get_results(), sites, inputs, [None], "all", 1e-5, weights=weights)
+
+
+def int8_with_float_weights(_layer):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return bnb.nn.Linear8bitLt(WIDTH, HIDDEN, bias=False)
+
+
+def unquantised_4bit(_layer):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    return bnb.nn.Linear4bit(WIDTH, HIDDEN, bias=False)
+
+
+def quanto_with_activations(_layer):
+    quanto = pytest.importorskip("optimum.quanto", reason="quanto is not installed")
+    return quanto.QLinear.from_module(linear(), weights="qint8", activations="qint8")
+
+
+def packed_fp4(_layer):
+    module = Fp8().make(0)
+    module.weight = nn.Parameter(torch.zeros(HIDDEN, WIDTH // 2, dtype=torch.int8), requires_grad=False)
+    return module
+
+
+def normalising_bitnet(_layer):
+    from transformers.integrations.bitnet import BitLinear
+
+    return BitLinear(WIDTH, HIDDEN, bias=False, dtype=torch.float32, use_rms_norm=True)
+
+
+def normalising_auto_bitnet(_layer):
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    return AutoBitLinear(WIDTH, HIDDEN, bias=False, use_rms_norm=True)
+
+
+def scaled_torchao(_layer):
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    module = FORMS["torchao int8"].make(0)
+    module.weight.act_pre_scale = torch.full((WIDTH,), 2.0)
+    return module
+
+
+def metal(_layer):
+    from transformers.integrations.metal_quantization import MetalLinear
+
+    return MetalLinear(WIDTH, HIDDEN)
+
+
+def grouped_fp8(_layer):
+    from transformers.integrations.finegrained_fp8 import FP8GroupedLinear
+
+    module = FP8GroupedLinear.__new__(FP8GroupedLinear)
+    nn.Module.__init__(module)
+    module.in_features = WIDTH
+    return module
+
+
+def packed_bits(_layer):
+    """GPTQ's and AWQ's layers, and most others: some module of their own with packed integers."""
+
+    class TorchQuantLinear(nn.Module):
+        in_features = WIDTH
+
+        def __init__(self):
+            super().__init__()
+            self.qweight = nn.Buffer(torch.zeros(WIDTH // 8, HIDDEN, dtype=torch.int32))
+
+    return TorchQuantLinear()
+
+
+def derived(_layer):
+    """One that is known, and changed: its type is not in the table."""
+    from transformers.integrations.gemma_quant import QuantizedLinear
+
+    class Halved(QuantizedLinear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    return Halved(WIDTH, HIDDEN)
+
+
+def patched(_layer):
+    """As compressed-tensors does: the class says nothing of what runs."""
+    module = linear()
+    module.forward = lambda x: nn.functional.linear(x, module.weight.round())
+    return module
+
+
+def old_weight_norm(_layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(linear())
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (int8_with_float_weights, "has_fp16_weights"),
+        (unquantised_4bit, "not quantised yet"),
+        (quanto_with_activations, "quantises its input"),
+        (packed_fp4, "dtype torch.int8"),
+        (normalising_bitnet, "normalises its input"),
+        (normalising_auto_bitnet, "normalises its input"),
+        (scaled_torchao, "act_pre_scale"),
+        (metal, "MetalLinear of transformers.integrations.metal_quantization"),
+        (grouped_fp8, "is a FP8GroupedLinear"),
+        (packed_bits, "is a TorchQuantLinear"),
+        (derived, "is a Halved"),
+        (patched, "forward of its own"),
+        (old_weight_norm, "is no parameter"),
+    ],
+)
+def test_what_cannot_be_read_with_certainty_is_refused_by_name(make, says):
+    with pytest.raises(
+        fastheads.UnsupportedWeightError, match=rf"^model\.layers\.0\.self_attn\.o_proj .*{says}"
+    ) as error:
+        fastheads.HookManager(model_with(make))
+    assert "\n" not in str(error.value)
