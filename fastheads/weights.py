@@ -57,6 +57,10 @@ def dense_weight(site: HeadSite) -> Tensor:
     """
     try:
         weight = _read(site.module)
+        if weight.device.type == "meta":
+            raise NotDenseError(
+                "has its weight on the meta device: not loaded yet, or offloaded in a way that is not known"
+            )
         if weight.dtype not in DENSE_DTYPES:
             raise NotDenseError(f"has a weight of dtype {weight.dtype}; only floating point is supported")
         width = site.num_heads * site.head_dim
@@ -185,17 +189,15 @@ def _form(module: nn.Module) -> Form:
 def _check_own_forward(module: nn.Module) -> None:
     """A forward set on the module itself may do anything; accelerate's moves weights and inputs between devices."""
     own = vars(module).get("forward")
-    if own is not None and not offload.only_aligns_devices(module):
+    if own is None or getattr(own, "__func__", None) is type(module).forward:
+        return  # accelerate leaves the class's own behind
+    if not offload.only_aligns_devices(module):
         name = getattr(own, "__qualname__", type(own).__name__)
         raise NotDenseError(f"runs a forward of its own ({name}), which may be more than its weight")
 
 
 def _read_plain(module: nn.Module) -> Tensor:
     weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
-    if weight.device.type == "meta":
-        raise NotDenseError(
-            "has its weight on the meta device (not loaded, or offloaded by something else than accelerate)"
-        )
     return weight.detach()
 
 
