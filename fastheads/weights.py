@@ -236,29 +236,33 @@ def _read_adapted(module: Any, base: nn.Module) -> Tensor:
         raise NotDenseError(
             f"is a {kind.__name__} of {kind.__module__}; of adapters only PEFT's plain LoRA is supported"
         )
-    weight, acting = _read(base), _acting_adapters(module)
-    if any(sign < 0 for _, sign in acting) and _form(base) is not PLAIN:
+    weight = _read(base)
+    if module.disable_adapters:
+        return _unmerged(module, base, weight)
+    acting = _acting_adapters(module)
+    if acting and weight.dtype != torch.float64:
+        weight = weight.float()  # the layer adds the adapter's output unrounded: so must this
+    for name in acting:
+        down, up = (_read(part[name]).to(weight) for part in (module.lora_A, module.lora_B))
+        weight = weight + up @ down * module.scaling[name]
+    return weight
+
+
+def _unmerged(module: Any, base: nn.Module, weight: Tensor) -> Tensor:
+    """What the layer leaves of the weight as it runs with adapters that are merged, but disabled: it takes them off first."""
+    if module.merged_adapters and _form(base) is not PLAIN:
         raise NotDenseError(
             "has disabled adapters merged into a weight that is not plainly dense, which the layer will quantise anew as "
             "it takes them off: call unmerge_adapter() first"
         )
-    if acting and weight.dtype != torch.float64:
-        weight = weight.float()  # the layer adds the adapter's output unrounded: so must this
     with torch.no_grad():
-        for name, sign in acting:
-            delta = module.get_delta_weight(name)
-            if delta.device.type == "meta":
-                raise NotDenseError(f"has adapter {name!r} on the meta device (offloaded?)")
-            weight = weight + sign * delta.to(weight)
+        for name in reversed(module.merged_adapters):
+            weight = weight - module.get_delta_weight(name).to(weight)
     return weight
 
 
-def _acting_adapters(module: Any) -> list[tuple[str, int]]:
-    """The LoRA adapters that act beside the base weight: added (1), or taken off (-1) where they are merged into it but disabled,
-    for the layer unmerges them as soon as it runs.
-    """
-    if module.disable_adapters:
-        return [(name, -1) for name in module.merged_adapters]
+def _acting_adapters(module: Any) -> list[str]:
+    """The LoRA adapters that act beside the base weight."""
     if module.merged_adapters:
         return []  # with one merged, the layer leaves all others out
     acting = [name for name in module.active_adapters if name in module.lora_A]
@@ -271,13 +275,13 @@ def _acting_adapters(module: Any) -> list[tuple[str, int]]:
             raise NotDenseError(
                 f"has adapter {name!r}, which drops inputs at random in training, so no one weight acts: model.eval()"
             )
-    return [(name, 1) for name in acting]
+    return acting
 
 
 def _parts_of_adapters(module: Any) -> Parts:
     low_rank = getattr(module, "lora_A", {})
     adapters = tuple(
-        (name, module.scaling[name], *module.lora_A[name].parameters(), *module.lora_B[name].parameters())
+        (name, module.scaling[name], _parts(module.lora_A[name]), _parts(module.lora_B[name]))
         for name in module.active_adapters
         if name in low_rank and isinstance(low_rank[name], nn.Module)
     )

@@ -1,4 +1,4 @@
-"""Projections whose weight is not plainly dense, and what their formats define: unpacked in numpy, sharing no code with the library.
+"""Projections whose weight is not plainly dense, and what their formats define: unpacked in numpy, without the library.
 
 The projections of transformers are filled by hand. Those of other packages are made where the package is installed, else the test
 is skipped: none of them is small, or quick to set up (`pip install bitsandbytes torchao optimum-quanto hqq`).
