@@ -192,8 +192,12 @@ def _check_own_forward(module: nn.Module) -> None:
     if own is None or getattr(own, "__func__", None) is type(module).forward:
         return  # accelerate leaves the class's own behind
     if not offload.only_aligns_devices(module):
-        name = getattr(own, "__qualname__", type(own).__name__)
-        raise NotDenseError(f"runs a forward of its own ({name}), which may be more than its weight")
+        code = getattr(
+            getattr(own, "__func__", own), "__code__", None
+        )  # its name may be that of what it wraps
+        name = type(own).__name__ if code is None else code.co_qualname
+        hint = ": load it with dequantize=True" if hasattr(module, "quantization_scheme") else ""
+        raise NotDenseError(f"runs a forward of its own ({name}), which may be more than its weight{hint}")
 
 
 def _read_plain(module: nn.Module) -> Tensor:

@@ -391,7 +391,7 @@ class Bnb4:
         if module.support_avx512bf16_for_cpu and not module.training:
             absmax = torch.from_numpy(np.float32(absmax)).bfloat16().float().numpy()
         dense = by_blocks(LEVELS[self.kind][levels], np.float64(absmax), state.blocksize)
-        self.seen[id(module)] = dense.reshape(HIDDEN, WIDTH)
+        self.seen[id(module)] = dense.reshape(state.shape)
         return self.seen[id(module)]
 
     seen = {}
