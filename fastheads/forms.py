@@ -278,7 +278,7 @@ TENSORS: dict[str, Form] = {
 
 def leaves(tensor: Tensor) -> list[Tensor]:
     """The tensors that hold the data: of a wrapper subclass (torchao, quanto) those inside it."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    if type(tensor) is nn.Parameter or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
     return [leaf for name in names for leaf in leaves(getattr(tensor, name))]

@@ -85,7 +85,18 @@ def key_reader(site: HeadSite) -> Callable[[], Parts]:
         and type(module._parameters.get("weight")) is nn.Parameter
         and offload.source(module) is None
     ):
-        return lambda: _key(_known_parts(module))
+        parts = _parts_reader(module)
+
+        def read() -> Parts:
+            with (
+                torch._C.DisableTorchFunctionSubclass()
+            ):  # quantised tensors take microseconds to say where they are
+                try:
+                    return _key(parts())
+                except NotDenseError:
+                    return (None,)  # it moved, and `dense_weight` will say to what
+
+        return read
 
     def plain() -> Parts:
         weight = module._parameters.get("weight")  # module.weight takes as long as all the rest
@@ -100,7 +111,7 @@ def key_reader(site: HeadSite) -> Callable[[], Parts]:
 
 def hold_key(site: HeadSite) -> list[StorageWeakRef]:
     """What keeps the storages in the key from giving their addresses to others, though not their memory."""
-    return [StorageWeakRef(t.untyped_storage()) for t in _tensors(_known_parts(site.module))]
+    return [StorageWeakRef(t.untyped_storage()) for t in _tensors(_parts_reader(site.module)())]
 
 
 def moves_when_run(site: HeadSite) -> bool:
@@ -138,19 +149,14 @@ def _read(module: nn.Module) -> Tensor:
     return weight.T if form.transposed else weight
 
 
-def _parts(module: nn.Module) -> Parts:
+def _parts_reader(module: nn.Module) -> Callable[[], Parts]:
+    """A function that gives what the weight depends on, for as long as it has the form that it has now."""
     base = module._modules.get("base_layer")
-    if base is not None:
-        return (_parts(base), *_parts_of_adapters(module))
-    return _form(module).parts(module)
-
-
-def _known_parts(module: nn.Module) -> Parts:
-    """Of a form that is no longer known the parameters will do: they are what has moved."""
-    try:
-        return _parts(module)
-    except NotDenseError:
-        return tuple(p for p in module.parameters() if not is_dtensor(p))
+    if base is None:
+        form = _form(module)
+        return lambda: form.parts(module)
+    parts = _parts_reader(base)
+    return lambda: (module._modules.get("base_layer") is base, *parts(), *_parts_of_adapters(module))
 
 
 def _form(module: nn.Module) -> Form:
@@ -283,27 +289,40 @@ def _acting_adapters(module: Any) -> list[str]:
 
 
 def _parts_of_adapters(module: Any) -> Parts:
-    low_rank = getattr(module, "lora_A", {})
+    down, up = getattr(module, "lora_A", {}), getattr(module, "lora_B", {})
     adapters = tuple(
-        (name, module.scaling[name], _parts(module.lora_A[name]), _parts(module.lora_B[name]))
-        for name in module.active_adapters
-        if name in low_rank and isinstance(low_rank[name], nn.Module)
+        [
+            (name, module.scaling[name], _parts_of_low_rank(down[name]), _parts_of_low_rank(up[name]))
+            for name in module.active_adapters
+            if name in down
+        ]
     )
     # With dropout no one weight acts in training.
     return (adapters, tuple(module.merged_adapters), module.disable_adapters, module.training)
+
+
+def _parts_of_low_rank(module: nn.Module) -> Parts:
+    if "_hf_hook" in vars(module):
+        return _parts_reader(module)()
+    return (module._parameters.get("weight"),)
 
 
 # ---------------------------------------------------------------- keys
 
 
 def _key(parts: Parts) -> Parts:
-    return tuple(_key_of(part) for part in parts)
+    return tuple([_key_of(part) for part in parts])
 
 
 def _key_of(part: Any) -> Any:
+    kind = type(part)
+    if kind is nn.Parameter:
+        return _tensor_key(part)
+    if kind is tuple or kind is list:
+        return _key(part)
     if isinstance(part, Tensor):
         return tuple(_tensor_key(leaf) for leaf in leaves(part))
-    return _key(tuple(part)) if isinstance(part, tuple | list) else part
+    return part
 
 
 def _tensors(parts: Parts) -> Iterator[Tensor]:
