@@ -38,7 +38,8 @@ class SiteFactor:
     rewritten in place, for a CUDA graph holds their addresses.
     """
 
-    def __init__(self, site: HeadSite) -> None:
+    def __init__(self, site: HeadSite, weight: Tensor | None = None) -> None:
+        """`weight` is `dense_weight(site)`, where the caller has it: it can take long to read."""
         self.site = site
         self.in_graph = False  # a CUDA graph reads it
         self.in_own_graph = (
@@ -48,7 +49,7 @@ class SiteFactor:
         self._kernel: dict[tuple[torch.dtype, str], Any] = {}  # by dtype of the input and precision
         self._unverified = False
         self._stale = False
-        self._note_weight()
+        self._note_weight(weight)
 
     def dense(self) -> Tensor:
         """L `[num_heads, head_dim, head_dim]`, lower triangular: float32, or float64 for a float64 weight."""
@@ -114,15 +115,15 @@ class SiteFactor:
         self._unverified = not torch.equal(checksum(dense_weight(self.site)), self._checksum)
         return not self._unverified
 
-    def _note_weight(self) -> Tensor:
+    def _note_weight(self, weight: Tensor | None = None) -> Tensor:
         """The weight as it is now; its key and checksum are kept."""
         # In the caller's mode, like every look at the weight: what acts may depend on it (`repacks_when_run`).
-        weight = dense_weight(self.site)
+        weight = dense_weight(self.site) if weight is None else weight
         self.moves_itself = moves_when_run(self.site)
         self._read_key = key_reader(self.site)
         self._key, self._held = self._read_key(), hold_key(self.site)
-        # float32 rounds by 6e-8, as the products themselves do
-        self._place = (weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        # Of the dense form: float32 rounds by 6e-8, as the products themselves do.
+        self.place = (weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
         with _plain_mode():
             self._checksum = checksum(weight)
         self._unverified = False
@@ -135,7 +136,7 @@ class SiteFactor:
 
     def _write_dense(self, lower: Tensor) -> None:
         with _plain_mode():
-            lower = lower.to(*self._place)
+            lower = lower.to(*self.place)
             if self._dense is None or (self._dense.device, self._dense.dtype) != (lower.device, lower.dtype):
                 self._dense = lower
             else:

@@ -28,7 +28,6 @@ from fastheads.results import HeadProfile
 from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens
-from fastheads.weights import dense_weight
 
 _CALL_IMPL = nn.Module._call_impl.__code__
 
@@ -93,7 +92,9 @@ class HookManager:
         self._group_bytes = group_bytes
         self._queues: dict[torch.device, DeviceQueue] = {}
         self._profiled = [
-            Profiled(row, site, self._queue_on(dense_weight(site).device), site.num_heads * site.head_dim)
+            Profiled(
+                row, site, self._queue_on(self._dispatcher.weights[row][0]), site.num_heads * site.head_dim
+            )
             for row, site in chosen.items()
         ]
         self._names = {row: site.name for row, site in chosen.items()}

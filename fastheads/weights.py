@@ -252,9 +252,10 @@ def _read_adapted(module: Any, base: nn.Module) -> Tensor:
     acting = _acting_adapters(module)
     if acting and weight.dtype != torch.float64:
         weight = weight.float()  # the layer adds the adapter's output unrounded: so must this
-    for name in acting:
-        down, up = (_read(part[name]).to(weight) for part in (module.lora_A, module.lora_B))
-        weight = weight + up @ down * module.scaling[name]
+    with torch.autocast(weight.device.type, enabled=False):
+        for name in acting:
+            down, up = (_read(part[name]).to(weight) for part in (module.lora_A, module.lora_B))
+            weight = weight + up @ down * module.scaling[name]
     return weight
 
 

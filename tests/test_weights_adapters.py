@@ -114,6 +114,21 @@ def test_several_adapters_some_of_them_merged(backend):
         steps.check()
 
 
+def test_autocast_does_not_round_the_adapters():
+    plain = model_with(linear)
+    bases = [p.weight.detach().double().clone() for p in projections(plain)]
+    model = lora(plain)
+    with torch.no_grad(), fastheads.HookManager(model, "token") as hooks:
+        steps = Steps(model, hooks)
+        for _ in range(2):
+            for site in steps.sites:
+                site.module.lora_A["default"].weight.mul_(2)  # so that the factor is made within the forward
+            deltas = [low_rank(s.module, "default") for s in steps.sites]
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                steps.forward([w + d for w, d in zip(bases, deltas, strict=True)])
+        steps.check()
+
+
 def test_an_adapter_changed_behind_autograds_back_raises():
     model = lora(build())
     with torch.no_grad(), fastheads.HookManager(model) as hooks:

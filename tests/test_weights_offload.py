@@ -244,6 +244,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 def test_shards_of_fsdp2_are_refused_on_every_rank(tmp_path):
     script = tmp_path / "rank.py"
