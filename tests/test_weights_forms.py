@@ -22,6 +22,7 @@ from weight_forms import (
 )
 
 import fastheads
+from fastheads.basic import HookManager as BasicHookManager
 
 CHANGES = [(name, change) for name, form in FORMS.items() for change in form.changes]
 BEHIND = [(name, change) for name, form in FORMS.items() for change in form.behind]
@@ -54,7 +55,13 @@ def made(request, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("backend", ["factored", "einsum"])
+def manager_of(model, backend):
+    if backend == "basic":
+        return BasicHookManager(model, "all")
+    return fastheads.HookManager(model, "all", backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["factored", "einsum", "basic"])
 @pytest.mark.parametrize("name", FORMS)
 def test_the_weight_is_the_one_that_the_format_defines(made, name, backend):
     model, form = made(name)
@@ -64,7 +71,7 @@ def test_the_weight_is_the_one_that_the_format_defines(made, name, backend):
     with (
         torch.no_grad(),
         captured_inputs(projections(model)) as inputs,
-        fastheads.HookManager(model, "all", backend=backend) as hooks,
+        manager_of(model, backend) as hooks,
     ):
         for seed in range(3):
             model(input_ids=tokens(2, 9, seed=seed))
@@ -152,8 +159,24 @@ def test_torchao_quantises_a_plain_weight_while_hooks_are_on_it():
     )
 
 
+@pytest.mark.parametrize("name", ["gemma int4", "torchao int8", "bitsandbytes nf4", "bitsandbytes int8"])
+def test_compiled_models(made, name):
+    model, form = made(name)
+    torch.compiler.set_stance("default")
+    sites, weights = fastheads.find_sites(model), dense_weights(model, form)
+    with torch.no_grad(), captured_inputs(projections(model)) as inputs:
+        model(input_ids=tokens(2, 9))
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad(), fastheads.HookManager(compiled, "all") as hooks:
+        for _ in range(2):
+            compiled(input_ids=tokens(2, 9))
+        twice = [captured * 2 for captured in inputs]
+        assert_results(hooks.get_results(), sites, twice, [None] * 2, "all", 1e-4, weights=weights)
+
+
+@pytest.mark.parametrize("manager", [fastheads.HookManager, BasicHookManager])
 @pytest.mark.parametrize("nested", [False, True])
-def test_bitsandbytes_keeps_its_layout_for_inputs_with_gradients(nested):
+def test_bitsandbytes_keeps_its_layout_for_inputs_with_gradients(nested, manager):
     """Then the scales act as they are, not rounded to bfloat16."""
     model, form = model_with(Bnb4("nf4", nested).make), Bnb4("nf4", nested)
     for module in projections(model):
@@ -163,7 +186,7 @@ def test_bitsandbytes_keeps_its_layout_for_inputs_with_gradients(nested):
     sites = fastheads.find_sites(model)
     with (
         captured_inputs(projections(model)) as inputs,
-        fastheads.HookManager(model, "all") as hooks,
+        manager(model, "all") as hooks,
     ):
         for seed in range(2):
             model(input_ids=tokens(2, 9, seed=seed))
