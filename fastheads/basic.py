@@ -87,7 +87,9 @@ class HookManager:
             batch, seq, _ = x.shape
             head_outputs = x.view(batch, seq, site.num_heads, site.head_dim)
             mask = self._real.mask(x)
-            weight = dense_weight(site).double()  # [hidden, num_heads * head_dim]
+            # As the layer will run: by this bitsandbytes repacks its weight, or not.
+            with torch.set_grad_enabled(args[0].requires_grad):
+                weight = dense_weight(site).double()  # [hidden, num_heads * head_dim]
             for i in range(batch):
                 real = head_outputs[i]  # [tokens, heads, head_dim]
                 if mask is not None:

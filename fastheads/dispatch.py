@@ -103,11 +103,13 @@ class Dispatcher:
         self.used: set[str] = set()
         self.factors: dict[int, SiteFactor] = {}
         self._sites = sites
+        self.weights: dict[int, tuple[torch.device, torch.dtype]] = {}  # as they were at first
         self._choices: dict[tuple[Any, ...], str] = {}
         for row, site in sites.items():
             weight = dense_weight(site)  # raises where it cannot be had: now, not in the middle of a run
+            self.weights[row] = (weight.device, weight.dtype)
             if backend not in ("loop", "einsum"):
-                self.factors[row] = SiteFactor(site)
+                self.factors[row] = SiteFactor(site, weight)
             if self._choice(weight.device, weight.dtype, site.head_dim) == "triton":
                 self.factors[row].kernel(weight.dtype, precision)
         self._watch = WeightWatch(self.factors.values())
@@ -194,11 +196,10 @@ class Dispatcher:
     def _fill_banks(self) -> None:
         """Lay the dense factors of layers of one shape side by side, so that one product serves a group of them."""
         alike: dict[tuple[Any, ...], list[int]] = {}
-        for row in self.factors:
-            weight, site = dense_weight(self._sites[row]), self._sites[row]
-            if self._choice(weight.device, weight.dtype, site.head_dim) == "factored":
-                dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-                alike.setdefault((weight.device, dtype, site.num_heads, site.head_dim), []).append(row)
+        for row, factor in self.factors.items():
+            site, (device, dtype) = self._sites[row], factor.place
+            if self._choice(*self.weights[row], site.head_dim) == "factored":
+                alike.setdefault((device, dtype, site.num_heads, site.head_dim), []).append(row)
         for (device, dtype, heads, head_dim), rows in alike.items():
             with torch.inference_mode(False):
                 bank = torch.empty(len(rows), heads, head_dim, head_dim, dtype=dtype, device=device)
@@ -220,7 +221,7 @@ class Dispatcher:
         if not self._watch.moved():
             return
         moved = [
-            factor.site.name for factor in self.factors.values() if factor.moved() and not factor.unmerges
+            factor.site.name for factor in self.factors.values() if factor.moved() and not factor.moves_itself
         ]
         if moved:
             raise StaleFactorError(

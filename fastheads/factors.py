@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from fastheads.sites import HeadSite
-from fastheads.weights import checksum, dense_weight, hold_key, unmerges_when_run, weight_key
+from fastheads.weights import (
+    checksum,
+    dense_weight,
+    hold_key,
+    is_plain,
+    key_reader,
+    moves_when_run,
+)
 
 # float64 elements of W to widen at a time: 256 MiB, so that a 405B layer does not need 2 GB at once.
 CHUNK_ELEMENTS = 2**25
@@ -38,7 +45,8 @@ class SiteFactor:
     rewritten in place, for a CUDA graph holds their addresses.
     """
 
-    def __init__(self, site: HeadSite) -> None:
+    def __init__(self, site: HeadSite, weight: Tensor | None = None) -> None:
+        """`weight` is `dense_weight(site)`, where the caller has it: it can take long to read."""
         self.site = site
         self.in_graph = False  # a CUDA graph reads it
         self.in_own_graph = (
@@ -48,7 +56,7 @@ class SiteFactor:
         self._kernel: dict[tuple[torch.dtype, str], Any] = {}  # by dtype of the input and precision
         self._unverified = False
         self._stale = False
-        self._note_weight(dense_weight(site))
+        self._note_weight(weight)
 
     def dense(self) -> Tensor:
         """L `[num_heads, head_dim, head_dim]`, lower triangular: float32, or float64 for a float64 weight."""
@@ -76,9 +84,13 @@ class SiteFactor:
         """The weight may have changed without a trace: `refresh` rebuilds."""
         self._key = ()
 
+    def key(self) -> Any:
+        """What moves when the weight is replaced or changed in place the ordinary way."""
+        return self._read_key()
+
     def moved(self) -> bool:
         """Whether the weight is known to have changed since the factor was made."""
-        return weight_key(self.site) != self._key
+        return bool(self._read_key() != self._key)
 
     def refresh(self) -> None:
         """Rebuild where the weight is known to have changed; reads no value back."""
@@ -89,10 +101,10 @@ class SiteFactor:
     def rebuild(self) -> None:
         """Make every form anew of the weight as it is now; forgets that it was stale."""
         self._stale = False
-        self._note_weight(dense_weight(self.site))
+        weight = self._note_weight()
         if self._dense is None and not self._kernel:
             return
-        lower = self._lower()
+        lower = self._lower(weight)
         if self._dense is not None:
             self._write_dense(lower)
         for key, form in list(self._kernel.items()):
@@ -111,29 +123,31 @@ class SiteFactor:
             return not self._stale
         if self.moved():
             return not self.in_graph
-        with torch.no_grad():
-            self._unverified = not torch.equal(checksum(dense_weight(self.site)), self._checksum)
+        self._unverified = not torch.equal(checksum(dense_weight(self.site)), self._checksum)
         return not self._unverified
 
-    def _note_weight(self, weight: Tensor) -> None:
+    def _note_weight(self, weight: Tensor | None = None) -> Tensor:
+        """The weight as it is now; its key and checksum are kept."""
+        # In the caller's mode, like every look at the weight: what acts may depend on it (`repacks_when_run`).
+        weight = dense_weight(self.site) if weight is None else weight
+        self.moves_itself = moves_when_run(self.site)
+        self._read_key = key_reader(self.site)
+        self._key, self._held = self._read_key(), hold_key(self.site)
+        # Of the dense form: float32 rounds by 6e-8, as the products themselves do.
+        self.place = (weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
         with _plain_mode():
-            self.unmerges = unmerges_when_run(self.site)
-            self._key, self._held, self._checksum = (
-                weight_key(self.site),
-                hold_key(self.site),
-                checksum(weight),
-            )
+            self._checksum = checksum(weight)
         self._unverified = False
+        return weight
 
-    def _lower(self) -> Tensor:
+    def _lower(self, weight: Tensor | None = None) -> Tensor:
+        weight = dense_weight(self.site) if weight is None else weight
         with _plain_mode():
-            return lower_factor(dense_weight(self.site), self.site.num_heads)
+            return lower_factor(weight, self.site.num_heads)
 
     def _write_dense(self, lower: Tensor) -> None:
         with _plain_mode():
-            weight = dense_weight(self.site)
-            # float32 rounds by 6e-8, as the products themselves do
-            lower = lower.to(weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
+            lower = lower.to(*self.place)
             if self._dense is None or (self._dense.device, self._dense.dtype) != (lower.device, lower.dtype):
                 self._dense = lower
             else:
@@ -145,9 +159,8 @@ class WeightWatch:
 
     def __init__(self, factors: Iterable[SiteFactor]) -> None:
         self._factors = list(factors)
-        plain = [f for f in self._factors if "weight" in f.site.module._parameters]
-        self._parameters = [f.site.module._parameters for f in plain]
-        self._others = [f for f in self._factors if f not in plain]
+        self._parameters: list[dict[str, Any]] = []  # that hold a plain weight
+        self._others: list[SiteFactor] = []
         self._seen: list[Any] | None = None
 
     def moved(self) -> bool:
@@ -156,11 +169,14 @@ class WeightWatch:
 
     def refresh(self) -> None:
         """`SiteFactor.refresh` of each, where anything has moved."""
-        look = self._look()
-        if self._seen is None or self._seen != look:
-            for factor in self._factors:
-                factor.refresh()
-            self._seen = self._look()
+        if not self.moved():
+            return
+        for factor in self._factors:
+            factor.refresh()
+        plain = [factor for factor in self._factors if is_plain(factor.site)]
+        self._parameters = [factor.site.module._parameters for factor in plain]
+        self._others = [factor for factor in self._factors if factor not in plain]
+        self._seen = self._look()
 
     def mark_changed(self) -> None:
         """The weights may have changed without a trace."""
@@ -168,16 +184,17 @@ class WeightWatch:
         for factor in self._factors:
             factor.mark_changed()
 
-    def _look(self) -> list[Any] | None:
+    def _look(self) -> list[Any]:
         try:
-            weights: list[Any] = [parameters["weight"] for parameters in self._parameters]
+            weights = [parameters["weight"] for parameters in self._parameters]
+            # Written out: a call for each would take twice as long.
             seen: list[Any] = [
                 (w.untyped_storage()._cdata, w.data_ptr(), w._version, w.dtype) for w in weights
             ]
         except (KeyError, AttributeError, RuntimeError):
             # A weight was taken away, or is an inference tensor, which has no version.
-            return [weight_key(factor.site) for factor in self._factors]
-        return seen + [weight_key(factor.site) for factor in self._others] if self._others else seen
+            return [factor.key() for factor in self._factors]
+        return seen + [factor.key() for factor in self._others] if self._others else seen
 
 
 def lower_factor(weight: Tensor, num_heads: int) -> Tensor:

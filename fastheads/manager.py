@@ -28,7 +28,6 @@ from fastheads.results import HeadProfile
 from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens
-from fastheads.weights import dense_weight
 
 _CALL_IMPL = nn.Module._call_impl.__code__
 
@@ -93,7 +92,8 @@ class HookManager:
         self._group_bytes = group_bytes
         self._queues: dict[torch.device, DeviceQueue] = {}
         self._profiled = [
-            Profiled(row, site, self._queue_on(dense_weight(site).device)) for row, site in chosen.items()
+            Profiled(row, site, self._queue_on(self._dispatcher.weights[row][0]))
+            for row, site in chosen.items()
         ]
         self._places = [_place(self.model, site) for site in chosen.values()]
         self._decoder = decoder_of(self.model)

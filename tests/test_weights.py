@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import assert_results, captured_inputs
 from tiny_models import build, tokens
+from torch.nn.utils import parametrizations, prune
 
 import fastheads
 from fastheads.factors import lower_factor
@@ -341,3 +342,45 @@ def test_dora_is_refused():
     config = peft.LoraConfig(r=4, target_modules=["o_proj"], use_dora=True, task_type="CAUSAL_LM")
     with pytest.raises(fastheads.UnsupportedWeightError, match="LoRA"):
         fastheads.HookManager(peft.get_peft_model(build(), config))
+
+
+# ---------------------------------------------------------------- weights that are made of other tensors
+
+
+def pruned(module):
+    prune.random_unstructured(module, "weight", 0.5)
+
+
+def normalised(module):
+    parametrizations.weight_norm(module)
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (pruned, lambda module: module.weight_orig.mul_(2)),
+        (pruned, lambda module: module.weight_mask.copy_(1 - module.weight_mask)),
+        (normalised, lambda module: module.parametrizations.weight.original0.mul_(2)),
+        (normalised, lambda module: setattr(module.parametrizations.weight, "original0", again(module))),
+    ],
+)
+@pytest.mark.parametrize("backend", ["factored", "einsum"])
+def test_a_weight_that_is_made_of_others(make, change, backend):
+    model = build()
+    for site in fastheads.find_sites(model):
+        make(site.module)
+
+    assert_right(*profile_around(model, lambda model: change(o_proj(model)), backend))
+
+
+def again(module):
+    return torch.nn.Parameter(module.parametrizations.weight.original0 * 3)
+
+
+@pytest.mark.parametrize("shape", [(0,), (64 * 96,), (32, 48)])
+def test_a_part_of_a_weight_is_refused(shape):
+    """What ZeRO-3, FSDP1 and other ways to share a weight out leave in its place."""
+    model = build()
+    o_proj(model).weight.data = torch.zeros(shape)
+    with pytest.raises(fastheads.UnsupportedWeightError, match=r"layers\.1\..*96\] was expected"):
+        fastheads.HookManager(model)
