@@ -8,6 +8,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastheads.sites import HeadSite
 
+# How the weight of a linear layer lies, by the function that applies it: True for [in, out], False for [out, in].
+TRANSPOSED = {
+    "torch.nn.modules.linear.Linear.forward": False,
+    "transformers.models.falcon.modeling_falcon.FalconLinear.forward": False,
+    "transformers.pytorch_utils.Conv1D.forward": True,
+}
+
 DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -22,21 +29,32 @@ def dense_weight(site: HeadSite) -> Tensor:
     """
     module = site.module
     base = getattr(module, "base_layer", None)
+    weight = _plain_weight(site, module if base is None else base)
+    transposed = _is_transposed(module if base is None else base)
     if base is None:
-        return _plain_weight(site, module)
-    weight, acting = _plain_weight(site, base), _acting_adapters(site)
+        return weight.T if transposed else weight
+    acting = _acting_adapters(site)
     if acting and weight.dtype != torch.float64:
         weight = weight.float()  # the layer adds the adapter's output unrounded: so must this
     for name, sign in acting:
+        # A delta lies as the weight does, and PEFT takes care of it.
         weight = weight + sign * module.get_delta_weight(name).to(weight.dtype)  # type: ignore[operator]
-    return weight
+    return weight.T if transposed else weight
+
+
+def _is_transposed(module: nn.Module) -> bool | None:
+    """Whether the weight of this kind of layer lies `[in, out]`; None where the kind is not known."""
+    forward = type(module).forward
+    return TRANSPOSED.get(f"{forward.__module__}.{forward.__qualname__}")
 
 
 def _plain_weight(site: HeadSite, module: nn.Module) -> Tensor:
-    kind = type(module)
-    if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
-        raise UnsupportedWeightError(f"{site.name} is a {kind.__name__}; only torch.nn.Linear is supported")
-    weight = module.weight
+    """The layer's own weight, as it lies."""
+    if _is_transposed(module) is None:
+        raise UnsupportedWeightError(
+            f"{site.name} is a {type(module).__name__}; only torch.nn.Linear and its kin are supported"
+        )
+    weight: Any = module.weight
     if type(weight) not in (Tensor, nn.Parameter):
         raise UnsupportedWeightError(
             f"{site.name} has a weight of type {type(weight).__name__}; only plain tensors are supported"
