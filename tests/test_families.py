@@ -7,6 +7,7 @@ family does not use it, from the softmax. A table says which families are not co
 import copy
 import sys
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import families
 import pytest
@@ -19,6 +20,7 @@ import fastheads
 from fastheads.verify import CHANGED, EXACT, UNSEEN
 from fastheads.weights import dense_weight
 
+README = Path(__file__).parents[1] / "README.md"
 MASK = [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
 SILENCED = 1  # the head that is silenced: not the first, so that a shift would show
 RTOL = 5e-6  # float32 products of up to 128 terms; the metric itself asks for it
@@ -120,6 +122,8 @@ def test_the_tables_name_every_family_and_no_other():
     assert set(families.REFUSED).isdisjoint(families.NOT_BUILT)
     if families.RELEASE == families.WRITTEN_FOR:
         assert named <= set(families.FAMILIES)
+        served = len(families.FAMILIES) - len(families.REFUSED) - len(families.NOT_BUILT)
+        assert f"{served} of the {len(families.FAMILIES)} causal-LM families" in README.read_text()
     assert len(COVERED) >= 110
 
 
