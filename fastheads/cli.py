@@ -1,4 +1,4 @@
-"""The command line: `fastheads profile` and `fastheads show`.
+"""The command line: `fastheads profile`, `fastheads show` and `fastheads doctor`.
 
 Results go to stdout; progress and errors go to stderr, an error as one line. The heavy libraries are imported
 when a command runs, so that `--help` is quick.
@@ -108,6 +108,14 @@ def profile(
     layers: Annotated[
         str | None, typer.Option(help="Profile these layers only, as in 0-3,8.", show_default="all")
     ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Profile these attention modules too, though they are left out by default: a pattern for their names, "
+            "such as '*.linear_attn'. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, loop, einsum, factored or triton.")] = "auto",
     precision: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
     dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")] = "auto",
@@ -156,6 +164,7 @@ def profile(
             batch_size=batch_size,
             max_tokens=max_tokens,
             layers=chosen_layers,
+            include=include or (),
             backend=backend,
             precision=precision,
             skip_first=skip_first,
@@ -196,6 +205,45 @@ def show(
     from fastheads.results import HeadProfile
 
     _show(HeadProfile.load(file), metric)
+
+
+@app.command()
+def doctor(
+    *,
+    model: Annotated[
+        str, typer.Argument(help="A local folder, a GGUF file or a Hub id.", show_default=False)
+    ],
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Profile these attention modules too, though they are left out by default: a pattern for their names, "
+            "such as '*.linear_attn'. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, loop, einsum, factored or triton.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, ...")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Show what would be profiled in a model and how, and check it on one batch."""
+    terminal = Console(stderr=True, file=sys.stderr, highlight=False)
+    with _doing(f"loading {model}", terminal):
+        from fastheads import loading
+        from fastheads.dispatch import check_backend
+        from fastheads.doctor import diagnose, show
+
+        check_backend(backend)
+        loaded = loading.load_model(
+            loading.find_model(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+    found, problem = diagnose(loaded, include=include or (), backend=backend)
+    show(loaded, found, Console(highlight=False))
+    if problem is not None:
+        raise typer.Exit(_fail(_message(problem), ERROR))
+    typer.echo(f"\nall is well; profile it with: fastheads profile {model}")
 
 
 def _measure(terminal: Console, **arguments: Any) -> "HeadProfile":

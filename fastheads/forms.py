@@ -290,6 +290,24 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+# The functions that multiply by a module's `weight` and add its bias: whether the weight lies [in, out].
+LINEAR_FORWARDS = {
+    "torch.nn.modules.linear.Linear.forward": False,
+    "transformers.models.falcon.modeling_falcon.FalconLinear.forward": False,
+    "transformers.pytorch_utils.Conv1D.forward": True,
+}
+
+
+def _forward(module: nn.Module) -> str:
+    forward = type(module).forward
+    return f"{forward.__module__}.{forward.__qualname__}"
+
+
 def plain_forward(module: nn.Module) -> bool:
     """Whether the module multiplies by its `weight` and adds its bias, as torch.nn.Linear does."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return _forward(module) in LINEAR_FORWARDS
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether such a module's weight lies [in, out]."""
+    return LINEAR_FORWARDS.get(_forward(module), False)

@@ -28,6 +28,7 @@ from fastheads.results import HeadProfile
 from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens
+from fastheads.verify import Finding, SelfCheck
 
 _CALL_IMPL = nn.Module._call_impl.__code__
 
@@ -43,7 +44,7 @@ class HookManager:
     Attaches in the constructor; `remove()`, or leaving the `with` block, detaches. Nothing of a batch is retained.
 
     Args:
-        model: a transformers model, or any module with attention output projections named `o_proj`. DataParallel, DDP and
+        model: a transformers model, or any module whose attention modules are called and built as theirs. DataParallel, DDP and
             torch.compile wrappers are looked through.
         token_agg: what one sample is. "last": a sequence's value at its last real token; "all": the mean of the value over the
             sequence's real tokens; "token": each real token.
@@ -55,6 +56,9 @@ class HookManager:
         group_bytes: inputs of up to so many bytes a device are kept until one launch at the end of the decoder's call serves them
             all; larger ones are measured at once. 0 measures every input at once, for models that reuse their memory.
         allow_skipped: accept that a site does not run in every forward (layer dropout, early exit); else `get_results` raises.
+        include: names of attention modules, as patterns, that are profiled though they are left out by default (`find_sites`).
+        verify: check each site in the first batch, against what its projection really gives and what its attention made
+            (`fastheads.verify`). A forward that does not pass raises VerificationError and counts nothing.
 
     Raises:
         NoSitesError: the model has nothing to profile.
@@ -73,6 +77,8 @@ class HookManager:
         skip_first: int = 0,
         group_bytes: int = GROUP_BYTES,
         allow_skipped: bool = False,
+        include: str | Iterable[str] = (),
+        verify: bool = False,
     ) -> None:
         if token_agg not in TOKEN_AGGS:
             raise ValueError(f"unknown token_agg {token_agg!r}: choose one of {', '.join(TOKEN_AGGS)}")
@@ -84,7 +90,7 @@ class HookManager:
         self.model = unwrapped(model)
         self.token_agg, self.precision, self.skip_first = token_agg, precision, skip_first
         self.allow_skipped = allow_skipped
-        self.sites = find_sites(self.model)
+        self.sites = find_sites(self.model, include)
         self.layers = _checked_layers(layers)
         chosen = _choose(self.sites, self.layers)
         self._dispatcher = Dispatcher(chosen, backend, precision, token_agg)
@@ -113,9 +119,12 @@ class HookManager:
         )
         self._paused = False
         self._warned = False
+        self._check: SelfCheck | None = None
         self._handles: list[Any] = []
         self._handle = operator.register(self)
         try:
+            if verify:
+                self._check = SelfCheck(self.model, list(chosen.values()))
             self._attach()
         except BaseException:
             self.remove()
@@ -143,6 +152,8 @@ class HookManager:
         """Take every hook off the model. The results stay as they are, also if a CUDA graph that was captured with the hooks is
         replayed; calling it again does nothing.
         """
+        if self._check is not None:
+            self._check.close()
         if not self._handles:
             return
         for handle in self._handles:
@@ -160,6 +171,11 @@ class HookManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+    @property
+    def findings(self) -> dict[str, Finding]:
+        """What `verify=True` found, by the names of the sites; filled while the first batch runs."""
+        return {} if self._check is None else self._check.findings
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -188,6 +204,8 @@ class HookManager:
             in_graph = torch.compiler.is_compiling()
             if not in_graph:
                 self._prepare()
+                if self._check is not None:
+                    self._check.watch()
                 in_graph = self._started_in_graphs or self._is_capturing()
             for queue in self._queues.values():
                 queue.moments.begin(always=in_graph)
@@ -322,7 +340,8 @@ class HookManager:
     def _check_input(self, profiled: Profiled, x: Tensor) -> None:
         if self._real is None:
             raise RuntimeError(
-                f"{profiled.site.name} ran outside the decoder's own call: its real tokens are not known"
+                f"{profiled.site.name} ran outside the decoder's own call: its real tokens are not known. "
+                "Profile a tower as a model of its own"
             )
         if type(x) is not Tensor and not torch.compiler.is_compiling():
             raise RuntimeError(
@@ -398,6 +417,8 @@ class HookManager:
             self._real = None
         if module is self._running:
             self._running = None
+            if self._check is not None:
+                self._check.unwatch()
             if not torch.compiler.is_compiling():
                 self._dispatcher.check_unmoved()
                 self._missed |= self._skipped
@@ -412,6 +433,8 @@ class HookManager:
     def _drop(self) -> None:
         """The forward under way, if there is one, does not count."""
         self._running = self._real = None
+        if self._check is not None:
+            self._check.unwatch()
         self._decoder_traced = False
         self._traced = []
         self._dispatcher.discard()
@@ -450,6 +473,7 @@ class HookManager:
             total = here if total is None else total.merged(here)
         assert total is not None  # the constructor made one for each weight's device
         self._check_that_all_ran(total)
+        self._check_that_all_verified(total)
         self._warn_of_nonfinite(total)
         by_metric = {name: Moments(*(plane[m].clone() for plane in total)) for m, name in enumerate(METRICS)}
         return HeadProfile(by_metric, self._metadata())
@@ -496,6 +520,17 @@ class HookManager:
             raise RuntimeError(
                 f"{', '.join(missed)} did not run in every forward: nothing, or too little, was measured there. Where the model "
                 "skips layers by design, HookManager(..., allow_skipped=True) accepts it"
+            )
+
+    def _check_that_all_verified(self, moments: Moments) -> None:
+        """Raises RuntimeError naming the sites that were measured and not verified, where that was asked for."""
+        unchecked = set() if self._check is None else set(self._check.unchecked())
+        given = (moments.count + moments.nonfinite)[0].amax(dim=-1)  # [rows]
+        missed = [p.site.name for p in self._profiled if p.site.name in unchecked and given[p.row]]
+        if missed:
+            raise RuntimeError(
+                f"verify=True could not check {', '.join(missed)}, which ran in compiled code or CUDA graphs only: run a "
+                "batch before that"
             )
 
     def _warn_of_nonfinite(self, moments: Moments) -> None:

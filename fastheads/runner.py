@@ -41,6 +41,7 @@ def profile(
     precision: str = "exact",
     skip_first: int = 0,
     allow_skipped: bool = False,
+    include: str | Iterable[str] = (),
     field: str = "text",
     progress: bool | Progress = False,
     dtype: str = "auto",
@@ -76,6 +77,7 @@ def profile(
         precision: "exact" or "fast".
         skip_first: leave the first real tokens of each sequence out (1: the attention sink).
         allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
+        include: names of attention modules, as patterns, that are profiled though they are left out by default (`find_sites`).
         field: of a JSON line, the one with the text.
         progress: True shows a bar; or a function that is called with the tokens done and those in all, or None.
         dtype: of a model that is loaded: "auto", "float32", "bfloat16" or "float16".
@@ -132,6 +134,7 @@ def profile(
         precision=precision,
         skip_first=skip_first,
         allow_skipped=allow_skipped,
+        include=include,
     )
     with hooks, _progress(progress) as report:
         run = _Run(hooks, about | {"max_tokens": max_tokens}, name)

@@ -1,24 +1,78 @@
-"""Which modules of a model are attention output projections; their layer, number of heads and head_dim."""
+"""Which modules of a model are attention output projections; their layer, number of heads and head_dim.
+
+What differs between families is in the tables at the top: a new family is a line there.
+"""
 
 import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
-# A child of one of these names, in an attention module of the decoder, is its output projection.
-PROJECTION_NAMES = ("o_proj",)
+# The output projection of an attention module, as a path from it; the first that is there is taken. ".." is the module's parent,
+# if that is an attention module too: a BERT-like keeps the projection beside the attention.
+PROJECTION_PATHS = (
+    "o_proj",
+    "out_proj",
+    "dense",
+    "c_proj",
+    "o",  # T5
+    "Wo",  # ModernBERT
+    "out_lin",  # XLM
+    "output",  # Pix2Struct
+    "proj",  # towers of pictures
+    "linear_out",  # towers of speech
+    "../output.dense",
+)
+
+# Where a layer that is no linear layer itself keeps the one that it calls (MoshiLinear).
+WRAPPED = "linear"
+# What a linear layer calls the width of its input; `nx` is transformers' Conv1D.
+WIDTH_ATTRIBUTES = ("in_features", "nx")
 
 # Attention classes by name: what transformers calls them, and what it calls the mixers that are no softmax attention over
 # heads though some of them have an `o_proj` too (Kimi-Linear, Olmo-Hybrid), and the towers that are not the decoder.
 ATTENTION = re.compile(r"(Attention|Attn|MLA)\w*$")
 NOT_ATTENTION = re.compile(
-    r"Vision|Audio|Encoder|Mixer|DeltaNet|DeltaAttention|LinearAttention|Lightning|Conv|Indexer"
+    r"Vision|(?<!Higgs)Audio|Encoder|Mixer|DeltaNet|DeltaAttention|(?<!Kimi)LinearAttention|Lightning|Conv|Indexer|Residual|Pooling"
+    r"|^MultiheadAttention$"  # torch's, in towers
 )
+# Attention to an encoder's output, by its name: a decoder alone never runs it.
+TO_ENCODER = re.compile(r"\b(encoder_attn|crossattention|EncDecAttention)\b")
 
-# Where an attention module keeps the width of one head of the projection's input (MLA's is the value's); the first that divides
-# that input is taken.
-HEAD_DIM_ATTRIBUTES = ("v_head_dim", "value_head_dim", "head_dim", "head_size", "attention_head_size")
+# Where an attention module keeps the width of one head of the projection's input (MLA's is the value's), and how many there are.
+# The first width that divides that input is taken; where the number is there too, the first that agrees with it.
+HEAD_DIM_ATTRIBUTES = (
+    *("v_head_dim", "value_head_dim", "head_v_dim", "key_value_proj_dim"),
+    *("head_dim", "head_size", "attention_head_size"),
+)
 NUM_HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+
+# By patterns of the attention's class from here on. Heads that are one unit where they reach the projection:
+HEADS_PER_UNIT = {
+    r"^DiffLlama": 2,  # the difference of two heads, as wide as both
+}
+# Attention that cannot be profiled, and why.
+REFUSED = {
+    r"^Blt": "its layers run over bytes and over patches of them, so that real tokens cannot be told",
+    r"^CpmAnt": "it puts a prompt of its own before the tokens, so that real tokens cannot be told",
+    r"^DeepseekV4": "its output projection is in two steps, and the input of o_b_proj is not the heads'",
+    r"^JetMoe": "its output projections are experts, others for each token",
+    r"^MultiheadAttention$": "torch.nn.MultiheadAttention never calls its output projection",
+    r"^ProphetNet": "its n-gram streams share the output projection, so that real tokens cannot be told",
+    r"^Reformer": "it pads sequences to its chunks, so that real tokens cannot be told",
+    r"^Rwkv": "it is a linear recurrence without heads",
+    r"^XLNet": "its output projection is a bare parameter and no module",
+}
+# The same for what depends on how the attention is set up.
+REFUSED_IF: dict[str, tuple[Callable[[Any], bool], str]] = {
+    r"^Bloom": (
+        lambda owner: owner.pretraining_tp > 1 and owner.slow_but_exact,
+        "with slow_but_exact it never calls its output projection: set config.slow_but_exact = False",
+    ),
+}
 
 
 class NoSitesError(ValueError):
@@ -52,70 +106,179 @@ def decoder_of(model: nn.Module) -> nn.Module:
     for module in model.modules():
         get_decoder = getattr(module, "get_decoder", None)
         decoder = get_decoder() if callable(get_decoder) else None
-        if isinstance(decoder, nn.Module):
-            return decoder
+        if isinstance(decoder, nn.Module) and next(decoder.children(), None) is not None:
+            return decoder  # ModernBERT calls a linear layer, its head, `decoder`
     return model
 
 
-def find_sites(model: nn.Module) -> list[HeadSite]:
+def heads_per_unit(owner: nn.Module) -> int:
+    """How many heads of an attention module make one where they reach its projection: 1 of nearly all."""
+    return next((n for kind, n in HEADS_PER_UNIT.items() if re.search(kind, type(owner).__name__)), 1)
+
+
+def find_sites(model: nn.Module, include: str | Iterable[str] = ()) -> list[HeadSite]:
     """The attention output projections of `model`'s decoder, in the order of its modules.
 
-    Raises NoSitesError, naming what was looked for and the attention classes found, where there is none.
+    Vision and audio towers, linear attention, and attention to an encoder that the model does not have are left out. `include`
+    adds some of these: patterns as in `fnmatch` (a "*" stands for dots too) on the names that `model.named_modules()` gives to
+    attention modules or to their projections, such as "*.linear_attn" or "vision_tower.*"; of what a pattern matches, that which
+    can be profiled.
+
+    Raises:
+        NoSitesError: there is none, or there is attention that cannot be profiled; the message says which and why.
+        ValueError: a pattern matches no attention module.
     """
-    decoder = decoder_of(model)
-    inside = {id(m) for m in decoder.modules()}
-    sites: list[HeadSite] = []
-    attention_classes, seen = set(), set()
-    for path, owner in model.named_modules():
-        class_name = type(owner).__name__
-        if id(owner) not in inside or not ATTENTION.search(class_name):
-            continue
-        attention_classes.add(class_name)
-        if NOT_ATTENTION.search(class_name):
-            continue
-        for child in PROJECTION_NAMES:
-            projection = getattr(owner, child, None)
-            if isinstance(projection, nn.Module) and isinstance(
-                getattr(projection, "in_features", None), int
-            ):
-                if id(projection) in seen:
-                    break  # shared between attention modules: one site that fires for each
-                seen.add(id(projection))
-                name = f"{path}.{child}" if path else child
-                sites.append(_site(name, owner, projection))
-                break
+    patterns = [include] if isinstance(include, str) else list(include)
+    attentions = list(_attentions(model))
+    included: set[str] = set()
+    for pattern in patterns:
+        included |= _matching(pattern, attentions, type(model).__name__)
+    chosen = [a for a in attentions if a.by_default or a.path in included]
+    for attention in chosen:
+        attention.check_profilable()
+    # By projection: one that several modules share is one site, which fires for each.
+    sites: dict[int, HeadSite] = {}
+    for attention in chosen:
+        if attention.projection is not None:
+            sites.setdefault(id(attention.projection), attention.site())
     if not sites:
-        found = ", ".join(sorted(attention_classes)) or "none"
+        for attention in attentions:
+            attention.check_profilable()  # of a kind that is left out, but with a better reason
+        decoder = type(decoder_of(model)).__name__
+        missing = f"linear layer called {', '.join(PROJECTION_PATHS)}" if chosen else "softmax attention"
         raise NoSitesError(
-            f"no attention output projection to profile in {type(model).__name__}: looked in its decoder "
-            f"({type(decoder).__name__}) for attention modules with a child {' or '.join(PROJECTION_NAMES)} "
-            f"that has in_features; attention classes found: {found}"
+            f"no attention output projection to profile in {type(model).__name__}: its decoder ({decoder}) has no {missing}; "
+            f"attention classes found: {_examples(attentions)}"
+            + ("; include=... adds what is left out" if attentions else "")
         )
-    return sites
+    _check_complete(chosen)
+    return list(sites.values())
 
 
-def _site(name: str, owner: nn.Module, projection: nn.Module) -> HeadSite:
-    width = int(projection.in_features)  # type: ignore[arg-type]
-    head_dim = _head_dim(owner, width)
-    if head_dim is None:
-        raise NoSitesError(
-            f"{name}: none of {', '.join(HEAD_DIM_ATTRIBUTES + NUM_HEADS_ATTRIBUTES)} of {type(owner).__name__} "
-            f"divides the projection's input width {width} into heads"
+def _matching(pattern: str, attentions: "list[_Attention]", model: str) -> set[str]:
+    """The paths of what is called like `pattern` and can be profiled; raises where there is nothing."""
+    candidates = [a for a in attentions if a.projection is not None]
+    matching = [a for a in candidates if a.is_called(pattern)]
+    if not matching:
+        left_out = _examples(a for a in candidates if not a.by_default)
+        raise ValueError(
+            f"no attention module of {model} is called {pattern!r}; left out without include: {left_out}"
         )
-    # The number of heads is the width's, never the configuration's: layers and ranks may differ.
-    return HeadSite(name, _layer(name, owner), width // head_dim, head_dim, projection)
+    profilable = {a.path for a in matching if a.refusal() is None}
+    if not profilable:
+        matching[0].check_profilable()
+    return profilable
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """A module that attends, or that has heads and a projection as if it did."""
+
+    path: str
+    owner: nn.Module
+    by_default: bool  # whether it is profiled where nobody asks for it
+    name: str = ""  # of its projection
+    projection: nn.Module | None = None
+
+    def is_called(self, pattern: str) -> bool:
+        return fnmatchcase(self.path, pattern) or fnmatchcase(self.name, pattern)
+
+    def refusal(self) -> str | None:
+        """Why it cannot be profiled, where that is known."""
+        kind = type(self.owner).__name__
+        reasons = [why for refused, why in REFUSED.items() if re.search(refused, kind)]
+        for refused, (applies, why) in REFUSED_IF.items():
+            if re.search(refused, kind) and applies(self.owner):
+                reasons.append(why)
+        return reasons[0] if reasons else None
+
+    def check_profilable(self) -> None:
+        """Raises NoSitesError, with the reason, for attention that is known not to be."""
+        if (why := self.refusal()) is not None:
+            kind = type(self.owner).__name__
+            raise NoSitesError(f"{self.path or 'the model'} ({kind}) cannot be profiled: {why}")
+
+    def site(self) -> HeadSite:
+        assert self.projection is not None
+        width = _width(self.projection) or 0
+        head_dim = _head_dim(self.owner, width)
+        if head_dim is None:
+            names = HEAD_DIM_ATTRIBUTES + NUM_HEADS_ATTRIBUTES
+            has = ", ".join(
+                f"{name} {getattr(self.owner, name)}" for name in names if hasattr(self.owner, name)
+            )
+            raise NoSitesError(
+                f"{self.name}: its input, {width} wide, does not divide into heads by what {type(self.owner).__name__} says of "
+                f"them, or not in one way: it has {has or 'none of ' + ', '.join(names)}"
+            )
+        # The number of heads is the width's, never the configuration's: layers and ranks may differ.
+        return HeadSite(
+            self.name, _layer(self.name, self.owner), width // head_dim, head_dim, self.projection
+        )
+
+
+def _attentions(model: nn.Module) -> Iterator[_Attention]:
+    """Every attention module, chosen by default or not, in the order of the model's modules."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    in_decoder = {id(m) for m in decoder_of(model).modules()}
+    has_encoder = bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
+    for path, owner in model.named_modules():
+        kind = type(owner).__name__
+        is_attention = ATTENTION.search(kind) is not None
+        name, projection = _projection(path, modules)
+        if not is_attention and (projection is None or _head_dim(owner, _width(projection) or 0) is None):
+            continue
+        by_default = is_attention and id(owner) in in_decoder and not NOT_ATTENTION.search(kind)
+        if by_default and not has_encoder:
+            by_default = not TO_ENCODER.search(path)
+        yield _Attention(path, owner, by_default, name, projection)
+
+
+def _projection(path: str, modules: dict[str, nn.Module]) -> tuple[str, nn.Module | None]:
+    """The projection of the attention module at `path`, and its name."""
+    for relative in PROJECTION_PATHS:
+        parts = path.split(".") if path else []
+        steps = relative.split("/")
+        if steps[0] == "..":
+            parts = parts[:-1]
+            if not ATTENTION.search(type(modules[".".join(parts)]).__name__):
+                continue
+        name = ".".join([*parts, *steps[-1].split(".")])
+        module = modules.get(name)
+        while module is not None and _width(module) is None:
+            name = f"{name}.{WRAPPED}"
+            module = modules.get(name)
+        if module is not None:
+            return name, module
+    return "", None
+
+
+def _width(projection: nn.Module) -> int | None:
+    """The width of a linear layer's input; an adapter has that of its base layer."""
+    for layer in (projection, getattr(projection, "base_layer", None)):
+        for attribute in WIDTH_ATTRIBUTES:
+            width = getattr(layer, attribute, None)
+            if isinstance(width, int):
+                return width
+    return None
 
 
 def _head_dim(owner: nn.Module, width: int) -> int | None:
-    for attribute in HEAD_DIM_ATTRIBUTES:
-        head_dim = getattr(owner, attribute, None)
-        if isinstance(head_dim, int) and head_dim > 0 and width % head_dim == 0:
-            return head_dim
-    for attribute in NUM_HEADS_ATTRIBUTES:
-        num_heads = getattr(owner, attribute, None)
-        if isinstance(num_heads, int) and num_heads > 0 and width % num_heads == 0:
-            return width // num_heads
-    return None
+    """The width of one head; None where the attributes that there are do not say, or contradict one another."""
+    units = heads_per_unit(owner)
+    widths = [n for n in _numbers(owner, HEAD_DIM_ATTRIBUTES) if width % (units * n) == 0]
+    counts = [n for n in _numbers(owner, NUM_HEADS_ATTRIBUTES) if width % n == 0]
+    if widths and counts:
+        widths = [n for n in widths if width // n in counts]
+        return units * widths[0] if widths else None
+    if widths:
+        return units * widths[0]
+    return units * (width // counts[0]) if counts else None
+
+
+def _numbers(owner: nn.Module, attributes: Iterable[str]) -> list[int]:
+    values = [getattr(owner, attribute, None) for attribute in attributes]
+    return [n for n in values if isinstance(n, int) and n > 0]
 
 
 def _layer(name: str, owner: nn.Module) -> int:
@@ -124,3 +287,22 @@ def _layer(name: str, owner: nn.Module) -> int:
         return layer_idx
     first_integer = re.search(r"\d+", name)
     return int(first_integer.group()) if first_integer else 0
+
+
+def _check_complete(chosen: list[_Attention]) -> None:
+    """Raises NoSitesError where an attention module has no projection, and neither is part of one that has nor has one in it."""
+    served = [a for a in chosen if a.projection is not None]
+    for attention in chosen:
+        inside = any(f"{attention.path}.".startswith(f"{a.path}.") for a in served)
+        outside = any(a.name.startswith(f"{attention.path}.") for a in served)
+        if not (inside or outside):
+            raise NoSitesError(
+                f"{attention.path} ({type(attention.owner).__name__}) has no linear layer called "
+                f"{', '.join(PROJECTION_PATHS)}: the profile would lack its heads"
+            )
+
+
+def _examples(attentions: Iterable[_Attention]) -> str:
+    """Classes, each with the name of one module."""
+    by_class = {type(a.owner).__name__: a.path for a in attentions}
+    return ", ".join(f"{kind} ({path})" for kind, path in sorted(by_class.items())) or "none"

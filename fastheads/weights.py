@@ -1,6 +1,7 @@
 """The dense W of an output projection, and what tells that it has changed."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fastheads.forms import (
     Parts,
     UnsupportedWeightError,
     is_dtensor,
+    is_transposed,
     leaves,
     plain_forward,
     qualified_name,
@@ -168,6 +170,11 @@ def _parts_reader(module: nn.Module) -> Callable[[], Parts]:
 
 def _form(module: nn.Module) -> Form:
     """The form of a projection without adapters."""
+    form = _form_as_it_lies(module)
+    return replace(form, transposed=True) if is_transposed(module) else form
+
+
+def _form_as_it_lies(module: nn.Module) -> Form:
     _check_own_forward(module)
     form = MODULES.get(qualified_name(type(module)))
     if form is not None:
@@ -268,14 +275,16 @@ def _read_adapted(module: Any, base: nn.Module) -> Tensor:
 
 def _unmerged(module: Any, base: nn.Module, weight: Tensor) -> Tensor:
     """What the layer leaves of the weight as it runs with adapters that are merged, but disabled: it takes them off first."""
-    if module.merged_adapters and _form(base) is not PLAIN:
+    form = _form(base)
+    if module.merged_adapters and form.read is not _read_plain:
         raise NotDenseError(
             "has disabled adapters merged into a weight that is not plainly dense, which the layer will quantise anew as "
             "it takes them off: call unmerge_adapter() first"
         )
     with torch.no_grad():
         for name in reversed(module.merged_adapters):
-            weight = weight - module.get_delta_weight(name).to(weight)
+            delta = module.get_delta_weight(name)  # lies as the weight does
+            weight = weight - (delta.T if form.transposed else delta).to(weight)
     return weight
 
 
