@@ -1,4 +1,4 @@
-"""The basic HookManager: a pre-hook on each o_proj, a Python loop over heads, scalar Welford.
+"""The basic HookManager: a hook on each o_proj, a Python loop over heads, scalar Welford.
 
 It is the plain statement of what is measured, in float64 and without a trick, and the oracle of the tests. Use
 `fastheads.HookManager`, which gives the same results from the same calls, for anything larger than a test.
@@ -13,8 +13,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fastheads.channels import Updates
 from fastheads.metadata import describe
-from fastheads.metrics import METRICS, TOKEN_AGGS
+from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import Moments
 from fastheads.results import HeadProfile
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
@@ -54,6 +55,7 @@ class HookManager:
         self.model = unwrapped(model)
         self.token_agg = token_agg
         self.sites = find_sites(self.model)
+        self._updates = Updates(self.model, dict(enumerate(self.sites)))
         self._decoder = decoder_of(self.model)
         self._arguments = DecoderArguments(self._decoder)
         self._real: RealTokens | None = None  # the real tokens of the running call of the decoder
@@ -64,13 +66,16 @@ class HookManager:
 
     def reset(self) -> None:
         """Forget every sample."""
-        self._stats = [[[Welford() for _ in range(site.num_heads)] for _ in METRICS] for site in self.sites]
+        names = (*METRICS, UPDATE_METRIC)
+        self._stats = [[[Welford() for _ in range(site.num_heads)] for _ in names] for site in self.sites]
 
     def _attach_hooks(self) -> None:
         self._handles.append(self._decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._handles.append(self._decoder.register_forward_hook(self._leave, always_call=True))
         for row, site in enumerate(self.sites):
-            self._handles.append(site.module.register_forward_pre_hook(self._make_o_proj_hook(row, site)))
+            self._handles.append(
+                site.module.register_forward_hook(self._make_o_proj_hook(row, site), prepend=True)
+            )
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._real = None if self._paused else self._arguments.real_tokens(args, kwargs, skip_first=0)
@@ -80,7 +85,7 @@ class HookManager:
 
     def _make_o_proj_hook(self, row: int, site: HeadSite) -> Callable[..., None]:
         @torch.no_grad()
-        def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self._real is None:
                 return
             x = args[0].double()  # o_proj's input: [batch, seq, num_heads * head_dim]
@@ -90,28 +95,54 @@ class HookManager:
             # As the layer will run: by this bitsandbytes repacks its weight, or not.
             with torch.set_grad_enabled(args[0].requires_grad):
                 weight = dense_weight(site).double()  # [hidden, num_heads * head_dim]
+            reaching, scale = self._reaching(row, weight, output.double())
             for i in range(batch):
-                real = head_outputs[i]  # [tokens, heads, head_dim]
+                real, of_tokens = head_outputs[i], scale[i]  # [tokens, heads, head_dim], [tokens]
                 if mask is not None:
-                    real = real[mask[i]]
+                    real, of_tokens = real[mask[i]], of_tokens[mask[i]]
+                if self.token_agg == "last":
+                    real, of_tokens = real[-1:], of_tokens[-1:]
                 if len(real):
-                    self._update(row, site, real[-1:] if self.token_agg == "last" else real, weight)
+                    self._update(row, site, real, weight=weight, reaching=reaching, scale=of_tokens)
 
-        return pre_hook
+        return hook
 
-    def _update(self, row: int, site: HeadSite, head_outputs: Tensor, weight: Tensor) -> None:
-        """Take the samples of one sequence: `head_outputs` `[tokens, num_heads, head_dim]`."""
+    def _reaching(self, row: int, weight: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer adds of a head with the output z is scale * (reaching @ z): a weight, and a number of each token."""
+        update, ones = self._updates.known.get(row), torch.ones_like(output[..., 0])
+        if update is None:
+            return weight, ones * torch.nan
+        if update.norm is None:
+            return weight, ones * update.multiplier
+        gain = update.gain(len(weight), weight.device)
+        root = (output.square().mean(dim=-1) + update.eps).sqrt()
+        return gain[:, None] * weight, update.multiplier / root
+
+    def _update(
+        self,
+        row: int,
+        site: HeadSite,
+        head_outputs: Tensor,
+        *,
+        weight: Tensor,
+        reaching: Tensor,
+        scale: Tensor,
+    ) -> None:
+        """Take the samples of one sequence: `head_outputs` `[tokens, num_heads, head_dim]`, `scale` `[tokens]`."""
         per_head = []
         for h in range(site.num_heads):
             head_out = head_outputs[:, h]  # [tokens, head_dim]
-            o_proj_slice = weight[:, h * site.head_dim : (h + 1) * site.head_dim]  # [hidden, head_dim]
-            contrib = head_out @ o_proj_slice.T  # [tokens, hidden]
-            norms = torch.stack([torch.norm(head_out, dim=1), torch.norm(contrib, dim=1)])  # [2, tokens]
-            per_head.append(norms.mean(dim=1, keepdim=True) if self.token_agg == "all" else norms)
-        samples = torch.stack(per_head, dim=-1)  # [2, samples, num_heads]
+            columns = slice(h * site.head_dim, (h + 1) * site.head_dim)
+            contrib = head_out @ weight[:, columns].T  # [tokens, hidden]
+            added = scale[:, None] * (head_out @ reaching[:, columns].T)
+            of_tokens = torch.stack([v.norm(dim=1) for v in (head_out, contrib, added)])  # [3, tokens]
+            per_head.append(of_tokens.mean(dim=1, keepdim=True) if self.token_agg == "all" else of_tokens)
+        norms = torch.stack(per_head, dim=-1)  # [3, samples, num_heads]
+        samples, updates = norms[:2], norms[2]
         layer_mean = samples.mean(dim=-1, keepdim=True)
         relative = torch.where(layer_mean.isfinite(), samples / layer_mean, torch.nan)
-        for metric, values in enumerate([*samples, *relative]):
+        known = [updates] if row in self._updates.known else []
+        for metric, values in enumerate([*samples, *relative, *known]):
             for sample in values.tolist():
                 for h, value in enumerate(sample):
                     self._stats[row][metric][h].update(value)
@@ -135,10 +166,13 @@ class HookManager:
                     for f in Moments._fields
                 )
             )
-            for m, name in enumerate(METRICS)
+            for m, name in enumerate((*METRICS, UPDATE_METRIC))
         }
         options = {"token_agg": self.token_agg, "skip_first": 0, "backend": "basic", "precision": "exact"}
-        return HeadProfile(moments, describe(self.model, self.sites, **options, layers=None))
+        told = self._updates.describe(range(len(self.sites)))
+        return HeadProfile(
+            moments, describe(self.model, self.sites, **options, layers=None, residual_update=told)
+        )
 
     def get_results(self) -> dict[str, Any]:
         """`{metric: {statistic: tensor [num_layers, num_heads]}, ..., "metadata": {...}}`, as the fast manager gives it."""

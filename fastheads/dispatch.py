@@ -14,6 +14,7 @@ from fastheads.factors import SiteFactor, StaleFactorError, WeightWatch
 from fastheads.metrics import ContributionNorms, einsum_norms, factored_norms, loop_norms, samples
 from fastheads.moments import RunningMoments
 from fastheads.numerics import exact_arithmetic
+from fastheads.residual import Update
 from fastheads.sites import HeadSite
 from fastheads.tokens import RealTokens
 from fastheads.weights import dense_weight
@@ -96,9 +97,19 @@ class _Samples:
 class Dispatcher:
     """Takes groups of inputs to a backend and their samples into moments."""
 
-    def __init__(self, sites: dict[int, HeadSite], backend: str, precision: str, token_agg: str) -> None:
-        """`sites` by row. Raises as `check_backend` and `backend_for` do, for the weights as they are."""
+    def __init__(
+        self,
+        sites: dict[int, HeadSite],
+        backend: str,
+        precision: str,
+        token_agg: str,
+        updates: dict[int, Update] | None = None,
+    ) -> None:
+        """`sites` by row; with `updates`, by row, the weight of a site is diag(g) W, g the gain of its norm. Raises as
+        `check_backend` and `backend_for` do, for the weights as they are.
+        """
         check_backend(backend)
+        self._updates = updates or {}
         self.backend, self.precision, self.token_agg = backend, precision, token_agg
         self.used: set[str] = set()
         self.factors: dict[int, SiteFactor] = {}
@@ -109,7 +120,7 @@ class Dispatcher:
             weight = dense_weight(site)  # raises where it cannot be had: now, not in the middle of a run
             self.weights[row] = (weight.device, weight.dtype)
             if backend not in ("loop", "einsum"):
-                self.factors[row] = SiteFactor(site, weight)
+                self.factors[row] = SiteFactor(site, weight, self._updates.get(row))
             if self._choice(weight.device, weight.dtype, site.head_dim) == "triton":
                 self.factors[row].kernel(weight.dtype, precision)
         self._watch = WeightWatch(self.factors.values())
@@ -119,10 +130,15 @@ class Dispatcher:
         self._fill_banks()
 
     def record(
-        self, rows: Sequence[int], inputs: Sequence[Tensor], real: RealTokens, moments: RunningMoments
+        self,
+        rows: Sequence[int],
+        inputs: Sequence[Tensor],
+        real: RealTokens,
+        moments: RunningMoments,
+        scale: Tensor | None = None,
     ) -> None:
         """Merge the samples of a group: inputs `[B, S, H·D]` of one shape, dtype and device, of sites of one geometry, all
-        different. Never waits for the device.
+        different; `scale` `[len(inputs), B, S]` multiplies the norms of the contributions. Never waits for the device.
         """
         x, site = inputs[0], self._sites[rows[0]]
         backend = self._choice(x.device, x.dtype, site.head_dim)
@@ -136,6 +152,7 @@ class Dispatcher:
                 token_agg=self.token_agg,
                 valid=None if real.valid is None else real.mask(x),
                 skip_first=real.skip_first,
+                scale=scale,
             )
             return
         with exact_arithmetic(x.device.type):
@@ -144,7 +161,10 @@ class Dispatcher:
                 several = part.stop - part.start > 1
                 group = torch.stack(list(inputs[part])) if several else inputs[part.start].unsqueeze(0)
                 contribution = self._contribution(backend, rows[part], site.num_heads, x.device)
-                values, present = samples(group, mask, self.token_agg, site.num_heads, contribution)
+                of_part = None if scale is None else scale[part]
+                values, present = samples(
+                    group, mask, self.token_agg, site.num_heads, contribution, scale=of_part
+                )
                 self._merge_later(_Samples(moments, list(rows[part]), values, present))
 
     def finish(self) -> None:
@@ -190,8 +210,16 @@ class Dispatcher:
                 return factored_norms(self.factors[rows[0]].dense().unsqueeze(0).to(device))
             bank, start, _ = self._places[rows[0]]
             return factored_norms(bank[start : start + len(rows)])
-        weights = [dense_weight(self._sites[row]).to(device) for row in rows]
+        weights = [self._weight(row).to(device) for row in rows]
         return (loop_norms if backend == "loop" else einsum_norms)(weights, num_heads)
+
+    def _weight(self, row: int) -> Tensor:
+        weight = dense_weight(self._sites[row])
+        if row not in self._updates:
+            return weight
+        gain = self._updates[row].gain(weight.shape[0], weight.device)
+        # float32 for a bfloat16 weight: its product with the gain is no bfloat16.
+        return (weight.double() * gain.unsqueeze(1)).to(torch.promote_types(weight.dtype, torch.float32))
 
     def _fill_banks(self) -> None:
         """Lay the dense factors of layers of one shape side by side, so that one product serves a group of them."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastheads.residual import Update
 from fastheads.sites import HeadSite
 from fastheads.weights import (
     checksum,
@@ -45,9 +46,12 @@ class SiteFactor:
     rewritten in place, for a CUDA graph holds their addresses.
     """
 
-    def __init__(self, site: HeadSite, weight: Tensor | None = None) -> None:
-        """`weight` is `dense_weight(site)`, where the caller has it: it can take long to read."""
+    def __init__(self, site: HeadSite, weight: Tensor | None = None, update: Update | None = None) -> None:
+        """`weight` is `dense_weight(site)`, where the caller has it: it can take long to read. With an `update` the factor is
+        that of diag(g) W, g the gain of its norm.
+        """
         self.site = site
+        self._update = update
         self.in_graph = False  # a CUDA graph reads it
         self.in_own_graph = (
             False  # one that was captured by hand: its replays ask nobody whether the weight has changed
@@ -80,17 +84,22 @@ class SiteFactor:
         self._dense = storage
         self._write_dense(self._lower())
 
+    def is_plain(self) -> bool:
+        """Whether the factor depends on nothing but the projection's parameter `weight`."""
+        return self._update is None and is_plain(self.site)
+
     def mark_changed(self) -> None:
         """The weight may have changed without a trace: `refresh` rebuilds."""
         self._key = ()
 
     def key(self) -> Any:
         """What moves when the weight is replaced or changed in place the ordinary way."""
-        return self._read_key()
+        key = self._read_key()
+        return key if self._update is None else (key, self._update.key())
 
     def moved(self) -> bool:
         """Whether the weight is known to have changed since the factor was made."""
-        return bool(self._read_key() != self._key)
+        return bool(self.key() != self._key)
 
     def refresh(self) -> None:
         """Rebuild where the weight is known to have changed; reads no value back."""
@@ -123,7 +132,7 @@ class SiteFactor:
             return not self._stale
         if self.moved():
             return not self.in_graph
-        self._unverified = not torch.equal(checksum(dense_weight(self.site)), self._checksum)
+        self._unverified = not torch.equal(self._sum(dense_weight(self.site)), self._checksum)
         return not self._unverified
 
     def _note_weight(self, weight: Tensor | None = None) -> Tensor:
@@ -132,18 +141,26 @@ class SiteFactor:
         weight = dense_weight(self.site) if weight is None else weight
         self.moves_itself = moves_when_run(self.site)
         self._read_key = key_reader(self.site)
-        self._key, self._held = self._read_key(), hold_key(self.site)
+        self._key, self._held = self.key(), hold_key(self.site)
         # Of the dense form: float32 rounds by 6e-8, as the products themselves do.
         self.place = (weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
         with _plain_mode():
-            self._checksum = checksum(weight)
+            self._checksum = self._sum(weight)
         self._unverified = False
         return weight
+
+    def _sum(self, weight: Tensor) -> Tensor:
+        """A checksum over the bits of all that the factor is made from."""
+        total = checksum(weight)
+        for parameter in () if self._update is None else self._update.parameters():
+            total = total * 31 + checksum(parameter.detach().view(1, -1)).to(total.device)
+        return total
 
     def _lower(self, weight: Tensor | None = None) -> Tensor:
         weight = dense_weight(self.site) if weight is None else weight
         with _plain_mode():
-            return lower_factor(weight, self.site.num_heads)
+            gain = None if self._update is None else self._update.gain(weight.shape[0], weight.device)
+            return lower_factor(weight, self.site.num_heads, gain)
 
     def _write_dense(self, lower: Tensor) -> None:
         with _plain_mode():
@@ -173,7 +190,7 @@ class WeightWatch:
             return
         for factor in self._factors:
             factor.refresh()
-        plain = [factor for factor in self._factors if is_plain(factor.site)]
+        plain = [factor for factor in self._factors if factor.is_plain()]
         self._parameters = [factor.site.module._parameters for factor in plain]
         self._others = [factor for factor in self._factors if factor not in plain]
         self._seen = self._look()
@@ -197,8 +214,11 @@ class WeightWatch:
         return seen + [factor.key() for factor in self._others] if self._others else seen
 
 
-def lower_factor(weight: Tensor, num_heads: int) -> Tensor:
-    """L with W_hᵀW_h = L_h L_hᵀ for `weight` `[O, H·D]`: float64 `[H, D, D]`, lower triangular."""
+def lower_factor(weight: Tensor, num_heads: int, gain: Tensor | None = None) -> Tensor:
+    """L with W_hᵀW_h = L_h L_hᵀ for `weight` `[O, H·D]`: float64 `[H, D, D]`, lower triangular.
+
+    `gain` `[O]` multiplies the rows of W.
+    """
     out_features, width = weight.shape
     head_dim = width // num_heads
     if weight.device.type == "mps":
@@ -208,6 +228,7 @@ def lower_factor(weight: Tensor, num_heads: int) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         for start in range(0, num_heads, step):
             w = weight[:, start * head_dim : (start + step) * head_dim].double()
+            w = w if gain is None else w * gain.to(w).unsqueeze(1)
             w = w.view(out_features, -1, head_dim).transpose(0, 1)  # [h, O, D]
             chunks.append(_factor_of_gram(w.mT @ w))
     return torch.cat(chunks)

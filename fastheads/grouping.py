@@ -7,6 +7,7 @@ launch at the end of the decoder's call serves all layers. A byte budget bounds 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ class Profiled:
 Kept = tuple[Profiled, Tensor, int | None]
 
 
+# A site that is measured behind its projection too: its input, and a number for each token `[B, S]`.
+Scaled = tuple[Profiled, Tensor, Tensor]
+
+
 @dataclass(eq=False)
 class Group:
     """Inputs of one shape and dtype, of different rows whose heads have one width: what one launch serves."""
@@ -45,6 +50,7 @@ class Group:
     head_dim: int
     rows: list[int] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
+    extras: list[Any] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -55,6 +61,9 @@ class DeviceQueue:
     moments: CommittedMoments
     budget: int  # bytes; an input that does not fit is not kept
     kept: list[Kept] = field(default_factory=list)
+    scaled: list[Scaled] = field(
+        default_factory=list
+    )  # of the kept ones, those that are measured with a scale too
     room: int = (
         -1
     )  # bytes that may still be kept; -1 while no call of the decoder is under way in plain Python
@@ -74,12 +83,13 @@ class DeviceQueue:
     def close(self) -> None:
         """No input may be kept until `open`; those that are go."""
         self.room = -1
-        self.kept = []
+        self.kept, self.scaled = [], []
 
-    def take(self) -> list[Kept]:
+    def take(self) -> tuple[list[Kept], list[Scaled]]:
         """What was kept; nothing is kept any more."""
-        kept, self.kept, self.room = self.kept, [], self.budget
-        return kept
+        taken = self.kept, self.scaled
+        self.kept, self.scaled, self.room = [], [], self.budget
+        return taken
 
     def follow_stream(self) -> None:
         """A forward begins on the current stream: it goes on with the moments where the one before left them."""
@@ -129,10 +139,10 @@ def check_unchanged(kept: list[Kept]) -> None:
         storages.add(storage)
 
 
-def grouped(inputs: Iterable[tuple[Profiled, Tensor]]) -> list[Group]:
-    """The inputs in groups, in order; a row that comes twice is in two of them."""
+def grouped(inputs: Iterable[tuple[Profiled, Tensor, Any]]) -> list[Group]:
+    """The inputs in groups, in order, with what came with each; a row that comes twice is in two of them."""
     groups: list[Group] = []
-    for profiled, x in inputs:
+    for profiled, x, extra in inputs:
         for group in groups:
             # Compared and not hashed: the shape may hold symbols that a hash would make numbers of.
             if (
@@ -147,4 +157,5 @@ def grouped(inputs: Iterable[tuple[Profiled, Tensor]]) -> list[Group]:
             groups.append(group)
         group.rows.append(profiled.row)
         group.inputs.append(x)
+        group.extras.append(extra)
     return groups

@@ -18,12 +18,21 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastheads import boundary, operator
-from fastheads.dispatch import PRECISIONS, Dispatcher
-from fastheads.factors import StaleFactorError
-from fastheads.grouping import DeviceQueue, Profiled, check_unchanged, grouped
+from fastheads.channels import (
+    CONTRIBUTION,
+    Channel,
+    Updates,
+    channel_of_heads,
+    channel_of_kv_groups,
+    channel_of_updates,
+)
+from fastheads.dispatch import PRECISIONS
+from fastheads.factors import SiteFactor, StaleFactorError
+from fastheads.grouping import DeviceQueue, Profiled, Scaled, check_unchanged, grouped
 from fastheads.metadata import describe
-from fastheads.metrics import METRICS, TOKEN_AGGS
+from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import CommittedMoments, Moments, RunningMoments
+from fastheads.residual import Update
 from fastheads.results import HeadProfile
 from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
@@ -56,6 +65,8 @@ class HookManager:
         group_bytes: inputs of up to so many bytes a device are kept until one launch at the end of the decoder's call serves them
             all; larger ones are measured at once. 0 measures every input at once, for models that reuse their memory.
         allow_skipped: accept that a site does not run in every forward (layer dropout, early exit); else `get_results` raises.
+        kv_groups: measure `kv_group_residual_contribution_norm` too: the norm of what the query heads that share keys and values
+            contribute together. In the results a "head" of that metric is a KV head.
         include: names of attention modules, as patterns, that are profiled though they are left out by default (`find_sites`).
         verify: check each site in the first batch, against what its projection really gives and what its attention made
             (`fastheads.verify`). A forward that does not pass raises VerificationError and counts nothing.
@@ -77,6 +88,7 @@ class HookManager:
         skip_first: int = 0,
         group_bytes: int = GROUP_BYTES,
         allow_skipped: bool = False,
+        kv_groups: bool = False,
         include: str | Iterable[str] = (),
         verify: bool = False,
     ) -> None:
@@ -93,7 +105,17 @@ class HookManager:
         self.sites = find_sites(self.model, include)
         self.layers = _checked_layers(layers)
         chosen = _choose(self.sites, self.layers)
-        self._dispatcher = Dispatcher(chosen, backend, precision, token_agg)
+        self._updates = Updates(self.model, chosen)
+        how = {"backend": backend, "precision": precision, "token_agg": token_agg}
+        self._channels = [channel_of_heads(0, chosen, **how)]
+        if kv_groups:
+            self._channels.append(channel_of_kv_groups(1, self.model, chosen, **how))
+        self._at_input = tuple(self._channels)  # the others are measured behind the projection
+        if self._updates.normed:
+            self._channels.append(
+                channel_of_updates(len(self._channels), chosen, self._updates.normed, **how)
+            )
+        self._dispatcher = self._channels[0].dispatcher
         self._max_heads = max(site.num_heads for site in self.sites)
         self._group_bytes = group_bytes
         self._queues: dict[torch.device, DeviceQueue] = {}
@@ -107,7 +129,9 @@ class HookManager:
         self._running: nn.Module | None = None  # the outermost module of the forward under way
         self._real: RealTokens | None = None  # the real tokens of the decoder's call under way
         self._decoder_traced = False  # while a graph is traced that holds the decoder's call
-        self._traced: list[tuple[Profiled, Tensor]] = []  # what that graph keeps for its operators
+        # What that graph keeps for its operators.
+        self._traced: list[tuple[Profiled, Tensor, None]] = []
+        self._traced_scaled: list[Scaled] = []
         # Rows that ran in the decoder's call under way; that did not in some call of the forward under way; that did not in a
         # forward that ended; and those that compiled code measures, whose runs Python does not always see.
         self._ran: set[int] = set()
@@ -141,12 +165,21 @@ class HookManager:
             self._handles.append(
                 profiled.site.module.register_forward_pre_hook(self._projection_hook(profiled))
             )
+            update = self._updates.normed.get(profiled.row)
+            if update is not None:
+                # Before hooks of others, which may change the output.
+                self._handles.append(
+                    profiled.site.module.register_forward_hook(
+                        self._output_hook(profiled, update), prepend=True
+                    )
+                )
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Fused optimizers write weights without a trace."""
         own = {id(parameter) for p in self._profiled for parameter in p.site.module.parameters()}
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-            self._dispatcher.mark_changed()
+            for channel in self._channels:
+                channel.dispatcher.mark_changed()
 
     def remove(self) -> None:
         """Take every hook off the model. The results stay as they are, also if a CUDA graph that was captured with the hooks is
@@ -218,7 +251,7 @@ class HookManager:
                 raise RuntimeError(
                     "the decoder was called again after a call that did not end: what that one measured cannot be told apart"
                 )
-            self._traced = []
+            self._traced, self._traced_scaled = [], []
             self._real = self._arguments.real_tokens(args, kwargs, self.skip_first)
             self._decoder_traced = torch.compiler.is_compiling()
             if not self._decoder_traced:
@@ -247,16 +280,20 @@ class HookManager:
                 raise RuntimeError(
                     f"{name} of an attention module was replaced or wrapped while hooks were on it: attach a new HookManager"
                 )
-        self._dispatcher.discard()
         for queue in self._queues.values():
             queue.close()
             queue.follow_stream()
         by_hand = self._is_capturing()
-        self._dispatcher.refresh()
+        for channel in self._channels:
+            channel.dispatcher.discard()
+            channel.dispatcher.refresh()
         if by_hand:
-            for factor in self._dispatcher.factors.values():
+            for factor in self._factors():
                 factor.in_graph = factor.in_own_graph = True
             self._keep_for_graph()
+
+    def _factors(self) -> list[SiteFactor]:
+        return [factor for channel in self._channels for factor in channel.dispatcher.factors.values()]
 
     def _is_capturing(self) -> bool:
         on_gpu = any([queue.is_cuda for queue in self._queues.values()])
@@ -299,20 +336,45 @@ class HookManager:
         if self._decoder_traced:  # eager code inside a compiled decoder: nobody launches what is kept here
             assert self._real is not None
             self._ran.add(profiled.row)
-            self.record_in_graph([profiled.row], [x], self._real.valid, queue.moments.pending.buffer)
+            for channel in self._at_input:
+                self._record_traced(channel, [profiled.row], [x], None, queue)
             return
         size = x.nbytes
         if size > queue.largest or queue.off_stream():
             self._ran.add(profiled.row)
-            self._record(queue, [([profiled.row], [x])])
+            self._record(queue, [profiled.row], [x])
             return
         if size > queue.room:
             self._record_kept(queue)
         queue.room -= size
         queue.kept.append((profiled, x, None if x.is_inference() else x._version))
 
+    def _output_hook(self, profiled: Profiled, update: Update) -> Callable[..., None]:
+        own, queue = profiled.site.module, profiled.queue
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self._running is None or module is not own:
+                return
+            x = args[0].detach()
+            with torch.no_grad():
+                scale = update.scale(output.detach())
+            if torch.compiler.is_compiling():
+                self._trace_scaled(profiled, x, scale)
+            elif x.device != queue.device:
+                raise RuntimeError(
+                    f"{profiled.site.name} was moved to another device after the hooks were attached: attach a new HookManager"
+                )
+            elif self._decoder_traced:
+                self._record_traced(self._channels[-1], [profiled.row], [x], scale.unsqueeze(0), queue)
+            elif x.nbytes <= queue.largest and not queue.off_stream():
+                queue.scaled.append((profiled, x, scale))
+            else:
+                self._record_scaled(queue, [(profiled, x, scale)])
+
+        return hook
+
     def _record_kept(self, queue: DeviceQueue) -> None:
-        kept = queue.take()
+        kept, scaled = queue.take()
         if not kept:
             return
         check_unchanged(kept)
@@ -324,18 +386,29 @@ class HookManager:
         if len(kinds) == 1 and len(ran) == len(
             rows
         ):  # most often so: each of these lines is paid for at each token
-            self._record(queue, [(rows, inputs)])
-            return
-        for profiled, x, _ in kept:
-            self._check_input(profiled, x)
-        groups = grouped([(profiled, x) for profiled, x, _ in kept])
-        self._record(queue, [(group.rows, group.inputs) for group in groups])
+            self._record(queue, rows, inputs)
+        else:
+            for profiled, x, _ in kept:
+                self._check_input(profiled, x)
+            for group in grouped(kept):
+                self._record(queue, group.rows, group.inputs)
+        if scaled:
+            self._record_scaled(queue, scaled)
 
-    def _record(self, queue: DeviceQueue, groups: list[tuple[list[int], list[Tensor]]]) -> None:
+    def _record(self, queue: DeviceQueue, rows: list[int], inputs: list[Tensor]) -> None:
         assert self._real is not None  # within a decoder's call
         with queue.on_its_stream():
-            for rows, inputs in groups:
-                self._dispatcher.record(rows, inputs, self._real, queue.moments.pending)
+            for channel in self._at_input:
+                channel.dispatcher.record(rows, inputs, self._real, queue.moments.pending[channel.index])
+
+    def _record_scaled(self, queue: DeviceQueue, scaled: list[Scaled]) -> None:
+        assert self._real is not None  # within a decoder's call
+        channel = self._channels[-1]
+        pending = queue.moments.pending[channel.index]
+        with queue.on_its_stream():
+            for group in grouped(scaled):
+                scale = torch.stack(group.extras)
+                channel.dispatcher.record(group.rows, group.inputs, self._real, pending, scale)
 
     def _check_input(self, profiled: Profiled, x: Tensor) -> None:
         if self._real is None:
@@ -363,39 +436,75 @@ class HookManager:
         getattr(module, SITE_ATTRIBUTE)
         size = x.numel() * x.element_size()
         if not self._decoder_traced or size > profiled.queue.largest:
-            self._trace_groups([(profiled, x)])
+            self._trace_groups([(profiled, x, None)])
             return
-        if sum(y.numel() * y.element_size() for _, y in self._traced) + size > profiled.queue.budget:
-            self._trace_groups(self._traced)
-            self._traced = []
-        self._traced.append((profiled, x))
+        if sum(y.numel() * y.element_size() for _, y, _ in self._traced) + size > profiled.queue.budget:
+            self._trace_kept()
+        self._traced.append((profiled, x, None))
 
-    def _trace_groups(self, inputs: list[tuple[Profiled, Tensor]]) -> None:
-        assert self._real is not None  # within a decoder's call
-        valid = self._real.valid
+    def _trace_scaled(self, profiled: Profiled, x: Tensor, scale: Tensor) -> None:
+        """The same of what is measured behind the projection: `_trace` has just had the input."""
+        if not self._decoder_traced or x.numel() * x.element_size() > profiled.queue.largest:
+            self._trace_scaled_groups([(profiled, x, scale)])
+        else:
+            self._traced_scaled.append((profiled, x, scale))
+
+    def _trace_kept(self) -> None:
+        self._trace_groups(self._traced)
+        self._trace_scaled_groups(self._traced_scaled)
+        self._traced, self._traced_scaled = [], []
+
+    def _trace_groups(self, inputs: list[tuple[Profiled, Tensor, None]]) -> None:
         for queue in self._queues.values():
-            for group in grouped([(p, x) for p, x in inputs if p.queue is queue]):
-                torch.ops.fastheads.record(
-                    group.inputs, valid, queue.moments.pending.buffer, group.rows, self._handle
-                )
+            for group in grouped([item for item in inputs if item[0].queue is queue]):
+                for channel in self._at_input:
+                    self._record_traced(channel, group.rows, group.inputs, None, queue)
+
+    def _trace_scaled_groups(self, inputs: list[Scaled]) -> None:
+        for queue in self._queues.values():
+            for group in grouped([item for item in inputs if item[0].queue is queue]):
+                scale = torch.stack(group.extras)
+                self._record_traced(self._channels[-1], group.rows, group.inputs, scale, queue)
+
+    def _record_traced(
+        self,
+        channel: Channel,
+        rows: list[int],
+        inputs: list[Tensor],
+        scale: Tensor | None,
+        queue: DeviceQueue,
+    ) -> None:
+        assert self._real is not None  # within a decoder's call
+        torch.ops.fastheads.record(
+            inputs, self._real.valid, scale, queue.moments.pending_buffer, rows, channel.index, self._handle
+        )
 
     def record_in_graph(
-        self, rows: list[int], inputs: list[Tensor], valid: Tensor | None, state: Tensor
+        self,
+        *,
+        channel: int,
+        rows: list[int],
+        inputs: list[Tensor],
+        valid: Tensor | None,
+        scale: Tensor | None,
+        state: Tensor,
     ) -> None:
         """What the operator `fastheads::record` does: at each call, or once while a CUDA graph is captured."""
         self._in_graphs.update(rows)
+        dispatcher = self._channels[channel].dispatcher
         capturing = inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing:
             for row in rows:
-                if row in self._dispatcher.factors:
-                    self._dispatcher.factors[row].in_graph = True
+                if row in dispatcher.factors:
+                    dispatcher.factors[row].in_graph = True
             self._keep_for_graph()
         if self._running is None:
             self._started_in_graphs = True
             if not capturing:
-                self._dispatcher.refresh()
-        self._dispatcher.record(rows, inputs, RealTokens(valid, self.skip_first), RunningMoments.over(state))
-        self._dispatcher.finish()
+                dispatcher.refresh()
+        real, pending = RealTokens(valid, self.skip_first), RunningMoments.over(state[channel])
+        dispatcher.record(rows, inputs, real, pending, scale)
+        dispatcher.finish()
 
     def finish(self, module: nn.Module) -> None:
         """A call of the model, or of its decoder, returned."""
@@ -403,14 +512,14 @@ class HookManager:
             return
         if module is self._decoder:
             if self._decoder_traced:
-                self._trace_groups(self._traced)
-                self._traced = []
+                self._trace_kept()
                 self._decoder_traced = False
             else:
                 for queue in self._queues.values():
                     self._record_kept(queue)
                     queue.close()
-                self._dispatcher.finish()
+                for channel in self._channels:
+                    channel.dispatcher.finish()
                 if len(self._ran) < len(self._profiled):
                     self._skipped.update({p.row for p in self._profiled} - self._ran - self._in_graphs)
                 self._ran.clear()
@@ -420,7 +529,8 @@ class HookManager:
             if self._check is not None:
                 self._check.unwatch()
             if not torch.compiler.is_compiling():
-                self._dispatcher.check_unmoved()
+                for channel in self._channels:
+                    channel.dispatcher.check_unmoved()
                 self._missed |= self._skipped
             for queue in self._queues.values():
                 queue.moments.commit()
@@ -436,21 +546,23 @@ class HookManager:
         if self._check is not None:
             self._check.unwatch()
         self._decoder_traced = False
-        self._traced = []
-        self._dispatcher.discard()
+        self._traced, self._traced_scaled = [], []
+        for channel in self._channels:
+            channel.dispatcher.discard()
         for queue in self._queues.values():
             queue.close()
 
     def _queue_on(self, device: torch.device) -> DeviceQueue:
         if device not in self._queues:
-            moments = CommittedMoments(len(METRICS), len(self.sites), self._max_heads, device)
+            shape = (len(METRICS), len(self.sites), self._max_heads)
+            moments = CommittedMoments(*shape, device, channels=len(self._channels))
             self._queues[device] = DeviceQueue(device, moments, self._group_bytes)
             self._queues[device].follow_stream()
         return self._queues[device]
 
     def _keep_for_graph(self) -> None:
-        if not any(kept is self._dispatcher for kept in _captured):
-            _captured.append(self._dispatcher)
+        if not any(kept is self._channels for kept in _captured):
+            _captured.append(self._channels)
             _captured.extend(queue.moments.buffers() for queue in self._queues.values())
 
     # ------------------------------------------------------------------ results
@@ -461,22 +573,50 @@ class HookManager:
         Raises StaleFactorError where a weight was changed in a way that showed only in its bits (`weight.data.mul_()`):
         what was measured since may be wrong, and `reset()` starts afresh.
         """
-        stale = [factor.site.name for factor in self._dispatcher.factors.values() if not factor.verify()]
+        stale = list(dict.fromkeys(factor.site.name for factor in self._factors() if not factor.verify()))
         if stale:
             raise StaleFactorError(
                 f"the weight of {', '.join(stale)} was changed in place behind autograd's back while profiling: what was "
                 "measured since may be wrong. Call reset() after such a change, or use backend='einsum', which reads it each time"
             )
+        totals = [self._total(channel) for channel in self._channels]
+        heads = totals[0]
+        self._check_that_all_ran(heads)
+        self._check_that_all_verified(heads)
+        self._warn_of_nonfinite(heads)
+        by_metric = {
+            name: Moments(*(plane[m].clone() for plane in total))
+            for channel, total in zip(self._channels, totals, strict=True)
+            for name, m in channel.metrics.items()
+        }
+        by_metric[UPDATE_METRIC] = self._update_moments(by_metric)
+        return HeadProfile(by_metric, self._metadata())
+
+    def _total(self, channel: Channel) -> Moments:
+        """The committed moments of a channel, on the CPU."""
         total: Moments | None = None
         for queue in self._queues.values():  # a layer that moved between devices has samples on both
-            here = Moments(*(plane.cpu() for plane in queue.moments.committed.views()))
+            here = Moments(*(plane.cpu() for plane in queue.moments.committed[channel.index].views()))
             total = here if total is None else total.merged(here)
         assert total is not None  # the constructor made one for each weight's device
-        self._check_that_all_ran(total)
-        self._check_that_all_verified(total)
-        self._warn_of_nonfinite(total)
-        by_metric = {name: Moments(*(plane[m].clone() for plane in total)) for m, name in enumerate(METRICS)}
-        return HeadProfile(by_metric, self._metadata())
+        return total
+
+    def _update_moments(self, by_metric: dict[str, Moments]) -> Moments:
+        """Of what is really added to the residual stream: where no norm comes between, that is a multiple of the contribution."""
+        contribution = by_metric[METRICS[CONTRIBUTION]]
+        factor = torch.ones(len(self.sites), 1, dtype=torch.float64, device="cpu")
+        for row, update in self._updates.known.items():
+            factor[row] = abs(update.multiplier)
+        found = Moments(*(plane.clone() for plane in contribution.scaled(factor)))
+        empty = RunningMoments(1, 1, 1, torch.device("cpu")).views()
+        measured = by_metric.get(UPDATE_METRIC)
+        for row in range(len(self.sites)):
+            for plane, name in zip(found, Moments._fields, strict=True):
+                if row in self._updates.normed:
+                    plane[row] = getattr(measured, name)[row]
+                elif row not in self._updates.known:
+                    plane[row] = getattr(empty, name)[0, 0, 0]
+        return found
 
     def get_results(self) -> dict[str, Any]:
         """`{metric: {statistic: tensor}, ..., "metadata": {...}}`; every tensor is on the CPU, `[num_layers, num_heads]`, float64
@@ -489,10 +629,11 @@ class HookManager:
         for queue in self._queues.values():
             queue.close()
             queue.moments.clear()
-        for factor in self._dispatcher.factors.values():
+        for factor in self._factors():
             factor.rebuild()
         self._missed.clear()
-        self._dispatcher.used.clear()
+        for channel in self._channels:
+            channel.dispatcher.used.clear()
         self._warned = False
 
     def _metadata(self) -> dict[str, Any]:
@@ -505,6 +646,7 @@ class HookManager:
             backend="+".join(used) if used else self._dispatcher.backend,
             precision=self.precision,
             layers=self.layers,
+            residual_update=self._updates.describe(range(len(self.sites))),
         )
 
     def _check_that_all_ran(self, moments: Moments) -> None:

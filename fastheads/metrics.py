@@ -17,6 +17,10 @@ METRICS = (
     "relative_head_output_norm",
     "relative_head_residual_contribution_norm",
 )
+# The norm of what is really added to the residual stream (`fastheads.residual`), and that of what the query heads which share
+# keys and values contribute together.
+UPDATE_METRIC = "head_residual_update_norm"
+KV_METRIC = "kv_group_residual_contribution_norm"
 TOKEN_AGGS = ("last", "all", "token")
 
 # (z [G, N, H, D]) -> contribution norms [G, N, H], of a group of G layers of one shape
@@ -70,8 +74,11 @@ def factored_norms(factors: Tensor) -> ContributionNorms:
     return norms
 
 
-def token_norms(x: Tensor, num_heads: int, contribution: ContributionNorms) -> Tensor:
-    """Both norms of every token and head, float64 `[2, G, N, H]`, for `x` `[G, N, H·D]`.
+def token_norms(
+    x: Tensor, num_heads: int, contribution: ContributionNorms, scale: Tensor | None = None
+) -> Tensor:
+    """Both norms of every token and head, float64 `[2, G, N, H]`, for `x` `[G, N, H·D]`; the contributions times `scale`
+    `[G, N]`, if there is one.
 
     Products are taken in float32 (float64 for a float64 model), a slice of tokens at a time.
     """
@@ -83,13 +90,22 @@ def token_norms(x: Tensor, num_heads: int, contribution: ContributionNorms) -> T
         z = rearrange(x[:, start : start + step], "g n (h d) -> g n h d", h=num_heads).to(dtype)
         out[0, :, start : start + step] = l2(z)
         out[1, :, start : start + step] = contribution(z)
+    if scale is not None:
+        out[1] *= scale.unsqueeze(-1)
     return out
 
 
 def samples(
-    x: Tensor, mask: Tensor | None, token_agg: str, num_heads: int, contribution: ContributionNorms
+    x: Tensor,
+    mask: Tensor | None,
+    token_agg: str,
+    num_heads: int,
+    contribution: ContributionNorms,
+    *,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The samples of one firing of G projections with inputs `x` `[G, B, S, H·D]`; `mask` bool `[B, S]`: the real tokens.
+    """The samples of one firing of G projections with inputs `x` `[G, B, S, H·D]`; `mask` bool `[B, S]`: the real tokens;
+    `scale` `[G, B, S]`: of the contributions of each token.
 
     Returns values, float64 `[n, 4, G, H]` in the order of METRICS, and which of the n count, bool `[n]` (None: all); n is B for
     "last" and "all", B·S for "token".
@@ -97,9 +113,12 @@ def samples(
     present: Tensor | None
     if token_agg == "last":
         last, present = take_last(x, mask)
-        norms = token_norms(last, num_heads, contribution)  # [2, G, B, H]
+        if scale is not None:
+            scale = take_last(scale.unsqueeze(-1), mask)[0].squeeze(-1)
+        norms = token_norms(last, num_heads, contribution, scale)  # [2, G, B, H]
     else:
-        norms = token_norms(x.flatten(1, 2), num_heads, contribution)  # [2, G, B·S, H]
+        scale = None if scale is None else scale.flatten(1, 2)
+        norms = token_norms(x.flatten(1, 2), num_heads, contribution, scale)  # [2, G, B·S, H]
         present = None if mask is None else mask.flatten()
     if token_agg == "all":
         norms, present = mean_over_tokens(rearrange(norms, "k g (b s) h -> k g b s h", b=x.shape[1]), mask)

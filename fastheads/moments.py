@@ -66,6 +66,18 @@ class Moments(NamedTuple):
             max=torch.maximum(self.max, other.max),
         )
 
+    def scaled(self, factor: Tensor) -> Self:
+        """The moments of the same samples, each times a number ≥ 0; `factor` is broadcast against the planes."""
+        seen = self.count > 0  # 0 · inf is NaN
+        return type(self)(
+            count=self.count,
+            nonfinite=self.nonfinite,
+            mean=self.mean * factor,
+            m2=self.m2 * factor.square(),
+            min=torch.where(seen, self.min * factor, self.min),
+            max=torch.where(seen, self.max * factor, self.max),
+        )
+
     def var(self) -> Tensor:
         """Unbiased variance; NaN where count < 2."""
         return torch.where(self.count > 1, self.m2 / (self.count - 1).clamp(min=1), torch.nan)
@@ -79,9 +91,7 @@ class RunningMoments:
     """
 
     def __init__(self, metrics: int, rows: int, heads: int, device: torch.device) -> None:
-        device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
-        with torch.inference_mode(False):  # an inference tensor could not be updated outside inference mode
-            self.buffer = torch.empty(PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
+        self.buffer = torch.empty(PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
         self.clear()
 
     @classmethod
@@ -117,13 +127,25 @@ class RunningMoments:
 class CommittedMoments:
     """Running moments twice: `pending` takes the samples of a forward, `committed` holds those of forwards that ended normally.
 
-    Beginning and committing are one copy each on the device, which a CUDA graph can capture.
+    Both are lists by channel (`fastheads.channels`). Beginning and committing are one copy each on the device, which a CUDA graph
+    can capture.
     """
 
-    def __init__(self, metrics: int, rows: int, heads: int, device: torch.device) -> None:
-        self.committed = RunningMoments(metrics, rows, heads, device)
-        self.pending = RunningMoments(metrics, rows, heads, device)
+    def __init__(self, metrics: int, rows: int, heads: int, device: torch.device, channels: int = 1) -> None:
+        device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+        with torch.inference_mode(False):  # an inference tensor could not be updated outside inference mode
+            # [channels, 6, metrics, rows, heads]; two tensors, for compilers copy what shares memory
+            self.committed_buffer, self.pending_buffer = (
+                torch.empty(channels, PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
+                for _ in range(2)
+            )
+        self.pending = [RunningMoments.over(channel) for channel in self.pending_buffer]
         self._begun = False  # since the last commit: pending may hold what committed does not
+        self.clear()
+
+    @property
+    def committed(self) -> list[RunningMoments]:
+        return [RunningMoments.over(channel) for channel in self.committed_buffer]
 
     def begin(self, always: bool) -> None:
         """Start a forward: what an exception left pending is overwritten.
@@ -131,24 +153,24 @@ class CommittedMoments:
         `always`: also where nothing was begun since the last commit as far as Python knows, for graphs and what they leave.
         """
         if always or self._begun:
-            self.pending.buffer.copy_(self.committed.buffer)
+            self.pending_buffer.copy_(self.committed_buffer)
         self._begun = True
 
     def commit(self) -> None:
         """End a forward: its samples count."""
-        self.committed.buffer.copy_(self.pending.buffer)
+        self.committed_buffer.copy_(self.pending_buffer)
         self._begun = False
 
     def clear(self) -> None:
         """Forget every sample, in place."""
-        self.committed.clear()
-        self.pending.clear()
+        for moments in (*self.committed, *self.pending):
+            moments.clear()
 
     def freeze(self) -> None:
         """Hold the committed moments in memory that no CUDA graph knows."""
         with torch.inference_mode(False):
-            self.committed = RunningMoments.over(self.committed.buffer.clone())
+            self.committed_buffer = self.committed_buffer.clone()
 
     def buffers(self) -> tuple[Tensor, Tensor]:
         """The memory that a CUDA graph would read and write."""
-        return self.committed.buffer, self.pending.buffer
+        return self.committed_buffer, self.pending_buffer

@@ -16,9 +16,16 @@ class Recorder(Protocol):
     """What the operator calls: a HookManager."""
 
     def record_in_graph(
-        self, rows: list[int], inputs: list[Tensor], valid: Tensor | None, state: Tensor
+        self,
+        *,
+        channel: int,
+        rows: list[int],
+        inputs: list[Tensor],
+        valid: Tensor | None,
+        scale: Tensor | None,
+        state: Tensor,
     ) -> None:
-        """Merge the samples of `inputs` into `state`."""
+        """Merge the samples of `inputs` into the channel's part of `state`."""
 
 
 _recorders: WeakValueDictionary[int, Recorder] = WeakValueDictionary()
@@ -37,21 +44,41 @@ def release(handle: int) -> None:
     _recorders.pop(handle, None)
 
 
-def record(inputs: list[Tensor], valid: Tensor | None, state: Tensor, rows: list[int], handle: int) -> None:
+def record(  # noqa: PLR0917  # as the schema has them
+    inputs: list[Tensor],
+    valid: Tensor | None,
+    scale: Tensor | None,
+    state: Tensor,
+    rows: list[int],
+    channel: int,
+    handle: int,
+) -> None:
     """Merge the samples of a group of layers into `state`: the buffer of the recorder's pending moments, or a copy that a
     compiler made of it and copies back.
     """
     recorder = _recorders.get(handle)
     if recorder is not None:
-        recorder.record_in_graph(rows, inputs, valid, state)
+        recorder.record_in_graph(
+            channel=channel, rows=rows, inputs=inputs, valid=valid, scale=scale, state=state
+        )
 
 
 # Not by torch.library.custom_op, which wraps each call in 16 µs of Python that serve autograd: the inputs are detached.
 _library = torch.library.Library("fastheads", "FRAGMENT")
-_library.define("record(Tensor[] inputs, Tensor? valid, Tensor(a!) state, int[] rows, int handle) -> ()")
+_library.define(
+    "record(Tensor[] inputs, Tensor? valid, Tensor? scale, Tensor(a!) state, int[] rows, int channel, int handle) -> ()"
+)
 _library.impl("record", record, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastheads::record", lib=_library)
-def _(inputs: list[Tensor], valid: Tensor | None, state: Tensor, rows: list[int], handle: int) -> None:
+def _(  # noqa: PLR0917
+    inputs: list[Tensor],
+    valid: Tensor | None,
+    scale: Tensor | None,
+    state: Tensor,
+    rows: list[int],
+    channel: int,
+    handle: int,
+) -> None:
     return None

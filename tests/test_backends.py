@@ -241,3 +241,34 @@ def test_wrong_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         fastheads.HookManager(model, **options)
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("token_agg", TOKEN_AGGS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "basic"])
+def test_what_heads_that_share_keys_and_values_contribute_together(backend, token_agg):
+    """The norm of the sum over a group's heads, by dense algebra; heads of another group do not count."""
+    model = build("llama-bias")
+    sites = fastheads.find_sites(model)
+    mask = [[0, 0, 1, 1, 1, 1], [1] * 6]
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        manager(backend, model, token_agg, kv_groups=True) as hooks,
+        torch.no_grad(),
+    ):
+        model(input_ids=tokens(2, 6), attention_mask=torch.tensor(mask))
+        results = hooks.get_results()
+    found = results["kv_group_residual_contribution_norm"]
+    kv_heads = model.config.num_key_value_heads
+    assert sites[0].num_heads // kv_heads == 2
+    for row, site in enumerate(sites):
+        x = torch.as_tensor(inputs[row][0]).double()
+        weight = site.module.weight.double().detach().view(-1, kv_heads, x.shape[-1] // kv_heads)
+        sums = torch.einsum("bskd,okd->bsko", x.view(2, 6, kv_heads, -1), weight).norm(dim=-1)
+        samples = {
+            "last": torch.stack([sums[0, -1], sums[1, -1]]),
+            "all": torch.stack([sums[0, 2:].mean(0), sums[1].mean(0)]),
+            "token": torch.cat([sums[0, 2:], sums[1]]),
+        }[token_agg]
+        torch.testing.assert_close(found["mean"][row, :kv_heads], samples.mean(0), rtol=RTOL, atol=0)
+        assert (found["count"][row, :kv_heads] == len(samples)).all()
+        assert (found["count"][row, kv_heads:] == 0).all() and found["mean"][row, kv_heads:].isnan().all()

@@ -150,9 +150,9 @@ def test_the_graph_of_autograd_is_not_held():
     with fastheads.HookManager(model) as hooks:
         seen = []
         record = hooks._record
-        hooks._record = lambda queue, groups: (
-            seen.extend(x.requires_grad for _, inputs in groups for x in inputs),
-            record(queue, groups),
+        hooks._record = lambda queue, rows, inputs: (
+            seen.extend(x.requires_grad for x in inputs),
+            record(queue, rows, inputs),
         )
         model(input_ids=ids, labels=ids).loss.backward()
     assert seen == [False] * 3

@@ -115,18 +115,18 @@ def test_empty_and_nonfinite():
 
 def test_state_keeps_its_address():
     moments = CommittedMoments(4, 2, 3, CPU)
-    address = moments.committed.buffer.data_ptr(), moments.pending.buffer.data_ptr()
+    address = moments.committed_buffer.data_ptr(), moments.pending_buffer.data_ptr()
     moments.begin(always=False)
-    moments.pending.update([1], torch.randn(5, 4, 1, 3, dtype=torch.float64))
-    assert moments.committed.views().count.sum() == 0
+    moments.pending[0].update([1], torch.randn(5, 4, 1, 3, dtype=torch.float64))
+    assert moments.committed[0].views().count.sum() == 0
     moments.commit()
     assert (
-        moments.committed.views().count[:, 1].eq(5).all()
-        and moments.committed.views().count[:, 0].eq(0).all()
+        moments.committed[0].views().count[:, 1].eq(5).all()
+        and moments.committed[0].views().count[:, 0].eq(0).all()
     )
     moments.clear()
-    assert (moments.committed.buffer.data_ptr(), moments.pending.buffer.data_ptr()) == address
-    assert moments.committed.views().max.eq(-math.inf).all()
+    assert (moments.committed_buffer.data_ptr(), moments.pending_buffer.data_ptr()) == address
+    assert moments.committed[0].views().max.eq(-math.inf).all()
 
 
 @pytest.mark.parametrize("always", [False, True])
@@ -135,9 +135,9 @@ def test_what_was_begun_and_not_committed_is_overwritten(always):
     one = torch.ones(1, 4, 1, 1, dtype=torch.float64)
     for step in range(4):
         moments.begin(always=always)
-        moments.pending.update([0], one)
+        moments.pending[0].update([0], one)
         if step % 2:
             moments.commit()
-    assert moments.committed.views().count.eq(2).all()
+    assert moments.committed[0].views().count.eq(2).all()
     moments.begin(always=always)
-    assert moments.pending.views().count.eq(2).all()
+    assert moments.pending[0].views().count.eq(2).all()

@@ -11,6 +11,7 @@ METRICS = (
     "relative_head_output_norm",
     "relative_head_residual_contribution_norm",
 )
+UPDATE_METRIC = "head_residual_update_norm"
 
 
 @contextmanager

@@ -1,0 +1,109 @@
+"""What is measured at the projections, beyond one norm a head: channels with geometry, factors and moments of their own.
+
+The first channel measures the four metrics of each head. Others take the second of these, the norm of a contribution, of another
+product: of the heads that share keys and values together, or of what a norm behind the attention leaves of a head.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastheads.dispatch import TORCH_BACKENDS, Dispatcher
+from fastheads.metrics import KV_METRIC, METRICS, UPDATE_METRIC
+from fastheads.residual import UnknownUpdateError, Update, update_of
+from fastheads.sites import HeadSite
+
+CONTRIBUTION = METRICS.index("head_residual_contribution_norm")
+
+
+@dataclass(frozen=True, eq=False)
+class Channel:
+    """One dispatcher, the place of its moments in a device's buffer, and the metrics that they give: by name, the plane."""
+
+    index: int
+    dispatcher: Dispatcher
+    metrics: dict[str, int]
+
+
+class Updates:
+    """What the layers make of their attention's output, by row, as far as it is known."""
+
+    def __init__(self, model: nn.Module, sites: dict[int, HeadSite]) -> None:
+        self.known: dict[int, Update] = {}
+        self.unknown: dict[int, str] = {}
+        for row, site in sites.items():
+            try:
+                update = update_of(model, site)
+                if update.norm is not None:
+                    update.gain(update.width, update.device)  # raises for a norm that is none of the kind
+                self.known[row] = update
+            except UnknownUpdateError as error:
+                self.unknown[row] = str(error)
+
+    @property
+    def normed(self) -> dict[int, Update]:
+        """Those for which the norm of each token is needed: they are measured behind the projection."""
+        return {row: update for row, update in self.known.items() if update.norm is not None}
+
+    def describe(self, rows: Iterable[int]) -> str | list[str]:
+        """For a profile's metadata: of each row, or once where all are alike."""
+        texts = [str(self.known[row]) if row in self.known else self.unknown.get(row, "") for row in rows]
+        return texts[0] if len(set(texts)) == 1 else texts
+
+
+def channel_of_heads(
+    index: int, sites: dict[int, HeadSite], *, backend: str, precision: str, token_agg: str
+) -> Channel:
+    """The four metrics of each head."""
+    dispatcher = Dispatcher(sites, backend, precision, token_agg)
+    return Channel(index, dispatcher, {name: plane for plane, name in enumerate(METRICS)})
+
+
+def channel_of_updates(
+    index: int,
+    sites: dict[int, HeadSite],
+    normed: dict[int, Update],
+    *,
+    backend: str,
+    precision: str,
+    token_agg: str,
+) -> Channel:
+    """The norm of what each head adds to the residual stream, through a norm."""
+    rows = {row: sites[row] for row in normed}
+    dispatcher = Dispatcher(rows, backend, precision, token_agg, normed)
+    return Channel(index, dispatcher, {UPDATE_METRIC: CONTRIBUTION})
+
+
+def channel_of_kv_groups(
+    index: int, model: nn.Module, sites: dict[int, HeadSite], *, backend: str, precision: str, token_agg: str
+) -> Channel:
+    """The norm of what the query heads of each KV head contribute together: a head as wide as all of them."""
+    groups = {}
+    for row, site in sites.items():
+        kv_heads = num_kv_heads(model, site)
+        width = site.num_heads * site.head_dim // kv_heads
+        groups[row] = dataclasses.replace(site, num_heads=kv_heads, head_dim=width)
+    # Wide heads may be more than the kernel takes, whatever it is asked for by name.
+    dispatcher = Dispatcher(groups, backend if backend in TORCH_BACKENDS else "auto", precision, token_agg)
+    return Channel(index, dispatcher, {KV_METRIC: CONTRIBUTION})
+
+
+def num_kv_heads(model: nn.Module, site: HeadSite) -> int:
+    """The KV heads of the attention that ends in `site`. Raises ValueError where that is not known."""
+    parts = site.name.split(".")
+    for depth in range(
+        len(parts) - 1, 0, -1
+    ):  # the attention is above the projection, most often right above
+        owner = model.get_submodule(".".join(parts[:depth]))
+        per_group = getattr(owner, "num_key_value_groups", None)
+        if isinstance(per_group, int) and per_group > 0 and site.num_heads % per_group == 0:
+            return site.num_heads // per_group
+        for name in ("num_key_value_heads", "num_kv_heads"):
+            count = getattr(owner, name, None)
+            if isinstance(count, int) and count > 0 and site.num_heads % count == 0:
+                return count
+    raise ValueError(
+        f"{site.name}: its attention does not say how many query heads share keys and values: kv_groups=False"
+    )

@@ -1,0 +1,262 @@
+"""What a head adds to the residual stream, of every causal-LM family: against the change of the residual stream itself.
+
+The truth is the layer's own: with the rest of the layer silenced, what it gives with its attention's output less what it gives
+without is what the attention adds. A family whose layer does something else has to be in the table of those that are not known.
+"""
+
+import re
+
+import families
+import pytest
+import torch
+from oracle import captured_inputs
+
+import fastheads
+from fastheads.basic import HookManager as BasicHookManager
+from fastheads.residual import RULES, UNKNOWN, UnknownUpdateError, update_of
+
+MASK = [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
+METRIC = "head_residual_update_norm"
+COVERED = [f for f in families.FAMILIES if f not in families.REFUSED and families.why_missing(f) is None]
+# Norms come after the sum: what is added is the output as it is, but the layer does not show it.
+NORM_AFTER_THE_SUM = re.compile(
+    r"^(Bert|BertGeneration|BigBird|Camembert|Data2VecText|Electra|Ernie|Git|RemBert|Roberta|RoCBert|RoFormer|XLMRoberta|Xmod)Layer$"
+    r"|^(Bart|BlenderbotSmall|Marian|MiniMax|Mvp|PLBart|TrOCR)DecoderLayer$|^Block$|^MultiHeadAttention$"
+)
+SEVERAL_ATTENTIONS = re.compile(r"^LongcatFlash")
+
+
+def layer_of(model, site):
+    parts = site.name.split(".")
+    first = next(i for i, part in enumerate(parts) if part.isdigit())
+    return model.get_submodule(".".join(parts[: first + 1]))
+
+
+def attention_of(model, site):
+    parts = site.name.split(".")
+    above = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) - 1, 0, -1)]
+    return next(m for m in above if re.search("Attention|Attn|MLA|Sdpa", type(m).__name__))
+
+
+def silence(model, layers, owners):
+    """Zero all that lies in a layer beside its attention and its norms; give the norms gains that differ."""
+    attending = {id(p) for owner in owners for p in owner.parameters()}
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            if id(parameter) in attending:
+                continue
+            if "norm" in name.lower() or re.search(r"\bln", name):
+                parameter.data.add_(0.2 * torch.randn_like(parameter))
+            elif "residual" not in name:
+                parameter.data.zero_()
+
+
+def first(value):
+    while isinstance(value, (tuple, list)):
+        value = value[0]
+    return value
+
+
+def changes(model, sites, batch):
+    """By site: what its layer gives with the attention's output, less what the same layer gives without, `[B, S, O]`."""
+    found, replaying = {}, []
+    handles = []
+
+    def layer_hook(site, layer):
+        def hook(module, args, kwargs, output):
+            if replaying or site.name in found:
+                return
+            replaying.append(True)
+            silent = site.module.register_forward_hook(lambda _m, _a, out: torch.zeros_like(out))
+            without = first(module.forward(*args, **kwargs))
+            silent.remove()
+            replaying.pop()
+            found[site.name] = (first(output) - without).double()
+
+        return layer.register_forward_hook(hook, with_kwargs=True)
+
+    for site in sites:
+        handles.append(layer_hook(site, layer_of(model, site)))
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", COVERED)
+@pytest.mark.filterwarnings("ignore")
+def test_the_updates_of_the_heads_sum_to_the_change_of_the_residual_stream(family):
+    model = families.build(family)
+    sites = fastheads.find_sites(model)
+    owners = [attention_of(model, site) for site in sites]
+    kinds = {type(layer_of(model, site)).__name__ for site in sites}
+    if any(re.search(pattern, kind) for pattern in UNKNOWN for kind in kinds):
+        for site in sites:
+            with pytest.raises(UnknownUpdateError):
+                update_of(model, site)
+        return
+    if any(NORM_AFTER_THE_SUM.search(kind) or SEVERAL_ATTENTIONS.search(kind) for kind in kinds):
+        assert all(str(update_of(model, site)) == "as it is" for site in sites)
+        return
+    silence(model, {id(layer_of(model, s)): layer_of(model, s) for s in sites}.values(), owners)
+    batch = families.batch(family, MASK)
+    outputs = []
+    taken = [
+        s.module.register_forward_hook(lambda m, _a, out: outputs.append((m, out.clone().double())) and None)
+        for s in sites
+    ]
+    with captured_inputs([s.module for s in sites]) as inputs, torch.no_grad():
+        model(**batch)
+    for handle in taken:
+        handle.remove()
+    change = changes(model, sites, batch)
+    with (
+        fastheads.HookManager(model, "token", allow_skipped=family in families.SKIPS) as hooks,
+        torch.no_grad(),
+    ):
+        model(**batch)
+        results = hooks.get_results()
+    real = torch.tensor(MASK).bool()
+    for row, site in enumerate(sites):
+        if site.name not in change or not inputs[row]:
+            continue
+        update, weight = update_of(model, site), weight_of(site)
+        given = [out for m, out in outputs if m is site.module]
+        norms = []  # of each firing
+        for firing, (x, output) in enumerate(zip(inputs[row], given, strict=True)):
+            heads, total = added(site, update, torch.as_tensor(x), output, weight)
+            norms.append(heads.norm(dim=-1)[real])
+            if firing == 0:
+                want = change[site.name].view_as(total)[real]
+                error = (total[real] - want).norm() / want.norm()
+                assert error < 2e-4, f"{site.name}: {update}, {error:.1e}"
+        got = results[METRIC]["mean"][row, : site.num_heads]
+        torch.testing.assert_close(got, torch.cat(norms).mean(0), rtol=1e-5, atol=0)
+
+
+def added(site, update, x, output, weight):
+    """What each head adds, `[B, S, H, O]`, and what all add with the bias; by dense algebra, from the update's norm alone."""
+    output = output.view(*x.shape[:2], -1)
+    z = x.view(*x.shape[:2], site.num_heads, site.head_dim)
+    heads = torch.einsum("bshd,ohd->bsho", z, weight.view(-1, site.num_heads, site.head_dim))
+    bias = output - heads.sum(2)  # belongs to no head
+    if update.norm is not None:
+        root = (output.square().mean(-1) + update.eps).sqrt()[..., None]
+        ones = torch.ones(1, 1, output.shape[-1])
+        gain = update.norm(ones)[0, 0].double().detach() * (1 + update.eps) ** 0.5
+        heads, bias = gain * heads / root[..., None, :], gain * bias / root
+    heads, bias = update.multiplier * heads, update.multiplier * bias
+    return heads, heads.sum(2) + bias
+
+
+def weight_of(site):
+    """The weight `[out, in]` in float64, by an identity through the projection."""
+    identity = torch.eye(site.num_heads * site.head_dim)
+    with torch.no_grad():
+        zero = site.module(torch.zeros_like(identity)[None])[0]
+        return (site.module(identity[None])[0] - zero).double().T
+
+
+def test_every_rule_is_used():
+    """Rules of classes that no release has are dead."""
+    from pathlib import Path
+
+    from transformers import models
+
+    source = "\n".join(p.read_text() for p in Path(models.__path__[0]).glob("*/modeling_*.py"))
+    classes = re.findall(r"^class (\w+)", source, re.MULTILINE)
+    if families.RELEASE == families.WRITTEN_FOR:
+        for pattern in (*RULES, *UNKNOWN):
+            assert any(re.search(pattern, name) for name in classes), pattern
+
+
+@pytest.mark.parametrize("token_agg", ["last", "all", "token"])
+@pytest.mark.parametrize("backend", ["factored", "einsum", "loop"])
+@pytest.mark.parametrize("family", ["gemma2", "hyperclovax"])
+@pytest.mark.filterwarnings("ignore")
+def test_backends_agree_with_the_basic_manager(family, backend, token_agg):
+    """Grouped and at once; the sum above has tied the basic manager's algebra to the model."""
+    model = families.build(family)
+    batch = families.batch(family, MASK)
+    with BasicHookManager(model, token_agg) as basic, torch.no_grad():
+        model(**batch)
+        want = basic.get_results()[METRIC]
+    for group_bytes in (0, 2**20):
+        with (
+            fastheads.HookManager(model, token_agg, backend=backend, group_bytes=group_bytes) as hooks,
+            torch.no_grad(),
+        ):
+            model(**batch)
+            results = hooks.get_results()
+        assert results["metadata"]["residual_update"].startswith("normed")
+        # float32 numbers for each token: what deviates from the mean by little is known to that of the mean
+        atol = 1e-6 * float(want["mean"].nan_to_num().max())
+        for statistic, value in want.items():
+            torch.testing.assert_close(
+                results[METRIC][statistic], value, rtol=1e-5, atol=atol, equal_nan=True
+            )
+
+
+def test_a_multiplier_scales_every_statistic():
+    """Granite's: nothing more is measured."""
+    model = families.build("granite")
+    model.config.residual_multiplier = 0.25
+    for layer in model.model.layers:
+        layer.residual_multiplier = -0.25
+    batch = families.batch("granite", MASK)
+    with fastheads.HookManager(model, "token") as hooks, BasicHookManager(model, "token") as basic:
+        with torch.no_grad():
+            model(**batch)
+        got, want = hooks.get_results(), basic.get_results()
+    assert got["metadata"]["residual_update"] == "as it is, times -0.25"
+    for statistic, value in want[METRIC].items():
+        torch.testing.assert_close(got[METRIC][statistic], value, rtol=1e-5, atol=1e-9)
+    contribution = got["head_residual_contribution_norm"]
+    assert torch.equal(got[METRIC]["count"], contribution["count"])
+    torch.testing.assert_close(got[METRIC]["max"], contribution["max"] / 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gain_that_changes_makes_new_factors():
+    model = families.build("gemma2")
+    batch = families.batch("gemma2", MASK)
+    norm = model.model.layers[1].post_attention_layernorm
+    with fastheads.HookManager(model) as hooks, BasicHookManager(model) as basic, torch.no_grad():
+        model(**batch)
+        norm.weight.mul_(3).add_(0.5)
+        model(**batch)
+        torch.testing.assert_close(
+            hooks.get_results()[METRIC]["mean"], basic.get_results()[METRIC]["mean"], rtol=1e-5, atol=0
+        )
+        model(**batch)
+        norm.weight.data.mul_(2)  # without a trace
+        with pytest.raises(fastheads.StaleFactorError, match=r"layers\.1"):
+            hooks.get_results()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_layer_that_is_not_known_has_no_update():
+    model = families.build("zaya")
+    with fastheads.HookManager(model) as hooks, BasicHookManager(model) as basic, torch.no_grad():
+        model(**families.batch("zaya", MASK))
+        for results in (hooks.get_results(), basic.get_results()):
+            assert (results[METRIC]["count"] == 0).all() and results[METRIC]["mean"].isnan().all()
+            assert "not known" in str(results["metadata"]["residual_update"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled():
+    model = families.build("gemma2")
+    batch = families.batch("gemma2", MASK)
+    with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
+        model(**batch)
+        want = hooks.get_results()[METRIC]
+        hooks.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            compiled(**batch)
+        got = hooks.get_results()[METRIC]
+    assert (got["count"] == 2 * want["count"]).all()
+    torch.testing.assert_close(got["mean"], want["mean"], rtol=1e-5, atol=0)
+    torch._dynamo.reset()
