@@ -64,6 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="GPU")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="GPU")
+    parser.add_argument("--commit", help="the commit that is measured, where git cannot say")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -298,7 +299,7 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     )
     told = {
         "date": datetime.date.today().isoformat(),
-        "commit": git.stdout.strip() or None,
+        "commit": options.commit or git.stdout.strip() or None,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,

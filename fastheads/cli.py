@@ -116,6 +116,12 @@ def profile(
             show_default=False,
         ),
     ] = None,
+    kv_groups: Annotated[
+        bool,
+        typer.Option(
+            "--kv-groups", help="Measure what the heads that share keys and values contribute together."
+        ),
+    ] = False,
     backend: Annotated[str, typer.Option(help="auto, loop, einsum, factored or triton.")] = "auto",
     precision: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
     dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")] = "auto",
@@ -164,6 +170,7 @@ def profile(
             batch_size=batch_size,
             max_tokens=max_tokens,
             layers=chosen_layers,
+            kv_groups=kv_groups,
             include=include or (),
             backend=backend,
             precision=precision,

@@ -41,6 +41,7 @@ def profile(
     precision: str = "exact",
     skip_first: int = 0,
     allow_skipped: bool = False,
+    kv_groups: bool = False,
     include: str | Iterable[str] = (),
     field: str = "text",
     progress: bool | Progress = False,
@@ -77,6 +78,7 @@ def profile(
         precision: "exact" or "fast".
         skip_first: leave the first real tokens of each sequence out (1: the attention sink).
         allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
+        kv_groups: measure the contributions of KV groups too (`HookManager`).
         include: names of attention modules, as patterns, that are profiled though they are left out by default (`find_sites`).
         field: of a JSON line, the one with the text.
         progress: True shows a bar; or a function that is called with the tokens done and those in all, or None.
@@ -134,6 +136,7 @@ def profile(
         precision=precision,
         skip_first=skip_first,
         allow_skipped=allow_skipped,
+        kv_groups=kv_groups,
         include=include,
     )
     with hooks, _progress(progress) as report:

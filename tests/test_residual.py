@@ -4,6 +4,7 @@ The truth is the layer's own: with the rest of the layer silenced, what it gives
 without is what the attention adds. A family whose layer does something else has to be in the table of those that are not known.
 """
 
+import os
 import re
 
 import families
@@ -16,6 +17,7 @@ from fastheads.basic import HookManager as BasicHookManager
 from fastheads.residual import RULES, UNKNOWN, UnknownUpdateError, update_of
 
 MASK = [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
+INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
 METRIC = "head_residual_update_norm"
 COVERED = [f for f in families.FAMILIES if f not in families.REFUSED and families.why_missing(f) is None]
 # Norms come after the sum: what is added is the output as it is, but the layer does not show it.
@@ -172,7 +174,7 @@ def test_every_rule_is_used():
 
 
 @pytest.mark.parametrize("token_agg", ["last", "all", "token"])
-@pytest.mark.parametrize("backend", ["factored", "einsum", "loop"])
+@pytest.mark.parametrize("backend", ["factored", "einsum", "loop", *INTERPRETED])
 @pytest.mark.parametrize("family", ["gemma2", "hyperclovax"])
 @pytest.mark.filterwarnings("ignore")
 def test_backends_agree_with_the_basic_manager(family, backend, token_agg):
