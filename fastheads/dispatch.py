@@ -124,6 +124,7 @@ class Dispatcher:
             if self._choice(weight.device, weight.dtype, site.head_dim) == "triton":
                 self.factors[row].kernel(weight.dtype, precision)
         self._watch = WeightWatch(self.factors.values())
+        self._forms: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._waiting: list[_Samples] = []
         # row -> (its bank, its place in it, its view of it)
         self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
@@ -135,10 +136,13 @@ class Dispatcher:
         inputs: Sequence[Tensor],
         real: RealTokens,
         moments: RunningMoments,
+        *,
         scale: Tensor | None = None,
+        alike: bool = False,
     ) -> None:
         """Merge the samples of a group: inputs `[B, S, H·D]` of one shape, dtype and device, of sites of one geometry, all
-        different; `scale` `[len(inputs), B, S]` multiplies the norms of the contributions. Never waits for the device.
+        different; `scale` `[len(inputs), B, S]` multiplies the norms of the contributions; `alike`: the inputs' strides are the
+        same too. Never waits for the device.
         """
         x, site = inputs[0], self._sites[rows[0]]
         backend = self._choice(x.device, x.dtype, site.head_dim)
@@ -146,13 +150,14 @@ class Dispatcher:
         if backend == "triton":
             _kernels().head_stats(
                 inputs,
-                [self.factors[row].kernel(x.dtype, self.precision) for row in rows],
+                self._kernel_forms(rows, x.dtype),
                 moments.buffer,
                 rows,
                 token_agg=self.token_agg,
                 valid=None if real.valid is None else real.mask(x),
                 skip_first=real.skip_first,
                 scale=scale,
+                alike=alike,
             )
             return
         with exact_arithmetic(x.device.type):
@@ -166,6 +171,19 @@ class Dispatcher:
                     group, mask, self.token_agg, site.num_heads, contribution, scale=of_part
                 )
                 self._merge_later(_Samples(moments, list(rows[part]), values, present))
+
+    def _kernel_forms(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
+        """The factors of these rows as the kernel reads them; asked for once until one changes, or all were verified."""
+        key = (dtype, *rows)
+        forms = self._forms.get(key)
+        if forms is None:
+            forms = self._forms[key] = tuple(self.factors[row].kernel(dtype, self.precision) for row in rows)
+        return forms
+
+    def stale(self) -> list[str]:
+        """The names of the sites whose weight is not the one that the factor was made from. Waits for the device."""
+        self._forms.clear()  # to be asked for again, so that they are verified again
+        return [factor.site.name for factor in self.factors.values() if not factor.verify()]
 
     def finish(self) -> None:
         """Merge the samples that wait. To be called before anybody looks at the moments."""
@@ -238,11 +256,19 @@ class Dispatcher:
 
     def refresh(self) -> None:
         """Rebuild the factors of weights that are known to have changed; waits for nothing."""
-        self._watch.refresh()
+        if self._watch.refresh():
+            self._forms.clear()
+
+    def rebuild(self) -> None:
+        """Make every factor anew of the weight as it is now."""
+        self._forms.clear()
+        for factor in self.factors.values():
+            factor.rebuild()
 
     def mark_changed(self) -> None:
         """The weights may have changed without a trace."""
         self._watch.mark_changed()
+        self._forms.clear()
 
     def check_unmoved(self) -> None:
         """Raises StaleFactorError where a weight changed during a forward."""

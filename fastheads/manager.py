@@ -379,14 +379,17 @@ class HookManager:
             return
         check_unchanged(kept)
         rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
-        kinds = {(type(x), x.shape, x.dtype, profiled.width, profiled.head_dim) for profiled, x, _ in kept}
+        kinds = {
+            (type(x), x.shape, x.stride(), x.dtype, profiled.width, profiled.head_dim)
+            for profiled, x, _ in kept
+        }
         ran = set(rows)
         self._ran |= ran
         self._check_input(*kept[0][:2])
         if len(kinds) == 1 and len(ran) == len(
             rows
         ):  # most often so: each of these lines is paid for at each token
-            self._record(queue, rows, inputs)
+            self._record(queue, rows, inputs, alike=True)
         else:
             for profiled, x, _ in kept:
                 self._check_input(profiled, x)
@@ -395,11 +398,12 @@ class HookManager:
         if scaled:
             self._record_scaled(queue, scaled)
 
-    def _record(self, queue: DeviceQueue, rows: list[int], inputs: list[Tensor]) -> None:
+    def _record(self, queue: DeviceQueue, rows: list[int], inputs: list[Tensor], alike: bool = False) -> None:
         assert self._real is not None  # within a decoder's call
         with queue.on_its_stream():
             for channel in self._at_input:
-                channel.dispatcher.record(rows, inputs, self._real, queue.moments.pending[channel.index])
+                pending = queue.moments.pending[channel.index]
+                channel.dispatcher.record(rows, inputs, self._real, pending, alike=alike)
 
     def _record_scaled(self, queue: DeviceQueue, scaled: list[Scaled]) -> None:
         assert self._real is not None  # within a decoder's call
@@ -408,7 +412,7 @@ class HookManager:
         with queue.on_its_stream():
             for group in grouped(scaled):
                 scale = torch.stack(group.extras)
-                channel.dispatcher.record(group.rows, group.inputs, self._real, pending, scale)
+                channel.dispatcher.record(group.rows, group.inputs, self._real, pending, scale=scale)
 
     def _check_input(self, profiled: Profiled, x: Tensor) -> None:
         if self._real is None:
@@ -503,7 +507,7 @@ class HookManager:
             if not capturing:
                 dispatcher.refresh()
         real, pending = RealTokens(valid, self.skip_first), RunningMoments.over(state[channel])
-        dispatcher.record(rows, inputs, real, pending, scale)
+        dispatcher.record(rows, inputs, real, pending, scale=scale)
         dispatcher.finish()
 
     def finish(self, module: nn.Module) -> None:
@@ -573,7 +577,7 @@ class HookManager:
         Raises StaleFactorError where a weight was changed in a way that showed only in its bits (`weight.data.mul_()`):
         what was measured since may be wrong, and `reset()` starts afresh.
         """
-        stale = list(dict.fromkeys(factor.site.name for factor in self._factors() if not factor.verify()))
+        stale = list(dict.fromkeys(name for channel in self._channels for name in channel.dispatcher.stale()))
         if stale:
             raise StaleFactorError(
                 f"the weight of {', '.join(stale)} was changed in place behind autograd's back while profiling: what was "
@@ -629,10 +633,9 @@ class HookManager:
         for queue in self._queues.values():
             queue.close()
             queue.moments.clear()
-        for factor in self._factors():
-            factor.rebuild()
         self._missed.clear()
         for channel in self._channels:
+            channel.dispatcher.rebuild()
             channel.dispatcher.used.clear()
         self._warned = False
 

@@ -14,6 +14,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # torch's own first one, of reduce-overhead
 ]
 
 # bfloat16 inputs: the exact kernel's own error per token is 5e-6; the means of float32 norms stay below.

@@ -16,9 +16,9 @@ def groups(monkeypatch):
     seen = []
     record = Dispatcher.record
 
-    def spy(self, rows, inputs, real, moments):
+    def spy(self, rows, inputs, real, moments, **options):
         seen.append(list(rows))
-        record(self, rows, inputs, real, moments)
+        record(self, rows, inputs, real, moments, **options)
 
     monkeypatch.setattr(Dispatcher, "record", spy)
     return seen
@@ -150,9 +150,9 @@ def test_the_graph_of_autograd_is_not_held():
     with fastheads.HookManager(model) as hooks:
         seen = []
         record = hooks._record
-        hooks._record = lambda queue, rows, inputs: (
+        hooks._record = lambda queue, rows, inputs, **options: (
             seen.extend(x.requires_grad for x in inputs),
-            record(queue, rows, inputs),
+            record(queue, rows, inputs, **options),
         )
         model(input_ids=ids, labels=ids).loss.backward()
     assert seen == [False] * 3

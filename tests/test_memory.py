@@ -38,9 +38,9 @@ def largest(backend, token_agg, seq, hidden, monkeypatch):
     ):
         measure = hooks._record
 
-        def measured(*args):
+        def measured(*args, **options):
             mode.active = True
-            measure(*args)
+            measure(*args, **options)
             mode.active = False
 
         monkeypatch.setattr(hooks, "_record", measured)

@@ -123,6 +123,7 @@ def launch(
     last: Tensor | None = None,
     skip_first: int = 0,
     scale: Tensor | None = None,
+    alike: bool = False,
 ) -> None:
     """`head_stats` without the operator boundary."""
     if token_agg == "last" and last is None and valid is not None:
@@ -134,11 +135,11 @@ def launch(
         last = last.to(torch.int64).contiguous()
     if scale is not None:
         scale = scale.to(torch.float32).expand(len(inputs), *inputs[0].shape[:2]).contiguous()
-    key: tuple[object, ...] = (token_agg, skip_first, state.shape, *rows, *[id(f) for f in factors])
+    key = (token_agg, skip_first, state.shape, tuple(rows), tuple(factors))
     plan = factors[0].plans.get(key) if factors else None
-    if isinstance(plan, _Plan) and plan.serves(inputs, state, valid, last, scale):
-        plan.launch(inputs, state, valid, last, scale)
-        return
+    if isinstance(plan, _Plan) and plan.serves(inputs[:1] if alike else inputs, state, valid, last, scale):
+        if plan.launch(inputs, state, valid, last, scale):
+            return
     _check(inputs, factors, state, rows, token_agg)
     if inputs[0].shape[0] == 0 or inputs[0].shape[1] == 0:
         return
@@ -165,7 +166,6 @@ class _Plan:
     """
 
     run: Callable[..., object]
-    factors: tuple[KernelFactor, ...]  # the plan's key names them by id: they must not go before it
     like: Tensor  # of no elements, with the inputs' dtype and device
     shape: torch.Size  # of an input
     strides: tuple[int, ...]
@@ -193,11 +193,10 @@ class _Plan:
         for x in inputs:
             if x.shape != shape or x.stride() != strides or x.dtype != dtype or x.device != device:
                 return False
-            addresses |= x.data_ptr()
         for tensor in (valid, last, scale):
             if tensor is not None:
                 addresses |= tensor.data_ptr()
-        # The compiled code may have been made for addresses that are multiples of 16.
+        # The compiled code may have been made for addresses that are multiples of 16; `launch` sees to those of the inputs.
         return (
             not addresses & 15
             and state.dtype == torch.float64
@@ -212,16 +211,21 @@ class _Plan:
         valid: Tensor | None,
         last: Tensor | None,
         scale: Tensor | None,
-    ) -> None:
+    ) -> bool:
+        """Launch; False, and nothing is done, where an input's address is not what the kernel can read."""
+        addresses = [x.data_ptr() for x in inputs]
+        if any([address & 15 for address in addresses]):
+            return False
         if _is_elsewhere(state.device):
             with torch.cuda.device(state.device):
-                self._launch(inputs, state, valid, last, scale)
+                self._run(addresses, state, valid, last, scale)
         else:
-            self._launch(inputs, state, valid, last, scale)
+            self._run(addresses, state, valid, last, scale)
+        return True
 
-    def _launch(
+    def _run(
         self,
-        inputs: Sequence[Tensor],
+        addresses: list[int],
         state: Tensor,
         valid: Tensor | None,
         last: Tensor | None,
@@ -230,8 +234,8 @@ class _Plan:
         partial = self.partial
         if partial.is_cuda and torch.cuda.is_current_stream_capturing():
             partial = torch.empty_like(partial)  # a graph keeps memory of its own
-        addresses = (*[x.data_ptr() for x in inputs], *self.padding)
-        self.run(addresses, *self.tables, state, partial, None, valid, last, scale, *self.numbers)
+        table = (*addresses, *self.padding)
+        self.run(table, *self.tables, state, partial, None, valid, last, scale, *self.numbers)
 
 
 def _check(
@@ -431,7 +435,6 @@ def _launch_one(
         return None
     return _Plan(
         bind(launcher, **options) if IS_INTERPRETED else compiled[grid],  # type: ignore[index]
-        tuple(factors),
         xs[0].new_empty(0),
         xs[0].shape,
         xs[0].stride(),

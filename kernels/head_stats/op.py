@@ -20,6 +20,7 @@ def head_stats(
     last: Tensor | None = None,
     skip_first: int = 0,
     scale: Tensor | None = None,
+    alike: bool = False,
 ) -> None:
     """Merge the samples of a group of layers into `state`, in place, without waiting for the GPU.
 
@@ -35,6 +36,8 @@ def head_stats(
         skip_first: tokens at the start of each row that are not real; counts only where `valid` is None.
         scale: `[batch, seq]`, or `[layers, batch, seq]` with one for each input, multiplied into the norms of the contributions
             |W z| (not of |z|), token by token.
+        alike: the caller has seen that all inputs have the first one's shape, strides, dtype and device: they are not looked at
+            again.
 
     Raises:
         ValueError: shapes, dtypes, devices or names that do not fit together.
@@ -64,6 +67,7 @@ def head_stats(
             last=last,
             skip_first=skip_first,
             scale=scale,
+            alike=alike,
         )
 
 
