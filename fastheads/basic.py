@@ -6,7 +6,8 @@ It is the plain statement of what is measured, in float64 and without a trick, a
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +19,7 @@ from fastheads.metrics import METRICS, TOKEN_AGGS
 from fastheads.moments import Moments
 from fastheads.results import HeadProfile
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
-from fastheads.tokens import DecoderArguments, RealTokens
+from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.weights import dense_weight
 
 
@@ -85,13 +86,16 @@ class HookManager:
                 return
             x = args[0].double()  # o_proj's input: [batch, seq, num_heads * head_dim]
             batch, seq, _ = x.shape
-            head_outputs = x.view(batch, seq, site.num_heads, site.head_dim)
+            head_outputs = x.reshape(batch * seq, site.num_heads, site.head_dim)
             mask = self._real.mask(x)
+            bounds = self._real.bounds
+            if bounds is None:  # each row is a sequence
+                bounds = torch.arange(batch + 1) * seq
             weight = dense_weight(site).double()  # [hidden, num_heads * head_dim]
-            for i in range(batch):
-                real = head_outputs[i]  # [tokens, heads, head_dim]
+            for start, stop in pairwise(bounds.tolist()):
+                real = head_outputs[start:stop]  # [tokens, heads, head_dim]
                 if mask is not None:
-                    real = real[mask[i]]
+                    real = real[mask.flatten()[start:stop]]
                 if len(real):
                     self._update(row, site, real[-1:] if self.token_agg == "last" else real, weight)
 
@@ -156,6 +160,10 @@ class HookManager:
             yield
         finally:
             self._paused = before
+
+    def token_mask(self, mask: TokenMask) -> AbstractContextManager[None]:
+        """A context in which `mask`, bool `[batch, seq]`, says which tokens of a call are real, as in the fast manager."""
+        return self._arguments.overridden(mask)
 
     def __enter__(self) -> Self:
         return self

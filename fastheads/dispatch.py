@@ -8,14 +8,22 @@ from functools import cache
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from fastheads.factors import SiteFactor, StaleFactorError, WeightWatch
-from fastheads.metrics import ContributionNorms, einsum_norms, factored_norms, loop_norms, samples
+from fastheads.metrics import (
+    ContributionNorms,
+    einsum_norms,
+    factored_norms,
+    loop_norms,
+    packed_samples,
+    samples,
+)
 from fastheads.moments import RunningMoments
 from fastheads.numerics import exact_arithmetic
 from fastheads.sites import HeadSite
-from fastheads.tokens import RealTokens
+from fastheads.tokens import RealTokens, last_tokens
 from fastheads.weights import dense_weight
 
 TORCH_BACKENDS = ("loop", "einsum", "factored")
@@ -125,24 +133,37 @@ class Dispatcher:
         x, site = inputs[0], self._sites[rows[0]]
         backend = self._choice(x.device, x.dtype, site.head_dim)
         self.used.add(backend)
+        token_agg = self.token_agg
+        if real.bounds is not None and token_agg == "last":
+            inputs, real = last_tokens(inputs, real)
+            x, token_agg = inputs[0], "token"
         if backend == "triton":
+            factors = [self.factors[row].kernel(x.dtype, self.precision) for row in rows]
+            if real.bounds is not None and token_agg == "all":
+                # The kernel adds up rows, not segments of them. So it gives the norms of the tokens, 8 bytes a head beside the
+                # one read of x, and torch adds those up.
+                norms = rearrange(_kernels().token_norms(inputs, factors), "g k h n -> k g n h")
+                packed = packed_samples(norms, *real.packed(x))
+                self._merge_later(_Samples(moments, list(rows), *packed))
+                return
             _kernels().head_stats(
                 inputs,
-                [self.factors[row].kernel(x.dtype, self.precision) for row in rows],
+                factors,
                 moments.buffer,
                 rows,
-                token_agg=self.token_agg,
+                token_agg=token_agg,
                 valid=None if real.valid is None else real.mask(x),
                 skip_first=real.skip_first,
             )
             return
         with exact_arithmetic(x.device.type):
             mask = real.mask(x)
+            bounds = None if real.bounds is None else real.packed(x)[1]
             for part in self._batches(rows, backend):
                 several = part.stop - part.start > 1
                 group = torch.stack(list(inputs[part])) if several else inputs[part.start].unsqueeze(0)
                 contribution = self._contribution(backend, rows[part], site.num_heads, x.device)
-                values, present = samples(group, mask, self.token_agg, site.num_heads, contribution)
+                values, present = samples(group, mask, token_agg, site.num_heads, contribution, bounds=bounds)
                 self._merge_later(_Samples(moments, list(rows[part]), values, present))
 
     def finish(self) -> None:

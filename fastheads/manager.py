@@ -9,7 +9,7 @@ Under torch.compile the hooks are traced: `is_compiling` is then True, and they 
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +27,7 @@ from fastheads.moments import CommittedMoments, Moments, RunningMoments
 from fastheads.results import HeadProfile
 from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
-from fastheads.tokens import DecoderArguments, RealTokens
+from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.weights import dense_weight
 
 _CALL_IMPL = nn.Module._call_impl.__code__
@@ -170,6 +170,22 @@ class HookManager:
         finally:
             self._paused = before
 
+    def token_mask(self, mask: TokenMask) -> AbstractContextManager[None]:
+        """A context in which `mask` says which tokens are padding, in place of the arguments' masks: for callers who know better.
+
+        Sequences stay those of the call, and `skip_first` still leaves out the first real tokens of each. Under torch.compile the
+        mask is an input of the graph.
+
+        Args:
+            mask: bool `[batch, seq]`, True where a token is real: the tokens of the decoder's own call. Or a function, for calls
+                that differ (a prompt and the steps after it): it is given the arguments of the decoder's call by name, and
+                returns such a mask, or None where the arguments may speak for themselves.
+
+        Raises:
+            ValueError: here, `mask` is neither; in the forward, it is not bool or does not fit the call's tokens.
+        """
+        return self._arguments.overridden(mask)
+
     # ------------------------------------------------------------------ one forward
 
     def start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -281,7 +297,8 @@ class HookManager:
         if self._decoder_traced:  # eager code inside a compiled decoder: nobody launches what is kept here
             assert self._real is not None
             self._ran.add(profiled.row)
-            self.record_in_graph([profiled.row], [x], self._real.valid, queue.moments.pending.buffer)
+            real, state = self._real, queue.moments.pending.buffer
+            self.record_in_graph([profiled.row], [x], real.valid, real.bounds, state)
             return
         size = x.nbytes
         if size > queue.largest or queue.off_stream():
@@ -353,15 +370,21 @@ class HookManager:
 
     def _trace_groups(self, inputs: list[tuple[Profiled, Tensor]]) -> None:
         assert self._real is not None  # within a decoder's call
-        valid = self._real.valid
+        valid, bounds = self._real.valid, self._real.bounds
         for queue in self._queues.values():
             for group in grouped([(p, x) for p, x in inputs if p.queue is queue]):
+                state = queue.moments.pending.buffer
                 torch.ops.fastheads.record(
-                    group.inputs, valid, queue.moments.pending.buffer, group.rows, self._handle
+                    group.inputs, state, group.rows, self._handle, valid=valid, bounds=bounds
                 )
 
     def record_in_graph(
-        self, rows: list[int], inputs: list[Tensor], valid: Tensor | None, state: Tensor
+        self,
+        rows: list[int],
+        inputs: list[Tensor],
+        valid: Tensor | None,
+        bounds: Tensor | None,
+        state: Tensor,
     ) -> None:
         """What the operator `fastheads::record` does: at each call, or once while a CUDA graph is captured."""
         self._in_graphs.update(rows)
@@ -375,7 +398,8 @@ class HookManager:
             self._started_in_graphs = True
             if not capturing:
                 self._dispatcher.refresh()
-        self._dispatcher.record(rows, inputs, RealTokens(valid, self.skip_first), RunningMoments.over(state))
+        real = RealTokens(valid, self.skip_first, bounds)
+        self._dispatcher.record(rows, inputs, real, RunningMoments.over(state))
         self._dispatcher.finish()
 
     def finish(self, module: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastheads.tokens import mean_over_tokens, take_last
+from fastheads.tokens import mean_over_sequences, mean_over_tokens, take_last
 
 METRICS = (
     "head_output_norm",
@@ -87,12 +87,18 @@ def token_norms(x: Tensor, num_heads: int, contribution: ContributionNorms) -> T
 
 
 def samples(
-    x: Tensor, mask: Tensor | None, token_agg: str, num_heads: int, contribution: ContributionNorms
+    x: Tensor,
+    mask: Tensor | None,
+    token_agg: str,
+    num_heads: int,
+    contribution: ContributionNorms,
+    *,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The samples of one firing of G projections with inputs `x` `[G, B, S, H·D]`; `mask` bool `[B, S]`: the real tokens.
 
     Returns values, float64 `[n, 4, G, H]` in the order of METRICS, and which of the n count, bool `[n]` (None: all); n is B for
-    "last" and "all", B·S for "token".
+    "last" and "all", B·S for "token". With the `bounds` `[N + 1]` of packed sequences n is N for "all"; "last" takes none.
     """
     present: Tensor | None
     if token_agg == "last":
@@ -101,9 +107,22 @@ def samples(
     else:
         norms = token_norms(x.flatten(1, 2), num_heads, contribution)  # [2, G, B·S, H]
         present = None if mask is None else mask.flatten()
+    if token_agg == "all" and bounds is not None:
+        assert mask is not None
+        return packed_samples(norms, mask, bounds)
     if token_agg == "all":
         norms, present = mean_over_tokens(rearrange(norms, "k g (b s) h -> k g b s h", b=x.shape[1]), mask)
-    return rearrange([*norms, *relative_to_layer(norms)], "k g n h -> n k g h"), present
+    return _with_relative(norms), present
+
+
+def packed_samples(norms: Tensor, mask: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples "all" of packed sequences, as `samples` returns them, from the norms `[2, G, B·S, H]` of all tokens."""
+    means, present = mean_over_sequences(norms.double(), mask.flatten(), bounds)
+    return _with_relative(means), present
+
+
+def _with_relative(norms: Tensor) -> Tensor:
+    return rearrange([*norms, *relative_to_layer(norms)], "k g n h -> n k g h")
 
 
 def relative_to_layer(norms: Tensor) -> Tensor:

@@ -16,7 +16,12 @@ class Recorder(Protocol):
     """What the operator calls: a HookManager."""
 
     def record_in_graph(
-        self, rows: list[int], inputs: list[Tensor], valid: Tensor | None, state: Tensor
+        self,
+        rows: list[int],
+        inputs: list[Tensor],
+        valid: Tensor | None,
+        bounds: Tensor | None,
+        state: Tensor,
     ) -> None:
         """Merge the samples of `inputs` into `state`."""
 
@@ -37,21 +42,39 @@ def release(handle: int) -> None:
     _recorders.pop(handle, None)
 
 
-def record(inputs: list[Tensor], valid: Tensor | None, state: Tensor, rows: list[int], handle: int) -> None:
+def record(
+    inputs: list[Tensor],
+    state: Tensor,
+    rows: list[int],
+    handle: int,
+    *,
+    valid: Tensor | None,
+    bounds: Tensor | None,
+) -> None:
     """Merge the samples of a group of layers into `state`: the buffer of the recorder's pending moments, or a copy that a
     compiler made of it and copies back.
     """
     recorder = _recorders.get(handle)
     if recorder is not None:
-        recorder.record_in_graph(rows, inputs, valid, state)
+        recorder.record_in_graph(rows, inputs, valid, bounds, state)
 
 
 # Not by torch.library.custom_op, which wraps each call in 16 µs of Python that serve autograd: the inputs are detached.
 _library = torch.library.Library("fastheads", "FRAGMENT")
-_library.define("record(Tensor[] inputs, Tensor? valid, Tensor(a!) state, int[] rows, int handle) -> ()")
+_library.define(
+    "record(Tensor[] inputs, Tensor(a!) state, int[] rows, int handle, *, Tensor? valid, Tensor? bounds) -> ()"
+)
 _library.impl("record", record, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastheads::record", lib=_library)
-def _(inputs: list[Tensor], valid: Tensor | None, state: Tensor, rows: list[int], handle: int) -> None:
+def _(
+    inputs: list[Tensor],
+    state: Tensor,
+    rows: list[int],
+    handle: int,
+    *,
+    valid: Tensor | None,
+    bounds: Tensor | None,
+) -> None:
     return None
