@@ -124,6 +124,8 @@ class DecoderArguments:
     def __init__(self, decoder: nn.Module) -> None:
         parameters = inspect.signature(decoder.forward).parameters.values()
         self._positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        # How some decoders are told of padding that is not read here (FSMT, XLM, XLNet); empty for all others.
+        self._unread = [p for p in ("decoder_padding_mask", "lengths", "input_mask") if p in self._positional]
         self._decoder = decoder
         self._token_mask: TokenMask | None = None
 
@@ -152,11 +154,20 @@ class DecoderArguments:
         valid = None if self._token_mask is None else self._told(self._token_mask, given)
         if valid is None and mask is not None:
             valid = _valid(mask, given, cache)
+        elif valid is None and self._unread:
+            self._check_unread(given)
         if bounds is not None:
             valid = _within(bounds, valid, skip_first, _tokens_of(given))
         elif skip_first and valid is not None:
             valid = valid & (valid.cumsum(dim=1) > skip_first)
         return RealTokens(valid, skip_first, bounds)
+
+    def _check_unread(self, given: dict[str, Any]) -> None:
+        for name in self._unread:
+            if given.get(name) is not None:
+                raise ValueError(
+                    f"padding that is given as {name} is not read: say which tokens are real with token_mask()"
+                )
 
     def _told(self, token_mask: TokenMask, given: dict[str, Any]) -> Tensor | None:
         mask = token_mask if isinstance(token_mask, Tensor) else token_mask(given)
@@ -267,7 +278,19 @@ def _valid(mask: Any, given: dict[str, Any], cache: Any) -> Tensor:
         raise ValueError(f"an attention mask of 2 or 4 dimensions is needed to tell real tokens, got {form}")
     queries = _num_queries(given, mask)
     past = None if not hasattr(cache, "get_seq_length") else cache.get_seq_length()
-    return (_columns if mask.dim() == 2 else _diagonal)(mask, queries, past)
+    if mask.dim() == 4:
+        return _diagonal(mask, queries, past)
+    if isinstance(past, int) and past == 0 and mask.shape[1] > queries:
+        past = _longest_layer(cache)
+    return _columns(mask, queries, past)
+
+
+def _longest_layer(cache: Any) -> int:
+    """Tokens in a cache that says 0: its first layer may keep none (MiniMax's). -1 where nothing tells."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return -1
+    return max((layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")), default=0)
 
 
 def _num_queries(given: dict[str, Any], mask: Tensor) -> int:
@@ -278,17 +301,18 @@ def _num_queries(given: dict[str, Any], mask: Tensor) -> int:
 
 
 def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
-    """The columns of a 2D mask `[B, past + S]` that speak of this call's S tokens: the last ones."""
+    """The columns of a 2D mask that speak of this call's S tokens: those after the `past` ones, and a mask may run past them.
+
+    They are the last where the cache does not know (-1), or holds no more than a window.
+    """
     keys = mask.shape[1]
     if keys < queries:
         raise ValueError(f"the attention mask has {keys} columns for {queries} tokens")
-    if keys > queries and isinstance(past, Tensor):
-        raise ValueError(
-            f"a 2D attention mask of {keys} columns for {queries} tokens beside a static cache does not say whose they are"
-        )
     start = keys - queries
-    if past is None or (isinstance(past, int) and 0 < past <= start):
-        # A mask may run past the tokens. (A cache that says 0 may not know its length: MiniMax's.)
+    if isinstance(past, Tensor):  # a static cache's: it stays on its device
+        first = past.to(mask.device, non_blocking=True).clamp(max=start)
+        return mask[:, first + torch.arange(queries, device=mask.device)] != 0
+    if past is None or 0 <= past <= start:
         start = past or 0
     return mask[:, start : start + queries] != 0
 

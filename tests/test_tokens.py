@@ -4,6 +4,14 @@ import pytest
 import torch
 from oracle import METRICS, assert_results, captured_inputs
 from tiny_models import build, tokens
+from transformers import (
+    DynamicCache,
+    FSMTConfig,
+    FSMTModel,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    StaticCache,
+)
 
 import fastheads
 from fastheads.basic import HookManager as BasicHookManager
@@ -223,6 +231,74 @@ def test_a_cache_that_does_not_know_its_length():
     )
     real = DecoderArguments(build().model).real_tokens((), given, 0)
     assert real.valid.tolist() == [[True], [True]]
+
+
+@pytest.mark.parametrize("family", ["llama", "minimax"])
+def test_a_mask_that_runs_past_the_tokens_beside_an_empty_cache(family):
+    """An empty cache and one whose first layer keeps nothing both say 0."""
+    if family == "minimax":
+        small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        types = ["linear_attention", "full_attention"]
+        config = MiniMaxConfig(
+            num_key_value_heads=2,
+            **small,
+            vocab_size=101,
+            head_dim=8,
+            num_local_experts=2,
+            block_size=4,
+            layer_types=types,
+        )
+        model = MiniMaxForCausalLM(config).eval()
+    else:
+        model = build()
+    reader = DecoderArguments(model.model)
+    ids, mask = tokens(2, 5), torch.tensor([[0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        cache = model.model(input_ids=ids[:, :3], attention_mask=mask[:, :3], use_cache=True).past_key_values
+    given = dict(input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cache)
+    assert reader.real_tokens((), given, 0).valid.tolist() == [[False, True], [True, False]]
+    given = dict(input_ids=ids[:, :3], attention_mask=mask, past_key_values=DynamicCache())
+    assert reader.real_tokens((), given, 0).valid.tolist() == [[False, True, True], [True, True, True]]
+
+
+@pytest.mark.parametrize("columns", [9, 12])
+def test_2d_masks_beside_a_static_cache(columns):
+    """As long as what was seen, or as what is to come."""
+    model = build()
+    sites = fastheads.find_sites(model)
+    ids, mask, positions = padded("middle")
+    whole = torch.cat([mask, torch.ones(4, columns - 9, dtype=torch.long)], dim=1)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    parts = [slice(0, 5), slice(5, 8), slice(8, 9)]
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, "all") as hooks,
+        torch.no_grad(),
+    ):
+        for part in parts:
+            model(
+                input_ids=ids[:, part],
+                attention_mask=whole[:, : part.stop] if columns == 9 else whole,
+                position_ids=positions[:, part],
+                past_key_values=cache,
+            )
+        results = hooks.get_results()
+    assert_results(results, sites, inputs, [mask[:, part].tolist() for part in parts], "all", 5e-6)
+
+
+def test_padding_that_is_not_read_is_refused():
+    """FSMT's decoder is told of it by another name, and with another sense."""
+    small = dict(d_model=32, encoder_layers=1, decoder_layers=1, langs=["de", "en"], src_vocab_size=50)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, tgt_vocab_size=50)
+    model = FSMTModel(FSMTConfig(**small, **heads))
+    reader = DecoderArguments(model.get_decoder())
+    given = dict(input_ids=tokens(2, 3))
+    assert reader.real_tokens((), given, 0).valid is None
+    given["decoder_padding_mask"] = torch.tensor([[True, False, False]] * 2)
+    with pytest.raises(ValueError, match="decoder_padding_mask is not read.*token_mask"):
+        reader.real_tokens((), given, 0)
+    with reader.overridden(~given["decoder_padding_mask"]):
+        assert reader.real_tokens((), given, 0).valid.tolist() == [[False, True, True]] * 2
 
 
 def test_a_mask_longer_than_the_tokens_without_a_cache():
