@@ -6,7 +6,8 @@ It is the plain statement of what is measured, in float64 and without a trick, a
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +20,7 @@ from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import Moments
 from fastheads.results import HeadProfile
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
-from fastheads.tokens import DecoderArguments, RealTokens
+from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.weights import dense_weight
 
 
@@ -90,16 +91,24 @@ class HookManager:
                 return
             x = args[0].double()  # o_proj's input: [batch, seq, num_heads * head_dim]
             batch, seq, _ = x.shape
-            head_outputs = x.view(batch, seq, site.num_heads, site.head_dim)
+            head_outputs = x.reshape(batch * seq, site.num_heads, site.head_dim)
             mask = self._real.mask(x)
             # As the layer will run: by this bitsandbytes repacks its weight, or not.
             with torch.set_grad_enabled(args[0].requires_grad):
                 weight = dense_weight(site).double()  # [hidden, num_heads * head_dim]
             reaching, scale = self._reaching(row, weight, output.double())
-            for i in range(batch):
-                real, of_tokens = head_outputs[i], scale[i]  # [tokens, heads, head_dim], [tokens]
+            scale = scale.reshape(batch * seq)
+            bounds = self._real.bounds
+            if bounds is None:  # each row is a sequence
+                bounds = torch.arange(batch + 1) * seq
+            for start, stop in pairwise(bounds.tolist()):
+                real, of_tokens = (
+                    head_outputs[start:stop],
+                    scale[start:stop],
+                )  # [tokens, heads, head_dim], [tokens]
                 if mask is not None:
-                    real, of_tokens = real[mask[i]], of_tokens[mask[i]]
+                    here = mask.flatten()[start:stop]
+                    real, of_tokens = real[here], of_tokens[here]
                 if self.token_agg == "last":
                     real, of_tokens = real[-1:], of_tokens[-1:]
                 if len(real):
@@ -192,6 +201,10 @@ class HookManager:
             yield
         finally:
             self._paused = before
+
+    def token_mask(self, mask: TokenMask) -> AbstractContextManager[None]:
+        """A context in which `mask`, bool `[batch, seq]`, says which tokens of a call are real, as in the fast manager."""
+        return self._arguments.overridden(mask)
 
     def __enter__(self) -> Self:
         return self

@@ -8,15 +8,23 @@ from functools import cache
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from fastheads.factors import SiteFactor, StaleFactorError, WeightWatch
-from fastheads.metrics import ContributionNorms, einsum_norms, factored_norms, loop_norms, samples
+from fastheads.metrics import (
+    ContributionNorms,
+    einsum_norms,
+    factored_norms,
+    loop_norms,
+    packed_samples,
+    samples,
+)
 from fastheads.moments import RunningMoments
 from fastheads.numerics import exact_arithmetic
 from fastheads.residual import Update
 from fastheads.sites import HeadSite
-from fastheads.tokens import RealTokens
+from fastheads.tokens import RealTokens, last_tokens
 from fastheads.weights import dense_weight
 
 TORCH_BACKENDS = ("loop", "einsum", "factored")
@@ -147,13 +155,30 @@ class Dispatcher:
         x, site = inputs[0], self._sites[rows[0]]
         backend = self._choice(x.device, x.dtype, site.head_dim)
         self.used.add(backend)
+        token_agg = self.token_agg
+        if real.bounds is not None and token_agg == "last":
+            if scale is not None:
+                numbers, _ = last_tokens([of_layer.unsqueeze(-1) for of_layer in scale], real)
+                scale = torch.stack(list(numbers)).squeeze(-1)
+            inputs, real = last_tokens(inputs, real)
+            x, token_agg = inputs[0], "token"
         if backend == "triton":
+            factors = self._kernel_forms(rows, x.dtype)
+            if real.bounds is not None and token_agg == "all":
+                # The kernel adds up rows, not segments of them. So it gives the norms of the tokens, 8 bytes a head beside the
+                # one read of x, and torch adds those up.
+                norms = rearrange(_kernels().token_norms(inputs, factors), "g k h n -> k g n h")
+                if scale is not None:
+                    norms[1] *= scale.flatten(1).unsqueeze(-1)
+                packed = packed_samples(norms, *real.packed(x))
+                self._merge_later(_Samples(moments, list(rows), *packed))
+                return
             _kernels().head_stats(
                 inputs,
-                self._kernel_forms(rows, x.dtype),
+                factors,
                 moments.buffer,
                 rows,
-                token_agg=self.token_agg,
+                token_agg=token_agg,
                 valid=None if real.valid is None else real.mask(x),
                 skip_first=real.skip_first,
                 scale=scale,
@@ -162,13 +187,14 @@ class Dispatcher:
             return
         with exact_arithmetic(x.device.type):
             mask = real.mask(x)
+            bounds = None if real.bounds is None else real.packed(x)[1]
             for part in self._batches(rows, backend):
                 several = part.stop - part.start > 1
                 group = torch.stack(list(inputs[part])) if several else inputs[part.start].unsqueeze(0)
                 contribution = self._contribution(backend, rows[part], site.num_heads, x.device)
                 of_part = None if scale is None else scale[part]
                 values, present = samples(
-                    group, mask, self.token_agg, site.num_heads, contribution, scale=of_part
+                    group, mask, token_agg, site.num_heads, contribution, scale=of_part, bounds=bounds
                 )
                 self._merge_later(_Samples(moments, list(rows[part]), values, present))
 

@@ -9,7 +9,7 @@ Under torch.compile the hooks are traced: `is_compiling` is then True, and they 
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,7 +36,7 @@ from fastheads.residual import Update
 from fastheads.results import HeadProfile
 from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
-from fastheads.tokens import DecoderArguments, RealTokens
+from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.verify import Finding, SelfCheck
 
 _CALL_IMPL = nn.Module._call_impl.__code__
@@ -218,6 +218,22 @@ class HookManager:
             yield
         finally:
             self._paused = before
+
+    def token_mask(self, mask: TokenMask) -> AbstractContextManager[None]:
+        """A context in which `mask` says which tokens are padding, in place of the arguments' masks: for callers who know better.
+
+        Sequences stay those of the call, and `skip_first` still leaves out the first real tokens of each. Under torch.compile the
+        mask is an input of the graph.
+
+        Args:
+            mask: bool `[batch, seq]`, True where a token is real: the tokens of the decoder's own call. Or a function, for calls
+                that differ (a prompt and the steps after it): it is given the arguments of the decoder's call by name, and
+                returns such a mask, or None where the arguments may speak for themselves.
+
+        Raises:
+            ValueError: here, `mask` is neither; in the forward, it is not bool or does not fit the call's tokens.
+        """
+        return self._arguments.overridden(mask)
 
     # ------------------------------------------------------------------ one forward
 
@@ -480,7 +496,14 @@ class HookManager:
     ) -> None:
         assert self._real is not None  # within a decoder's call
         torch.ops.fastheads.record(
-            inputs, self._real.valid, scale, queue.moments.pending_buffer, rows, channel.index, self._handle
+            inputs,
+            queue.moments.pending_buffer,
+            rows,
+            channel.index,
+            self._handle,
+            valid=self._real.valid,
+            bounds=self._real.bounds,
+            scale=scale,
         )
 
     def record_in_graph(
@@ -490,6 +513,7 @@ class HookManager:
         rows: list[int],
         inputs: list[Tensor],
         valid: Tensor | None,
+        bounds: Tensor | None,
         scale: Tensor | None,
         state: Tensor,
     ) -> None:
@@ -506,8 +530,8 @@ class HookManager:
             self._started_in_graphs = True
             if not capturing:
                 dispatcher.refresh()
-        real, pending = RealTokens(valid, self.skip_first), RunningMoments.over(state[channel])
-        dispatcher.record(rows, inputs, real, pending, scale=scale)
+        real = RealTokens(valid, self.skip_first, bounds)
+        dispatcher.record(rows, inputs, real, RunningMoments.over(state[channel]), scale=scale)
         dispatcher.finish()
 
     def finish(self, module: nn.Module) -> None:

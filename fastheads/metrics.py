@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastheads.tokens import mean_over_tokens, take_last
+from fastheads.tokens import mean_over_sequences, mean_over_tokens, take_last
 
 METRICS = (
     "head_output_norm",
@@ -103,12 +103,13 @@ def samples(
     contribution: ContributionNorms,
     *,
     scale: Tensor | None = None,
+    bounds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The samples of one firing of G projections with inputs `x` `[G, B, S, H·D]`; `mask` bool `[B, S]`: the real tokens;
     `scale` `[G, B, S]`: of the contributions of each token.
 
     Returns values, float64 `[n, 4, G, H]` in the order of METRICS, and which of the n count, bool `[n]` (None: all); n is B for
-    "last" and "all", B·S for "token".
+    "last" and "all", B·S for "token". With the `bounds` `[N + 1]` of packed sequences n is N for "all"; "last" takes none.
     """
     present: Tensor | None
     if token_agg == "last":
@@ -120,9 +121,22 @@ def samples(
         scale = None if scale is None else scale.flatten(1, 2)
         norms = token_norms(x.flatten(1, 2), num_heads, contribution, scale)  # [2, G, B·S, H]
         present = None if mask is None else mask.flatten()
+    if token_agg == "all" and bounds is not None:
+        assert mask is not None
+        return packed_samples(norms, mask, bounds)
     if token_agg == "all":
         norms, present = mean_over_tokens(rearrange(norms, "k g (b s) h -> k g b s h", b=x.shape[1]), mask)
-    return rearrange([*norms, *relative_to_layer(norms)], "k g n h -> n k g h"), present
+    return _with_relative(norms), present
+
+
+def packed_samples(norms: Tensor, mask: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples "all" of packed sequences, as `samples` returns them, from the norms `[2, G, B·S, H]` of all tokens."""
+    means, present = mean_over_sequences(norms.double(), mask.flatten(), bounds)
+    return _with_relative(means), present
+
+
+def _with_relative(norms: Tensor) -> Tensor:
+    return rearrange([*norms, *relative_to_layer(norms)], "k g n h -> n k g h")
 
 
 def relative_to_layer(norms: Tensor) -> Tensor:

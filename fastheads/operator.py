@@ -22,6 +22,7 @@ class Recorder(Protocol):
         rows: list[int],
         inputs: list[Tensor],
         valid: Tensor | None,
+        bounds: Tensor | None,
         scale: Tensor | None,
         state: Tensor,
     ) -> None:
@@ -44,14 +45,16 @@ def release(handle: int) -> None:
     _recorders.pop(handle, None)
 
 
-def record(  # noqa: PLR0917  # as the schema has them
+def record(
     inputs: list[Tensor],
-    valid: Tensor | None,
-    scale: Tensor | None,
     state: Tensor,
     rows: list[int],
     channel: int,
     handle: int,
+    *,
+    valid: Tensor | None,
+    bounds: Tensor | None,
+    scale: Tensor | None,
 ) -> None:
     """Merge the samples of a group of layers into `state`: the buffer of the recorder's pending moments, or a copy that a
     compiler made of it and copies back.
@@ -59,26 +62,35 @@ def record(  # noqa: PLR0917  # as the schema has them
     recorder = _recorders.get(handle)
     if recorder is not None:
         recorder.record_in_graph(
-            channel=channel, rows=rows, inputs=inputs, valid=valid, scale=scale, state=state
+            channel=channel,
+            rows=rows,
+            inputs=inputs,
+            valid=valid,
+            bounds=bounds,
+            scale=scale,
+            state=state,
         )
 
 
 # Not by torch.library.custom_op, which wraps each call in 16 µs of Python that serve autograd: the inputs are detached.
 _library = torch.library.Library("fastheads", "FRAGMENT")
 _library.define(
-    "record(Tensor[] inputs, Tensor? valid, Tensor? scale, Tensor(a!) state, int[] rows, int channel, int handle) -> ()"
+    "record(Tensor[] inputs, Tensor(a!) state, int[] rows, int channel, int handle, *, "
+    "Tensor? valid, Tensor? bounds, Tensor? scale) -> ()"
 )
 _library.impl("record", record, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("fastheads::record", lib=_library)
-def _(  # noqa: PLR0917
+def _(
     inputs: list[Tensor],
-    valid: Tensor | None,
-    scale: Tensor | None,
     state: Tensor,
     rows: list[int],
     channel: int,
     handle: int,
+    *,
+    valid: Tensor | None,
+    bounds: Tensor | None,
+    scale: Tensor | None,
 ) -> None:
     return None

@@ -1,16 +1,22 @@
 """Which tokens are real: everything that is not padding, less the first `skip_first` of each sequence.
 
-The arguments of the decoder's call say it, in this order of trust: a 2D attention mask, a 4D one, no mask at all.
-A sequence is one row of one call. What cannot be told apart for certain is refused.
+The arguments of the decoder's call say it, in this order of trust: `cu_seq_lens_q` (where packed sequences begin and end; a mask
+beside it can only take tokens away), a 2D attention mask, a 4D one, positions that start again where there is neither mask nor
+cache. A sequence is one row of one call, or one segment of a packed row. What cannot be told apart for certain is refused.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# What a caller who knows better says of one call of the decoder: the mask, or a function that makes it of the call's arguments.
+TokenMask = Tensor | Callable[[dict[str, Any]], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -19,10 +25,15 @@ class RealTokens:
 
     `valid` is bool `[B, S]` with `skip_first` already taken off; None means that every token is real but the first
     `skip_first` of each row.
+
+    `bounds` is None where each row is a sequence. Of packed rows it is int64 `[N + 1]`: sequence n is the tokens `bounds[n]` to
+    `bounds[n + 1] - 1` of all B·S, row after row. Sequences may be empty (they give no samples): where only the device knows how
+    many there are, N is B·S. `valid` is then never None.
     """
 
     valid: Tensor | None = None
     skip_first: int = 0
+    bounds: Tensor | None = None
 
     def mask(self, x: Tensor) -> Tensor | None:
         """Bool `[B, S]` for `x` `[B, S, ...]` on x's device, or None where every token is real."""
@@ -39,6 +50,40 @@ class RealTokens:
                 f"the attention mask speaks of {list(valid.shape)} tokens, but an attention output is {[batch, seq]}"
             )
         return valid.to(x.device, non_blocking=True)
+
+    def packed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mask `[B, S]` and the bounds `[N + 1]` of packed rows, for `x` `[B, S, ...]` on x's device."""
+        mask = self.mask(x)
+        assert mask is not None and self.bounds is not None
+        return mask, self.bounds.to(x.device, non_blocking=True)
+
+    @cached_property
+    def last_of_sequences(self) -> tuple[Tensor, Tensor]:
+        """The last real token of each packed sequence, int64 `[N]` among all B·S, and which have one, bool `[N]`."""
+        assert self.valid is not None and self.bounds is not None
+        bounds, valid = self.bounds, self.valid.flatten().to(self.bounds.device, non_blocking=True)
+        token = torch.arange(1, valid.shape[0] + 1, device=bounds.device)
+        # latest[i]: the last real token before token i, plus one
+        latest = torch.cat([token.new_zeros(1), torch.where(valid, token, 0).cummax(0).values])
+        last = latest[bounds[1:]] - 1
+        return last.clamp(min=0), last >= bounds[:-1]
+
+
+def last_tokens(inputs: Sequence[Tensor], real: RealTokens) -> tuple[Sequence[Tensor], RealTokens]:
+    """Inputs whose real tokens are the last ones of the packed sequences of `inputs`, `[B, S, W]` each.
+
+    One gather a layer, of a row a sequence; nothing is copied where the number of sequences is not known, for then it may be that
+    of the tokens.
+    """
+    x = inputs[0]
+    real.mask(x)  # raises where it speaks of other tokens
+    last, present = (t.to(x.device, non_blocking=True) for t in real.last_of_sequences)
+    batch, seq = x.shape[:2]
+    if last.shape[0] < batch * seq:
+        return [x.flatten(0, 1)[last].unsqueeze(0) for x in inputs], RealTokens(present.unsqueeze(0))
+    is_last = torch.zeros(batch * seq + 1, dtype=torch.bool, device=x.device)
+    is_last[torch.where(present, last, batch * seq)] = True
+    return inputs, RealTokens(is_last[:-1].view(batch, seq))
 
 
 def take_last(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -60,34 +105,192 @@ def mean_over_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
     return total / count.clamp(min=1).unsqueeze(-1), count > 0
 
 
+def mean_over_sequences(values: Tensor, mask: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the real tokens of each packed sequence, `values` `[..., T, H]` to `[..., N, H]`, and which have any.
+
+    `mask` bool `[T]`, `bounds` `[N + 1]`.
+    """
+    before = torch.cat([bounds.new_zeros(1), mask.cumsum(0)])
+    count = before[bounds[1:]] - before[bounds[:-1]]
+    real = torch.where(mask.unsqueeze(-1), values, 0.0).movedim(-2, 0).contiguous()  # [T, ..., H]
+    # Added up in order, and not as differences of one running sum: a NaN would spread. `unsafe` skips a look at the values.
+    total = torch.segment_reduce(real, "sum", offsets=bounds, axis=0, unsafe=True).movedim(0, -2)
+    return total / count.clamp(min=1).unsqueeze(-1), count > 0
+
+
 class DecoderArguments:
     """Reads the real tokens off the arguments of a decoder's `forward`."""
 
     def __init__(self, decoder: nn.Module) -> None:
         parameters = inspect.signature(decoder.forward).parameters.values()
         self._positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        # How some decoders are told of padding that is not read here (FSMT, XLM, XLNet); empty for all others.
+        self._unread = [p for p in ("decoder_padding_mask", "lengths", "input_mask") if p in self._positional]
+        self._decoder = decoder
+        self._token_mask: TokenMask | None = None
+
+    @contextmanager
+    def overridden(self, token_mask: TokenMask) -> Iterator[None]:
+        """A context in which `token_mask` says which tokens are padding, and no attention mask is read."""
+        if not isinstance(token_mask, Tensor) and not callable(token_mask):
+            raise ValueError(f"token_mask must be a tensor or a function, not {type(token_mask).__name__}")
+        before, self._token_mask = self._token_mask, token_mask
+        try:
+            yield
+        finally:
+            self._token_mask = before
 
     def real_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any], skip_first: int) -> RealTokens:
-        """Raises ValueError for arguments whose real tokens cannot be told: packed rows, masks of unknown form."""
+        """Raises ValueError for arguments whose real tokens cannot be told: masks of unknown form, wrong `cu_seq_lens_q`."""
         given = dict(zip(self._positional, args, strict=False)) | kwargs
-        mask, cache = given.get("attention_mask"), given.get("past_key_values")
-        if given.get("cu_seq_lens_q") is not None:
-            raise ValueError("packed rows (cu_seq_lens_q) are not supported: give one sequence a row")
+        mask, cache, bounds = given.get("attention_mask"), given.get("past_key_values"), None
         if isinstance(mask, Mapping):  # one for each type of layer; windows hide tokens that are real
             mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
-        if mask is None:
-            return _without_mask(given.get("position_ids"), cache, skip_first)
-        if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-            form = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"an attention mask of 2 or 4 dimensions is needed to tell real tokens, got {form}"
-            )
-        queries = _num_queries(given, mask)
-        past = None if not hasattr(cache, "get_seq_length") else cache.get_seq_length()  # type: ignore[union-attr]
-        valid = (_columns if mask.dim() == 2 else _diagonal)(mask, queries, past)
-        if skip_first:
+        if given.get("cu_seq_lens_q") is not None:
+            bounds = _given_bounds(given)
+            mask = _mask_beside_bounds(mask, given)
+        elif mask is None and cache is None:
+            bounds = self._bounds_of_positions(given)
+        valid = None if self._token_mask is None else self._told(self._token_mask, given)
+        if valid is None and mask is not None:
+            valid = _valid(mask, given, cache)
+        elif valid is None and self._unread:
+            self._check_unread(given)
+        if bounds is not None:
+            valid = _within(bounds, valid, skip_first, _tokens_of(given))
+        elif skip_first and valid is not None:
             valid = valid & (valid.cumsum(dim=1) > skip_first)
-        return RealTokens(valid, skip_first)
+        return RealTokens(valid, skip_first, bounds)
+
+    def _check_unread(self, given: dict[str, Any]) -> None:
+        for name in self._unread:
+            if given.get(name) is not None:
+                raise ValueError(
+                    f"padding that is given as {name} is not read: say which tokens are real with token_mask()"
+                )
+
+    def _told(self, token_mask: TokenMask, given: dict[str, Any]) -> Tensor | None:
+        mask = token_mask if isinstance(token_mask, Tensor) else token_mask(given)
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"token_mask must be a bool tensor [batch, seq], not {what}")
+        tokens = _tokens_of(given)
+        if mask.shape != tokens:
+            raise ValueError(
+                f"token_mask must speak of the call's own tokens, [batch, seq] = {list(tokens)}, not {list(mask.shape)}"
+            )
+        return mask
+
+    def _bounds_of_positions(self, given: dict[str, Any]) -> Tensor | None:
+        """Where the positions do not go up by one, as transformers tells packed rows: bounds `[N + 1]`; None where they all do.
+
+        Where they are not read, there are as many sequences as tokens, all but the first of them empty.
+        """
+        positions = given.get("position_ids")
+        if not isinstance(positions, Tensor):
+            return None
+        if positions.dim() == 3 and positions.shape[0] == 4:
+            positions = positions[0]  # of models with several axes: the text's, then theirs
+        if positions.dim() != 2 or positions.shape[1] < 2:
+            return None
+        starts = positions.diff(dim=1, prepend=positions[:, :1]) != 1  # a row's first always
+        read = self._reads_positions(given, positions)
+        if read and not bool(starts[:, 1:].any()):
+            return None
+        starts = starts.expand(_tokens_of(given)[0], -1).flatten()
+        tokens = starts.shape[0]
+        first = torch.arange(tokens, device=starts.device)
+        first = first[starts] if read else torch.where(starts, first, tokens).sort().values
+        return torch.cat([first, first.new_full((1,), tokens)])
+
+    def _reads_positions(self, given: dict[str, Any], positions: Tensor) -> bool:
+        """Whether the positions may be looked at: on a CPU, and where transformers itself waits for them to make its mask.
+
+        It does so where the decoder neither makes a cache nor is compiled.
+        """
+        if torch.compiler.is_compiling():
+            return False
+        if positions.device.type == "cpu":
+            return True
+        use_cache = given.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(getattr(self._decoder, "config", None), "use_cache", True)
+        if use_cache or self._decoder._compiled_call_impl is not None:
+            return False
+        return not (positions.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _tokens_of(given: dict[str, Any]) -> tuple[int, int]:
+    """(batch, seq) of the call."""
+    for name in ("input_ids", "inputs_embeds", "hidden_states", "position_ids", "attention_mask"):
+        if isinstance(given.get(name), Tensor):
+            batch, seq = given[name].shape[:2]
+            return batch, seq
+    raise ValueError(
+        "the decoder's call has no input_ids, inputs_embeds or hidden_states to tell its tokens by"
+    )
+
+
+def _given_bounds(given: dict[str, Any]) -> Tensor:
+    cu = given["cu_seq_lens_q"]
+    if not isinstance(cu, Tensor) or cu.dim() != 1 or cu.shape[0] < 2 or cu.is_floating_point():
+        form = f"{cu.dtype} {list(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
+        raise ValueError(f"cu_seq_lens_q must be whole numbers [sequences + 1], not {form}")
+    batch, seq = _tokens_of(given)
+    tokens, bounds = batch * seq, cu.to(torch.int64)
+    if not torch.compiler.is_compiling() and cu.device.type == "cpu":
+        values = bounds.tolist()
+        if values[0] < 0 or values[-1] > tokens or values != sorted(values):
+            raise ValueError(f"cu_seq_lens_q must go up from 0 to at most {tokens} tokens, not {values}")
+        return bounds
+    # On a GPU nobody looks: what goes beyond the tokens must not be read all the same.
+    return bounds.clamp(min=0, max=tokens).cummax(0).values
+
+
+def _mask_beside_bounds(mask: Any, given: dict[str, Any]) -> Any:
+    """The mask where it can say which tokens of packed rows are padding; None where it only keeps the sequences apart."""
+    if not isinstance(mask, Tensor):
+        return None
+    _, seq = _tokens_of(given)
+    return mask if mask.dim() == 2 or mask.shape[2:] == (seq, seq) else None
+
+
+def _within(bounds: Tensor, valid: Tensor | None, skip_first: int, tokens: tuple[int, int]) -> Tensor:
+    """Bool `[B, S]`: the tokens that lie in some sequence, are valid, and are not among its first `skip_first` that are."""
+    token = torch.arange(tokens[0] * tokens[1], device=bounds.device)
+    inside = (token >= bounds[0]) & (token < bounds[-1])
+    if valid is not None:
+        inside = inside & valid.expand(tokens).flatten().to(bounds.device, non_blocking=True)
+    if skip_first:
+        before = torch.cat([bounds.new_zeros(1), inside.cumsum(0)])  # [T + 1]
+        sequence = torch.searchsorted(bounds, token, right=True) - 1  # the one that each token lies in
+        first = bounds[sequence.clamp(min=0)]
+        inside = inside & (before[1:] - before[first] > skip_first)
+    return inside.view(tokens)
+
+
+def _valid(mask: Any, given: dict[str, Any], cache: Any) -> Tensor:
+    """Bool `[B, S]` (or `[1, S]`), from a mask of 2 or 4 dimensions."""
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        form = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"an attention mask of 2 or 4 dimensions is needed to tell real tokens, got {form}")
+    queries = _num_queries(given, mask)
+    past = None if not hasattr(cache, "get_seq_length") else cache.get_seq_length()
+    if mask.dim() == 4:
+        return _diagonal(mask, queries, past)
+    if isinstance(past, int) and past == 0 and mask.shape[1] > queries:
+        past = _longest_layer(cache)
+    return _columns(mask, queries, past)
+
+
+def _longest_layer(cache: Any) -> int:
+    """Tokens in a cache that says 0: its first layer may keep none (MiniMax's). -1 where nothing tells."""
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return -1
+    return max((layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")), default=0)
 
 
 def _num_queries(given: dict[str, Any], mask: Tensor) -> int:
@@ -98,17 +301,18 @@ def _num_queries(given: dict[str, Any], mask: Tensor) -> int:
 
 
 def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
-    """The columns of a 2D mask `[B, past + S]` that speak of this call's S tokens: the last ones."""
+    """The columns of a 2D mask that speak of this call's S tokens: those after the `past` ones, and a mask may run past them.
+
+    They are the last where the cache does not know (-1), or holds no more than a window.
+    """
     keys = mask.shape[1]
     if keys < queries:
         raise ValueError(f"the attention mask has {keys} columns for {queries} tokens")
-    if keys > queries and isinstance(past, Tensor):
-        raise ValueError(
-            f"a 2D attention mask of {keys} columns for {queries} tokens beside a static cache does not say whose they are"
-        )
     start = keys - queries
-    if past is None or (isinstance(past, int) and 0 < past <= start):
-        # A mask may run past the tokens. (A cache that says 0 may not know its length: MiniMax's.)
+    if isinstance(past, Tensor):  # a static cache's: it stays on its device
+        first = past.to(mask.device, non_blocking=True).clamp(max=start)
+        return mask[:, first + torch.arange(queries, device=mask.device)] != 0
+    if past is None or 0 <= past <= start:
         start = past or 0
     return mask[:, start : start + queries] != 0
 
@@ -126,21 +330,3 @@ def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
     diagonal = mask[:, 0, query, query + start]
     # An additive mask may hold a bias where it does not forbid.
     return diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
-
-
-def _without_mask(position_ids: Any, cache: Any, skip_first: int) -> RealTokens:
-    """All tokens are real; but positions that start again inside a row mean several sequences, which is refused.
-
-    Reads the positions, as transformers itself does in this case. A graph cannot: there packed rows give no samples at all.
-    """
-    if cache is not None or not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
-        return RealTokens(skip_first=skip_first)
-    in_order = (position_ids.diff(dim=1) == 1).all()
-    if torch.compiler.is_compiling() or (position_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
-        kept = torch.arange(position_ids.shape[1], device=position_ids.device) >= skip_first
-        return RealTokens((in_order & kept).expand(position_ids.shape[0], -1), skip_first)
-    if not bool(in_order):
-        raise ValueError(
-            "packed rows (position_ids that start again) are not supported: give one sequence a row"
-        )
-    return RealTokens(skip_first=skip_first)

@@ -261,16 +261,38 @@ def test_a_forward_that_fails_after_a_graph_break_counts_nothing(layer, error):
         assert_same(hooks.get_results(), want)
 
 
-def test_position_ids_without_a_mask():
+def test_a_token_mask_is_an_input_of_the_graph():
+    """Neither its values nor its being there are baked in."""
     model = build()
-    ids = tokens(2, 6)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad(), fastheads.HookManager(model, "all") as hooks:
-        compiled(input_ids=ids, position_ids=torch.arange(6).expand(2, 6), use_cache=False)
-        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
-        # packed rows give no samples: a graph cannot raise
-        compiled(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2), use_cache=False)
-        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
+    masks = [torch.rand(3, 6, generator=torch.Generator().manual_seed(seed)) < 0.6 for seed in range(3)]
+    given = dict(input_ids=tokens(3, 6), attention_mask=MASK)
+
+    def run(model, hooks):
+        for mask in masks:
+            with hooks.token_mask(mask):
+                model(**given)
+        model(**given)
+        with hooks.token_mask(lambda given: given["input_ids"] > 40):
+            model(**given)
+        return hooks.get_results()
+
+    with torch.no_grad():
+        with fastheads.HookManager(model, "all") as hooks:
+            want = run(model, hooks)
+        for how in (compile_model, compile_the_decoder):
+            with fastheads.HookManager(model, "all") as hooks:
+                assert_same(run(how(model), hooks), want)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with fastheads.HookManager(model, "all") as hooks:
+            with hooks.token_mask(masks[0]):
+                compiled(**given)
+            before = graphs()
+            for mask in masks[1:]:
+                with hooks.token_mask(mask):
+                    compiled(**given)
+            assert graphs() == before
+            with hooks.token_mask(torch.ones(3, 5).bool()), pytest.raises(Exception, match="token_mask"):
+                compiled(**given)
 
 
 def test_a_changed_weight_is_seen():

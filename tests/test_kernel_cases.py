@@ -525,6 +525,27 @@ def test_the_workspace_of_token_mode_is_bounded(monkeypatch: pytest.MonkeyPatch)
             check(state, 0, true_samples(true_norms(x, weights), real, "token"), tolerance)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_norms_of_every_token(scaled: bool) -> None:
+    """More layers than one launch takes, rows of two strides, a factor that serves twice."""
+    weights = [random_weights(2, 16, 64, torch.float32) for _ in range(3)]
+    factors = [factor_of(w, torch.float32) for w in weights]
+    inputs = [torch.randn(2, 5, 32, device=DEVICE) for _ in range(34)]
+    inputs += [torch.randn(2, 5, 64, device=DEVICE)[..., :32] for _ in range(2)]
+    scale = torch.rand(2, 5, device=DEVICE) if scaled else None
+    norms = launcher.token_norms(inputs, [factors[i % 3] for i in range(36)], scale=scale)
+    for i, x in enumerate(inputs):
+        truth = true_norms(x, weights[i % 3])
+        if scale is not None:
+            truth[1] *= scale.double()[..., None]
+        torch.testing.assert_close(
+            norms[i].double(), truth.flatten(1, 2).transpose(1, 2), rtol=EXACT, atol=1e-12
+        )
+    assert launcher.token_norms([x[:0] for x in inputs[:2]], factors[:2]).shape == (2, 2, 2, 0)
+    with pytest.raises(ValueError, match="expected inputs"):
+        launcher.token_norms([inputs[0], inputs[1][:, :4]], factors[:2])
+
+
 def test_empty_inputs_give_no_sample() -> None:
     _, _, factor, _ = case("all")
     state = new_state(1, 3)

@@ -262,3 +262,24 @@ def test_compiled():
     assert (got["count"] == 2 * want["count"]).all()
     torch.testing.assert_close(got["mean"], want["mean"], rtol=1e-5, atol=0)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("token_agg", ["last", "all", "token"])
+@pytest.mark.parametrize("backend", ["factored", *INTERPRETED])
+@pytest.mark.filterwarnings("ignore")
+def test_packed_rows(backend, token_agg):
+    model = families.build("gemma2")
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 0, 1, 2, 3, 4, 5]])
+    batch = dict(
+        input_ids=families.batch("gemma2", MASK)["input_ids"], position_ids=positions, use_cache=False
+    )
+    with (
+        BasicHookManager(model, token_agg) as basic,
+        fastheads.HookManager(model, token_agg, backend=backend) as hooks,
+        torch.no_grad(),
+    ):
+        model(**batch)
+        got, want = hooks.get_results()[METRIC], basic.get_results()[METRIC]
+    assert (want["count"] == (14 if token_agg == "token" else 4)).all()
+    for statistic in ("mean", "min", "max", "count"):
+        torch.testing.assert_close(got[statistic], want[statistic], rtol=1e-5, atol=0)

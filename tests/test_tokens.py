@@ -4,6 +4,14 @@ import pytest
 import torch
 from oracle import METRICS, assert_results, captured_inputs
 from tiny_models import build, tokens
+from transformers import (
+    DynamicCache,
+    FSMTConfig,
+    FSMTModel,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    StaticCache,
+)
 
 import fastheads
 from fastheads.basic import HookManager as BasicHookManager
@@ -150,24 +158,13 @@ def test_the_diagonal_of_a_4d_mask(additive):
 def test_what_does_not_tell_the_real_tokens_is_refused():
     model = build()
     ids = tokens(2, 6)
-    packed = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
-    cu = torch.tensor([0, 3, 6], dtype=torch.int32)
     for manager in (fastheads.HookManager, BasicHookManager):
         with manager(model) as hooks, torch.no_grad():
-            with pytest.raises(ValueError, match="packed rows .position_ids"):
-                model.model(input_ids=ids, position_ids=packed)
-            with pytest.raises(ValueError, match="packed rows .cu_seq_lens_q"):
-                model.model(input_ids=ids, cu_seq_lens_q=cu)
             with pytest.raises(ValueError, match="2 or 4 dimensions.*got 3D"):
                 model.model(input_ids=ids, attention_mask=torch.ones(2, 1, 6))
             with pytest.raises(ValueError, match="3 columns for 6 tokens"):
                 model.model(input_ids=ids, attention_mask=torch.ones(2, 3))
             assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
-    # ascending positions are no packing, and a mask goes before positions
-    with fastheads.HookManager(model) as hooks, torch.no_grad():
-        model.model(input_ids=ids, position_ids=torch.arange(6).expand(2, 6))
-        model.model(input_ids=ids, position_ids=packed, attention_mask=torch.ones(2, 6))
-        assert (hooks.get_results()["head_output_norm"]["count"] == 4).all()
 
 
 def test_a_bias_in_an_additive_mask_is_no_padding():
@@ -236,6 +233,74 @@ def test_a_cache_that_does_not_know_its_length():
     assert real.valid.tolist() == [[True], [True]]
 
 
+@pytest.mark.parametrize("family", ["llama", "minimax"])
+def test_a_mask_that_runs_past_the_tokens_beside_an_empty_cache(family):
+    """An empty cache and one whose first layer keeps nothing both say 0."""
+    if family == "minimax":
+        small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        types = ["linear_attention", "full_attention"]
+        config = MiniMaxConfig(
+            num_key_value_heads=2,
+            **small,
+            vocab_size=101,
+            head_dim=8,
+            num_local_experts=2,
+            block_size=4,
+            layer_types=types,
+        )
+        model = MiniMaxForCausalLM(config).eval()
+    else:
+        model = build()
+    reader = DecoderArguments(model.model)
+    ids, mask = tokens(2, 5), torch.tensor([[0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]])
+    with torch.no_grad():
+        cache = model.model(input_ids=ids[:, :3], attention_mask=mask[:, :3], use_cache=True).past_key_values
+    given = dict(input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cache)
+    assert reader.real_tokens((), given, 0).valid.tolist() == [[False, True], [True, False]]
+    given = dict(input_ids=ids[:, :3], attention_mask=mask, past_key_values=DynamicCache())
+    assert reader.real_tokens((), given, 0).valid.tolist() == [[False, True, True], [True, True, True]]
+
+
+@pytest.mark.parametrize("columns", [9, 12])
+def test_2d_masks_beside_a_static_cache(columns):
+    """As long as what was seen, or as what is to come."""
+    model = build()
+    sites = fastheads.find_sites(model)
+    ids, mask, positions = padded("middle")
+    whole = torch.cat([mask, torch.ones(4, columns - 9, dtype=torch.long)], dim=1)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    parts = [slice(0, 5), slice(5, 8), slice(8, 9)]
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, "all") as hooks,
+        torch.no_grad(),
+    ):
+        for part in parts:
+            model(
+                input_ids=ids[:, part],
+                attention_mask=whole[:, : part.stop] if columns == 9 else whole,
+                position_ids=positions[:, part],
+                past_key_values=cache,
+            )
+        results = hooks.get_results()
+    assert_results(results, sites, inputs, [mask[:, part].tolist() for part in parts], "all", 5e-6)
+
+
+def test_padding_that_is_not_read_is_refused():
+    """FSMT's decoder is told of it by another name, and with another sense."""
+    small = dict(d_model=32, encoder_layers=1, decoder_layers=1, langs=["de", "en"], src_vocab_size=50)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, tgt_vocab_size=50)
+    model = FSMTModel(FSMTConfig(**small, **heads))
+    reader = DecoderArguments(model.get_decoder())
+    given = dict(input_ids=tokens(2, 3))
+    assert reader.real_tokens((), given, 0).valid is None
+    given["decoder_padding_mask"] = torch.tensor([[True, False, False]] * 2)
+    with pytest.raises(ValueError, match="decoder_padding_mask is not read.*token_mask"):
+        reader.real_tokens((), given, 0)
+    with reader.overridden(~given["decoder_padding_mask"]):
+        assert reader.real_tokens((), given, 0).valid.tolist() == [[False, True, True]] * 2
+
+
 def test_a_mask_longer_than_the_tokens_without_a_cache():
     """The model itself takes its first columns."""
     given = dict(input_ids=tokens(1, 3), attention_mask=torch.tensor([[0, 1, 1, 0, 0]]))
@@ -273,3 +338,128 @@ def test_a_mask_of_another_batch_is_refused():
     real = arguments.real_tokens((), {"input_ids": tokens(2, 6), "attention_mask": torch.ones(3, 6)}, 0)
     with pytest.raises(ValueError, match=r"\[3, 6\] tokens.*\[2, 6\]"):
         real.mask(torch.zeros(2, 6, 8))
+
+
+# ------------------------------------------------------------------ token_mask
+
+TOLD = torch.tensor([[0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+MANAGERS = [fastheads.HookManager, BasicHookManager]
+
+
+@pytest.mark.parametrize("token_agg", ["last", "all", "token"])
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_a_token_mask_goes_before_the_arguments(manager, token_agg):
+    model = build()
+    sites = fastheads.find_sites(model)
+    given = dict(input_ids=tokens(3, 6), attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0]] * 3))
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        manager(model, token_agg) as hooks,
+        torch.no_grad(),
+    ):
+        with hooks.token_mask(TOLD):
+            model(**given)
+            with hooks.token_mask(~TOLD):
+                model(**given)
+        model(**given)
+        # what could not be read is not read
+        with hooks.token_mask(TOLD):
+            model.model(input_ids=tokens(3, 6), attention_mask=torch.ones(3, 1, 1, 1).bool())
+        results = hooks.get_results()
+    masks = [TOLD.tolist(), (~TOLD).tolist(), given["attention_mask"].tolist(), TOLD.tolist()]
+    assert_results(results, sites, inputs, masks, token_agg, 5e-6)
+
+
+def test_skip_first_comes_after_a_token_mask():
+    model = build()
+    sites = fastheads.find_sites(model)
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, "all", skip_first=2) as hooks,
+    ):
+        with hooks.token_mask(TOLD), torch.no_grad():
+            model(input_ids=tokens(3, 6))
+        assert_results(hooks.get_results(), sites, inputs, [TOLD.tolist()], "all", 5e-6, skip_first=2)
+
+
+@pytest.mark.parametrize("how", ["cu_seq_lens_q", "position_ids"])
+def test_packed_rows_stay_packed_under_a_token_mask(how):
+    model = build()
+    sites = fastheads.find_sites(model)
+    given = {"cu_seq_lens_q": torch.tensor([0, 4, 6, 12, 18])}
+    if how == "position_ids":
+        given = {how: torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]])}
+    with captured_inputs([s.module for s in sites]) as inputs, fastheads.HookManager(model, "last") as hooks:
+        with hooks.token_mask(TOLD), torch.no_grad():
+            model.model(input_ids=tokens(3, 6), **given)
+        results = hooks.get_results()
+    parts = [(0, 0, 4), (0, 4, 6), (1, 0, 6), (2, 0, 6)]
+    cut = [[x[b : b + 1, start:stop] for b, start, stop in parts] for (x,) in inputs]
+    masks = [TOLD[b : b + 1, start:stop].tolist() for b, start, stop in parts]
+    assert_results(results, sites, cut, masks, "last", 5e-6)
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_a_token_mask_that_does_not_fit_is_refused(manager):
+    model = build()
+    with manager(model) as hooks, torch.no_grad():
+        for mask, message in (
+            (torch.ones(3, 5).bool(), r"token_mask.*\[3, 6\], not \[3, 5\]"),
+            (torch.ones(1, 6).bool(), r"token_mask.*\[3, 6\], not \[1, 6\]"),
+            (torch.ones(3, 6), "token_mask must be a bool tensor.*float32"),
+            (lambda given: [[1] * 6] * 3, "token_mask must be a bool tensor.*list"),
+        ):
+            with hooks.token_mask(mask), pytest.raises(ValueError, match=message):
+                model(input_ids=tokens(3, 6))
+        with pytest.raises(ValueError, match="token_mask must be a tensor or a function, not list"):
+            with hooks.token_mask([[True] * 6] * 3):
+                pass
+        assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
+        model(input_ids=tokens(3, 6))  # the context is over, though a forward in it failed
+        assert (hooks.get_results()["head_output_norm"]["count"] == 3).all()
+
+
+# ------------------------------------------------------------------ other calls of the decoder
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_embeddings_in_place_of_ids(manager):
+    model = build()
+    sites = fastheads.find_sites(model)
+    ids, mask, _ = padded("left")
+    embeds = model.get_input_embeddings()(ids).detach()
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        manager(model, "all") as hooks,
+        torch.no_grad(),
+    ):
+        cache = model(inputs_embeds=embeds[:, :5], attention_mask=mask[:, :5]).past_key_values
+        model(inputs_embeds=embeds[:, 5:], attention_mask=mask, past_key_values=cache)
+        results = hooks.get_results()
+    assert_results(results, sites, inputs, [mask[:, :5].tolist(), mask[:, 5:].tolist()], "all", 5e-6)
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_a_decoder_that_is_called_several_times_in_a_forward(manager):
+    """Each call has its own tokens, as many as it likes."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm = build()
+
+        def forward(self, ids, mask):
+            draft = self.lm.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            return self.lm.model(inputs_embeds=draft[:, 2:], attention_mask=mask[:, 2:])
+
+    model = Twice()
+    sites = fastheads.find_sites(model)
+    ids, mask, _ = padded("right")
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        manager(model, "last") as hooks,
+        torch.no_grad(),
+    ):
+        model(ids, mask)
+        results = hooks.get_results()
+    assert_results(results, sites, inputs, [mask.tolist(), mask[:, 2:].tolist()], "last", 5e-6)

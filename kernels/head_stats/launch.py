@@ -516,6 +516,48 @@ def _launch_tokens(
             )
 
 
+def token_norms(
+    inputs: Sequence[Tensor], factors: Sequence[KernelFactor], *, scale: Tensor | None = None
+) -> Tensor:
+    """|z| and |W z| of every token, float32 `[layers, 2, heads, batch * seq]`: for samples that `head_stats` does not know.
+
+    Arguments and errors as those of `head_stats`; waits for nothing. Reads x once, writes 8 bytes a head and token.
+    """
+    batch, seq, _ = inputs[0].shape
+    heads, device = factors[0].heads, inputs[0].device
+    state = torch.empty(6, 4, len(inputs), heads, dtype=torch.float64, device=device)  # checked; not written
+    _check(inputs, factors, state, range(len(inputs)), "token")
+    norms = torch.empty(len(inputs), 2, heads, batch * seq, dtype=torch.float32, device=device)
+    if norms.numel() == 0:
+        return norms
+    xs = [_loadable(x) for x in inputs]
+    if scale is not None:
+        scale = scale.to(torch.float32).contiguous()
+    if _is_elsewhere(device):
+        with torch.cuda.device(device):
+            _launch_norms(xs, factors, state, scale, norms)
+    else:
+        _launch_norms(xs, factors, state, scale, norms)
+    return norms
+
+
+def _launch_norms(
+    xs: Sequence[Tensor],
+    factors: Sequence[KernelFactor],
+    state: Tensor,
+    scale: Tensor | None,
+    norms: Tensor,
+) -> None:
+    """Launches of neighbours with the same strides."""
+    start = 0
+    for stop in range(1, len(xs) + 1):
+        full = stop - start == _TABLE_SIZES[-1]
+        if full or stop == len(xs) or _strides(xs[stop]) != _strides(xs[start]):
+            part, rows = slice(start, stop), range(start, stop)
+            _launch_one(xs[part], factors[part], state, rows, "token", None, None, 0, scale, norms[part])
+            start = stop
+
+
 def _launch_window(
     xs: Sequence[Tensor],
     factors: Sequence[KernelFactor],
