@@ -14,6 +14,7 @@ from fastheads.factors import SiteFactor, StaleFactorError, WeightWatch
 from fastheads.metrics import ContributionNorms, einsum_norms, factored_norms, loop_norms, samples
 from fastheads.moments import RunningMoments
 from fastheads.numerics import exact_arithmetic
+from fastheads.parallel import Ranks
 from fastheads.sites import HeadSite
 from fastheads.tokens import RealTokens
 from fastheads.weights import dense_weight
@@ -96,9 +97,20 @@ class _Samples:
 class Dispatcher:
     """Takes groups of inputs to a backend and their samples into moments."""
 
-    def __init__(self, sites: dict[int, HeadSite], backend: str, precision: str, token_agg: str) -> None:
-        """`sites` by row. Raises as `check_backend` and `backend_for` do, for the weights as they are."""
+    def __init__(
+        self,
+        sites: dict[int, HeadSite],
+        backend: str,
+        precision: str,
+        token_agg: str,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """`sites` by row: with tensor parallelism, as this rank serves them, and the `ranks` that serve the others. Raises as
+        `check_backend` and `backend_for` do, for the weights as they are.
+        """
         check_backend(backend)
+        if ranks is not None:
+            backend = ranks.torch_backend(backend)
         self.backend, self.precision, self.token_agg = backend, precision, token_agg
         self.used: set[str] = set()
         self.factors: dict[int, SiteFactor] = {}
@@ -114,6 +126,10 @@ class Dispatcher:
                 self.factors[row].kernel(weight.dtype, precision)
         self._watch = WeightWatch(self.factors.values())
         self._waiting: list[_Samples] = []
+        self._ranks = ranks
+        self._local: list[
+            _Samples
+        ] = []  # that wait for the other ranks' heads: one sum at the end serves all
         # row -> (its bank, its place in it, its view of it)
         self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._fill_banks()
@@ -145,10 +161,19 @@ class Dispatcher:
                 group = torch.stack(list(inputs[part])) if several else inputs[part.start].unsqueeze(0)
                 contribution = self._contribution(backend, rows[part], site.num_heads, x.device)
                 values, present = samples(group, mask, self.token_agg, site.num_heads, contribution)
-                self._merge_later(_Samples(moments, list(rows[part]), values, present))
+                taken = _Samples(moments, list(rows[part]), values, present)
+                if self._ranks is None:
+                    self._merge_later(taken)
+                else:
+                    self._local.append(taken)
 
     def finish(self) -> None:
-        """Merge the samples that wait. To be called before anybody looks at the moments."""
+        """Merge the samples that wait. To be called before anybody looks at the moments; on every rank, where there are some."""
+        if self._local and self._ranks is not None:
+            local, self._local = self._local, []
+            self._ranks.relate([(part.rows, part.values) for part in local])
+            for part in local:
+                self._merge_later(part)
         waiting, self._waiting = self._waiting, []
         if waiting:
             first = waiting[0]
@@ -159,6 +184,7 @@ class Dispatcher:
     def discard(self) -> None:
         """Forget the samples that wait."""
         self._waiting = []
+        self._local = []
 
     def _merge_later(self, part: "_Samples") -> None:
         """Samples are small and a merge is many small steps: those of several layers are merged at once."""

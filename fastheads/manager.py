@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastheads import boundary, operator
+from fastheads import boundary, operator, parallel
 from fastheads.dispatch import PRECISIONS, Dispatcher
 from fastheads.factors import StaleFactorError
 from fastheads.grouping import DeviceQueue, Profiled, check_unchanged, grouped
@@ -93,7 +93,14 @@ class HookManager:
         self.sites = find_sites(self.model, include)
         self.layers = _checked_layers(layers)
         chosen = _choose(self.sites, self.layers)
-        self._dispatcher = Dispatcher(chosen, backend, precision, token_agg)
+        self._ranks = parallel.ranks_of(chosen)
+        if self._ranks is not None:
+            if verify:
+                raise ValueError(
+                    "verify=True cannot check tensor-parallel projections: no rank has all their heads"
+                )
+            chosen = self._ranks.own(chosen)
+        self._dispatcher = Dispatcher(chosen, backend, precision, token_agg, self._ranks)
         self._max_heads = max(site.num_heads for site in self.sites)
         self._group_bytes = group_bytes
         self._queues: dict[torch.device, DeviceQueue] = {}
@@ -125,6 +132,10 @@ class HookManager:
         try:
             if verify:
                 self._check = SelfCheck(self.model, list(chosen.values()))
+            if self._ranks is not None:
+                self._ranks.check_agreement(
+                    self.sites, token_agg=token_agg, skip_first=skip_first, layers=self.layers
+                )
             self._attach()
         except BaseException:
             self.remove()
@@ -138,9 +149,10 @@ class HookManager:
         self._handles.append(RetraceHandle({p.site.name: p.site.module for p in self._profiled}))
         self._handles.append(register_optimizer_step_post_hook(self._after_optimizer_step))
         for profiled in self._profiled:
-            self._handles.append(
-                profiled.site.module.register_forward_pre_hook(self._projection_hook(profiled))
-            )
+            hook = self._projection_hook(profiled)
+            if self._ranks is not None:
+                hook = self._ranks.own_heads(profiled.row, hook)
+            self._handles.append(profiled.site.module.register_forward_pre_hook(hook))
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Fused optimizers write weights without a trace."""
@@ -461,6 +473,16 @@ class HookManager:
         Raises StaleFactorError where a weight was changed in a way that showed only in its bits (`weight.data.mul_()`):
         what was measured since may be wrong, and `reset()` starts afresh.
         """
+        measured = self._measured
+        total = measured() if self._ranks is None else self._ranks.whole(measured)
+        self._check_that_all_ran(total)
+        self._check_that_all_verified(total)
+        self._warn_of_nonfinite(total)
+        by_metric = {name: Moments(*(plane[m].clone() for plane in total)) for m, name in enumerate(METRICS)}
+        return HeadProfile(by_metric, self._metadata())
+
+    def _measured(self) -> Moments:
+        """The moments `[metrics, rows, heads]` of the heads that are measured here, on the CPU. Raises StaleFactorError."""
         stale = [factor.site.name for factor in self._dispatcher.factors.values() if not factor.verify()]
         if stale:
             raise StaleFactorError(
@@ -472,11 +494,7 @@ class HookManager:
             here = Moments(*(plane.cpu() for plane in queue.moments.committed.views()))
             total = here if total is None else total.merged(here)
         assert total is not None  # the constructor made one for each weight's device
-        self._check_that_all_ran(total)
-        self._check_that_all_verified(total)
-        self._warn_of_nonfinite(total)
-        by_metric = {name: Moments(*(plane[m].clone() for plane in total)) for m, name in enumerate(METRICS)}
-        return HeadProfile(by_metric, self._metadata())
+        return total
 
     def get_results(self) -> dict[str, Any]:
         """`{metric: {statistic: tensor}, ..., "metadata": {...}}`; every tensor is on the CPU, `[num_layers, num_heads]`, float64
