@@ -226,6 +226,19 @@ def _read_plain(module: nn.Module) -> Tensor:
     return weight.detach()
 
 
+def _read_local(module: nn.Module) -> Tensor:
+    return module._parameters["weight"].to_local().detach()  # type: ignore[union-attr,operator,no-any-return]
+
+
+def _parts_of_local(module: nn.Module) -> Parts:
+    weight = module._parameters["weight"]
+    local = getattr(weight, "_local_tensor", None)
+    if weight is None or local is None:
+        return (None,)
+    # A change in place moves the version of the DTensor alone.
+    return (local, None if weight.is_inference() else weight._version)
+
+
 def _read_offloaded(module: nn.Module) -> Tensor:
     found = offload.source(module)
     assert found is not None
@@ -248,11 +261,7 @@ def _read_computed(module: Any) -> Tensor:
 
 PLAIN = Form(_read_plain, lambda module: (module._parameters["weight"],))
 # This rank's columns of a weight that is split over ranks.
-LOCAL = Form(
-    lambda module: module.weight.to_local().detach(),
-    # None where another weight has taken its place, which has another form
-    lambda module: (getattr(module._parameters["weight"], "_local_tensor", None),),
-)
+LOCAL = Form(_read_local, _parts_of_local)
 OFFLOADED = Form(_read_offloaded, _parts_of_offloaded)
 COMPUTED = Form(_read_computed, lambda module: (*module.parameters(), *module.buffers(), module.training))
 
