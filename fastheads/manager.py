@@ -43,6 +43,10 @@ class HookManager:
 
     Attaches in the constructor; `remove()`, or leaving the `with` block, detaches. Nothing of a batch is retained.
 
+    Of a tensor-parallel model (`from_pretrained(..., tp_plan="auto")`) each rank measures its own heads. Attaching, forwards,
+    `reset()`, `get_results()` and `to_profile()` are then for every rank alike, as the model's own calls are: a rank that leaves
+    one out lets the others wait until the process group's timeout. The results are the whole model's, the same on every rank.
+
     Args:
         model: a transformers model, or any module whose attention modules are called and built as theirs. DataParallel, DDP and
             torch.compile wrappers are looked through.
@@ -58,12 +62,14 @@ class HookManager:
         allow_skipped: accept that a site does not run in every forward (layer dropout, early exit); else `get_results` raises.
         include: names of attention modules, as patterns, that are profiled though they are left out by default (`find_sites`).
         verify: check each site in the first batch, against what its projection really gives and what its attention made
-            (`fastheads.verify`). A forward that does not pass raises VerificationError and counts nothing.
+            (`fastheads.verify`). A forward that does not pass raises VerificationError and counts nothing. Not for
+            tensor-parallel models.
 
     Raises:
         NoSitesError: the model has nothing to profile.
         UnsupportedWeightError: a projection's dense weight cannot be had with certainty.
-        ValueError, RuntimeError: an option is unknown, or the backend asked for cannot work here.
+        ValueError, RuntimeError: an option is unknown, or the backend asked for cannot work here, or the ranks of a
+            tensor-parallel model have different options.
     """
 
     def __init__(
@@ -472,6 +478,10 @@ class HookManager:
 
         Raises StaleFactorError where a weight was changed in a way that showed only in its bits (`weight.data.mul_()`):
         what was measured since may be wrong, and `reset()` starts afresh.
+
+        With tensor parallelism every rank must ask (it waits for the others), and each gets the whole model's profile. Raises
+        RuntimeError, on every rank, where an error ended a forward on some ranks only, so that the counts differ, or where
+        another rank could not give its results.
         """
         measured = self._measured
         total = measured() if self._ranks is None else self._ranks.whole(measured)

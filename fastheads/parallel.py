@@ -4,7 +4,9 @@ Only what transformers itself makes is taken: a projection that runs its `Rowwis
 columns, on a mesh of one dimension. The other layouts over ranks (FSDP2, HSDP, FSDP with tensor parallelism) split or gather the
 weight in ways that its placements alone do not tell.
 
-Everything here that talks to other ranks moves tensors, in the process group of the weights' mesh.
+Everything here that talks to other ranks moves tensors, in the process group of the weights' mesh. What a rank does on its own
+in a forward can fail there alone. Then the others wait for it in the next collective, the model's or the sum here, until the
+group's timeout: it is the model's own way, and an agreement before each forward would cost a wait for the device.
 """
 
 import hashlib
@@ -51,8 +53,8 @@ def check_layout(module: nn.Module) -> None:
     if not is_rowwise(module):
         raise NotDenseError(
             f"has its weight sharded over ranks ({placements}) in a way that is not supported: of FSDP2, tensor parallelism "
-            "and their like, only transformers' own tensor parallelism (tp_plan) is, with a plain torch.nn.Linear. Profile a "
-            "model that is whole on each rank"
+            "and their like, only the tp_plan of transformers 5.16 and later is, with a plain torch.nn.Linear. Profile a model "
+            "that is whole on each rank"
         )
     if weight.device_mesh.ndim != 1 or not (len(placements) == 1 and placements[0].is_shard(1)):
         raise NotDenseError(
@@ -181,6 +183,8 @@ class Ranks:
                 shared.append((slice(None) if len(split) == len(rows) else split, values))
         if not shared:
             return
+        if any(values.is_cuda for _, values in shared) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("heads of a tensor-parallel model cannot be profiled in CUDA graphs")
         sums = [values[:, :2, places].sum(dim=-1) for places, values in shared]  # [n, 2, rows]
         total = torch.cat([part.flatten() for part in sums])
         torch.distributed.all_reduce(total, group=self._group)

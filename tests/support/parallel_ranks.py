@@ -96,10 +96,12 @@ class Rank:
             checkpoint, token_agg, options, special = RESULTS[case]
             dtype = torch.float64 if special == "float64" else torch.float32
             model = self.load(checkpoint, dtype=dtype)
-            if special == "mixed":  # one layer that every rank runs as a whole
-                model.model.layers[1].self_attn = (
-                    self.load(checkpoint, parallel=False).model.layers[1].self_attn
-                )
+            if (
+                special == "mixed"
+            ):  # two layers that every rank runs as a whole, one with the heads of one rank
+                for layer, other in ((1, checkpoint), (2, "llama-two-heads")):
+                    whole = self.load(other, parallel=False)
+                    model.model.layers[layer].self_attn = whole.model.layers[layer].self_attn
             return measured(model, token_agg, options, special, self.device)
         return getattr(self, case.replace("-", "_"))()
 
@@ -192,7 +194,7 @@ class Rank:
     def error_on_both(self):
         """An error in the middle of one forward, on both ranks: it counts nothing."""
         model = self.load("llama")
-        with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
+        with fastheads.HookManager(model, "all", group_bytes=0) as hooks, torch.no_grad():
             for number, batch in enumerate([*batches(self.device), *batches(self.device)]):
                 if number != 1:
                     continue
@@ -259,7 +261,7 @@ class Rank:
         dist.all_reduce = counting
         seen = {}
         try:
-            with fastheads.HookManager(model, "token") as hooks, torch.no_grad():
+            with fastheads.HookManager(model, "token", group_bytes=0) as hooks, torch.no_grad():
                 seen["attached"] = len(sums)
                 for batch in batches(self.device):
                     model(**batch)
