@@ -171,7 +171,7 @@ class Dispatcher:
         """Merge the samples that wait. To be called before anybody looks at the moments; on every rank, where there are some."""
         if self._local and self._ranks is not None:
             local, self._local = self._local, []
-            self._ranks.relate([(part.rows, part.values) for part in local])
+            self._ranks.relate([part.values for part in local])
             for part in local:
                 self._merge_later(part)
         waiting, self._waiting = self._waiting, []

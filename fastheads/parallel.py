@@ -53,7 +53,7 @@ def check_layout(module: nn.Module) -> None:
     if not is_rowwise(module):
         raise NotDenseError(
             f"has its weight sharded over ranks ({placements}) in a way that is not supported: of FSDP2, tensor parallelism "
-            "and their like, only the tp_plan of transformers 5.16 and later is, with a plain torch.nn.Linear. Profile a model "
+            "and their like, only the tp_plan of transformers 5.18 and later is, with a plain torch.nn.Linear. Profile a model "
             "that is whole on each rank"
         )
     if weight.device_mesh.ndim != 1 or not (len(placements) == 1 and placements[0].is_shard(1)):
@@ -172,27 +172,20 @@ class Ranks:
                 f"{self._coordinate} has {', '.join(f'{k}={v!r}' for k, v in options.items())}"
             )
 
-    def relate(self, parts: Sequence[tuple[Sequence[int], Tensor]]) -> None:
-        """Collective: the relative metrics of samples `[n, 4, rows, heads]`, each with its rows, in place; one all-reduce for all
-        of them. Those that are there took this rank's heads for all.
+    def relate(self, samples: Sequence[Tensor]) -> None:
+        """Collective: the relative metrics of samples `[n, 4, rows, heads]`, in place; one all-reduce for all of them. Those that
+        are there took this rank's heads for all.
         """
-        shared: list[tuple[slice | list[int], Tensor]] = []
-        for rows, values in parts:
-            split = [place for place, row in enumerate(rows) if row in self.shards]
-            if split:
-                shared.append((slice(None) if len(split) == len(rows) else split, values))
-        if not shared:
-            return
-        if any(values.is_cuda for _, values in shared) and torch.cuda.is_current_stream_capturing():
+        if any(values.is_cuda for values in samples) and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("heads of a tensor-parallel model cannot be profiled in CUDA graphs")
-        sums = [values[:, :2, places].sum(dim=-1) for places, values in shared]  # [n, 2, rows]
+        sums = [values[:, :2].sum(dim=-1) for values in samples]  # [n, 2, rows]
         total = torch.cat([part.flatten() for part in sums])
         torch.distributed.all_reduce(total, group=self._group)
-        for (places, values), part, all_heads in zip(
-            shared, sums, total.split([part.numel() for part in sums]), strict=True
-        ):
+        parts = total.split([part.numel() for part in sums])
+        for values, part, all_heads in zip(samples, sums, parts, strict=True):
+            # Where every rank has all heads, each of them is in the sum once a rank: the mean is the same.
             mean = all_heads.view(part.shape) / (values.shape[-1] * self._size)
-            values[:, 2:, places] = relative_to_layer(values[:, :2, places], mean.unsqueeze(-1))
+            values[:, 2:] = relative_to_layer(values[:, :2], mean.unsqueeze(-1))
 
     def whole(self, measured: Callable[[], Moments]) -> Moments:
         """Collective: the moments of the whole model `[metrics, rows, heads]`, the same bits on every rank, from the ones that

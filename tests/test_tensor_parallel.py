@@ -52,6 +52,8 @@ OTHERS = (
     *("kv-heads-not-divisible", "error-on-both", "error-on-one", "stale-on-one"),
     *("one-sum", "changed-weight", "whole-job"),
 )
+# Float32, in which the model itself sums in another order over ranks: 4e-7 was the most that was seen on a CPU.
+RTOL = {"cpu": 1e-6, "cuda": 5e-6}
 GROUPS = {"results": tuple(RESULTS), "refusals": tuple(REFUSED), "others": OTHERS}
 
 pytestmark = [
@@ -180,7 +182,7 @@ def test_results_are_those_of_one_process(case, device, seen, folder):
     assert results["metadata"] == ranks[1]["results"]["metadata"]
 
     dtype = torch.float64 if special == "float64" else torch.float32
-    rtol = 1e-12 if special == "float64" else 1e-6
+    rtol = 1e-12 if special == "float64" else RTOL[device]
     model = alone(folder, device, checkpoint, dtype)
     if special == "mixed":
         model.model.layers[2].self_attn = alone(folder, device, "llama-two-heads").model.layers[2].self_attn
@@ -232,7 +234,7 @@ def test_an_error_in_the_middle_of_a_forward_counts_nothing(device, seen, folder
     first, second = seen("error-on-both")
     assert equal_results(first["results"], second["results"])
     want = measured(alone(folder, device, "llama"), "all", {}, "", torch.device(device))
-    assert_close(first["results"], want["results"], 1e-6)
+    assert_close(first["results"], want["results"], RTOL[device])
 
 
 def test_a_forward_that_ended_on_one_rank_only(device, seen, folder):
@@ -242,7 +244,7 @@ def test_a_forward_that_ended_on_one_rank_only(device, seen, folder):
         assert "did not count the same forwards (6 on rank 0, 3 on rank 1 samples" in rank["says"]
     assert equal_results(ranks[0]["results"], ranks[1]["results"])
     want = measured(alone(folder, device, "llama"), "all", {}, "", torch.device(device))
-    assert_close(ranks[0]["results"], want["results"], 1e-6)
+    assert_close(ranks[0]["results"], want["results"], RTOL[device])
 
 
 def test_a_rank_without_results_is_named(device, seen):
