@@ -12,6 +12,7 @@ from torch import nn
 
 from fastheads.dispatch import TORCH_BACKENDS, Dispatcher
 from fastheads.metrics import KV_METRIC, METRICS, UPDATE_METRIC
+from fastheads.parallel import Ranks
 from fastheads.residual import UnknownUpdateError, Update, update_of
 from fastheads.sites import HeadSite
 
@@ -30,12 +31,17 @@ class Channel:
 class Updates:
     """What the layers make of their attention's output, by row, as far as it is known."""
 
-    def __init__(self, model: nn.Module, sites: dict[int, HeadSite]) -> None:
+    def __init__(self, model: nn.Module, sites: dict[int, HeadSite], whole_outputs: bool = True) -> None:
+        """`whole_outputs`: what a projection gives is the attention's output, and not a rank's part of it."""
         self.known: dict[int, Update] = {}
         self.unknown: dict[int, str] = {}
         for row, site in sites.items():
             try:
                 update = update_of(model, site)
+                if update.norm is not None and not whole_outputs:
+                    raise UnknownUpdateError(
+                        "not measured under tensor parallelism: the norm needs the sum over ranks"
+                    )
                 if update.norm is not None:
                     update.gain(update.width, update.device)  # raises for a norm that is none of the kind
                 self.known[row] = update
@@ -54,11 +60,11 @@ class Updates:
 
 
 def channel_of_heads(
-    index: int, sites: dict[int, HeadSite], *, backend: str, precision: str, token_agg: str
+    sites: dict[int, HeadSite], ranks: Ranks | None, *, backend: str, precision: str, token_agg: str
 ) -> Channel:
     """The four metrics of each head."""
-    dispatcher = Dispatcher(sites, backend, precision, token_agg)
-    return Channel(index, dispatcher, {name: plane for plane, name in enumerate(METRICS)})
+    dispatcher = Dispatcher(sites, backend, precision, token_agg, ranks=ranks)
+    return Channel(0, dispatcher, {name: plane for plane, name in enumerate(METRICS)})
 
 
 def channel_of_updates(
@@ -72,7 +78,7 @@ def channel_of_updates(
 ) -> Channel:
     """The norm of what each head adds to the residual stream, through a norm."""
     rows = {row: sites[row] for row in normed}
-    dispatcher = Dispatcher(rows, backend, precision, token_agg, normed)
+    dispatcher = Dispatcher(rows, backend, precision, token_agg, updates=normed)
     return Channel(index, dispatcher, {UPDATE_METRIC: CONTRIBUTION})
 
 

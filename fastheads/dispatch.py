@@ -22,6 +22,7 @@ from fastheads.metrics import (
 )
 from fastheads.moments import RunningMoments
 from fastheads.numerics import exact_arithmetic
+from fastheads.parallel import Ranks
 from fastheads.residual import Update
 from fastheads.sites import HeadSite
 from fastheads.tokens import RealTokens, last_tokens
@@ -111,12 +112,18 @@ class Dispatcher:
         backend: str,
         precision: str,
         token_agg: str,
+        *,
         updates: dict[int, Update] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`sites` by row; with `updates`, by row, the weight of a site is diag(g) W, g the gain of its norm. Raises as
-        `check_backend` and `backend_for` do, for the weights as they are.
+        """`sites` by row: with tensor parallelism, as this rank serves them, and the `ranks` that serve the others. With
+        `updates`, by row, the weight of a site is diag(g) W, g the gain of its norm.
+
+        Raises as `check_backend` and `backend_for` do, for the weights as they are.
         """
         check_backend(backend)
+        if ranks is not None:
+            backend = ranks.torch_backend(backend)
         self._updates = updates or {}
         self.backend, self.precision, self.token_agg = backend, precision, token_agg
         self.used: set[str] = set()
@@ -134,6 +141,10 @@ class Dispatcher:
         self._watch = WeightWatch(self.factors.values())
         self._forms: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._waiting: list[_Samples] = []
+        self._ranks = ranks
+        self._local: list[
+            _Samples
+        ] = []  # that wait for the other ranks' heads: one sum at the end serves all
         # row -> (its bank, its place in it, its view of it)
         self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._fill_banks()
@@ -196,7 +207,11 @@ class Dispatcher:
                 values, present = samples(
                     group, mask, token_agg, site.num_heads, contribution, scale=of_part, bounds=bounds
                 )
-                self._merge_later(_Samples(moments, list(rows[part]), values, present))
+                taken = _Samples(moments, list(rows[part]), values, present)
+                if self._ranks is None:
+                    self._merge_later(taken)
+                else:
+                    self._local.append(taken)
 
     def _kernel_forms(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
         """The factors of these rows as the kernel reads them; asked for once until one changes, or all were verified."""
@@ -212,7 +227,12 @@ class Dispatcher:
         return [factor.site.name for factor in self.factors.values() if not factor.verify()]
 
     def finish(self) -> None:
-        """Merge the samples that wait. To be called before anybody looks at the moments."""
+        """Merge the samples that wait. To be called before anybody looks at the moments; on every rank, where there are some."""
+        if self._local and self._ranks is not None:
+            local, self._local = self._local, []
+            self._ranks.relate([part.values for part in local])
+            for part in local:
+                self._merge_later(part)
         waiting, self._waiting = self._waiting, []
         if waiting:
             first = waiting[0]
@@ -223,6 +243,7 @@ class Dispatcher:
     def discard(self) -> None:
         """Forget the samples that wait."""
         self._waiting = []
+        self._local = []
 
     def _merge_later(self, part: "_Samples") -> None:
         """Samples are small and a merge is many small steps: those of several layers are merged at once."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastheads import boundary, operator
+from fastheads import boundary, operator, parallel
 from fastheads.channels import (
     CONTRIBUTION,
     Channel,
@@ -52,6 +52,10 @@ class HookManager:
 
     Attaches in the constructor; `remove()`, or leaving the `with` block, detaches. Nothing of a batch is retained.
 
+    Of a tensor-parallel model (`from_pretrained(..., tp_plan="auto")`) each rank measures its own heads. Attaching, forwards,
+    `reset()`, `get_results()` and `to_profile()` are then for every rank alike, as the model's own calls are: a rank that leaves
+    one out lets the others wait until the process group's timeout. The results are the whole model's, the same on every rank.
+
     Args:
         model: a transformers model, or any module whose attention modules are called and built as theirs. DataParallel, DDP and
             torch.compile wrappers are looked through.
@@ -69,12 +73,14 @@ class HookManager:
             contribute together. In the results a "head" of that metric is a KV head.
         include: names of attention modules, as patterns, that are profiled though they are left out by default (`find_sites`).
         verify: check each site in the first batch, against what its projection really gives and what its attention made
-            (`fastheads.verify`). A forward that does not pass raises VerificationError and counts nothing.
+            (`fastheads.verify`). A forward that does not pass raises VerificationError and counts nothing. Not for
+            tensor-parallel models.
 
     Raises:
         NoSitesError: the model has nothing to profile.
         UnsupportedWeightError: a projection's dense weight cannot be had with certainty.
-        ValueError, RuntimeError: an option is unknown, or the backend asked for cannot work here.
+        ValueError, RuntimeError: an option is unknown, or the backend asked for cannot work here, or the ranks of a
+            tensor-parallel model have different options.
     """
 
     def __init__(
@@ -105,9 +111,15 @@ class HookManager:
         self.sites = find_sites(self.model, include)
         self.layers = _checked_layers(layers)
         chosen = _choose(self.sites, self.layers)
-        self._updates = Updates(self.model, chosen)
+        self._ranks = parallel.ranks_of(chosen)
+        if self._ranks is not None:
+            if verify or kv_groups:
+                name = "verify=True cannot check" if verify else "kv_groups=True cannot measure"
+                raise ValueError(f"{name} tensor-parallel projections: no rank has all their heads")
+            chosen = self._ranks.own(chosen)
+        self._updates = Updates(self.model, chosen, whole_outputs=self._ranks is None)
         how = {"backend": backend, "precision": precision, "token_agg": token_agg}
-        self._channels = [channel_of_heads(0, chosen, **how)]
+        self._channels = [channel_of_heads(chosen, self._ranks, **how)]
         if kv_groups:
             self._channels.append(channel_of_kv_groups(1, self.model, chosen, **how))
         self._at_input = tuple(self._channels)  # the others are measured behind the projection
@@ -149,6 +161,10 @@ class HookManager:
         try:
             if verify:
                 self._check = SelfCheck(self.model, list(chosen.values()))
+            if self._ranks is not None:
+                self._ranks.check_agreement(
+                    self.sites, token_agg=token_agg, skip_first=skip_first, layers=self.layers
+                )
             self._attach()
         except BaseException:
             self.remove()
@@ -162,9 +178,10 @@ class HookManager:
         self._handles.append(RetraceHandle({p.site.name: p.site.module for p in self._profiled}))
         self._handles.append(register_optimizer_step_post_hook(self._after_optimizer_step))
         for profiled in self._profiled:
-            self._handles.append(
-                profiled.site.module.register_forward_pre_hook(self._projection_hook(profiled))
-            )
+            hook = self._projection_hook(profiled)
+            if self._ranks is not None:
+                hook = self._ranks.own_heads(profiled.row, hook)
+            self._handles.append(profiled.site.module.register_forward_pre_hook(hook))
             update = self._updates.normed.get(profiled.row)
             if update is not None:
                 # Before hooks of others, which may change the output.
@@ -600,18 +617,16 @@ class HookManager:
 
         Raises StaleFactorError where a weight was changed in a way that showed only in its bits (`weight.data.mul_()`):
         what was measured since may be wrong, and `reset()` starts afresh.
+
+        With tensor parallelism every rank must ask (it waits for the others), and each gets the whole model's profile. Raises
+        RuntimeError, on every rank, where an error ended a forward on some ranks only, so that the counts differ, or where
+        another rank could not give its results.
         """
-        stale = list(dict.fromkeys(name for channel in self._channels for name in channel.dispatcher.stale()))
-        if stale:
-            raise StaleFactorError(
-                f"the weight of {', '.join(stale)} was changed in place behind autograd's back while profiling: what was "
-                "measured since may be wrong. Call reset() after such a change, or use backend='einsum', which reads it each time"
-            )
-        totals = [self._total(channel) for channel in self._channels]
-        heads = totals[0]
+        heads = self._measured() if self._ranks is None else self._ranks.whole(self._measured)
         self._check_that_all_ran(heads)
         self._check_that_all_verified(heads)
         self._warn_of_nonfinite(heads)
+        totals = [heads, *[self._total(channel) for channel in self._channels[1:]]]
         by_metric = {
             name: Moments(*(plane[m].clone() for plane in total))
             for channel, total in zip(self._channels, totals, strict=True)
@@ -619,6 +634,16 @@ class HookManager:
         }
         by_metric[UPDATE_METRIC] = self._update_moments(by_metric)
         return HeadProfile(by_metric, self._metadata())
+
+    def _measured(self) -> Moments:
+        """The moments `[metrics, rows, heads]` of the heads that are measured here, on the CPU. Raises StaleFactorError."""
+        stale = list(dict.fromkeys(name for channel in self._channels for name in channel.dispatcher.stale()))
+        if stale:
+            raise StaleFactorError(
+                f"the weight of {', '.join(stale)} was changed in place behind autograd's back while profiling: what was "
+                "measured since may be wrong. Call reset() after such a change, or use backend='einsum', which reads it each time"
+            )
+        return self._total(self._channels[0])
 
     def _total(self, channel: Channel) -> Moments:
         """The committed moments of a channel, on the CPU."""

@@ -139,10 +139,12 @@ def _with_relative(norms: Tensor) -> Tensor:
     return rearrange([*norms, *relative_to_layer(norms)], "k g n h -> n k g h")
 
 
-def relative_to_layer(norms: Tensor) -> Tensor:
+def relative_to_layer(norms: Tensor, mean: Tensor | None = None) -> Tensor:
     """Samples `[..., H]` divided by their mean over the layer's heads, sample by sample: a running mean could not give it back.
+
+    `mean` `[..., 1]` is that mean where the layer has more heads than these.
 
     A sample of a layer whose mean is infinite is NaN, not 0: nothing was measured there.
     """
-    mean = norms.mean(dim=-1, keepdim=True)
+    mean = norms.mean(dim=-1, keepdim=True) if mean is None else mean
     return norms / mean.masked_fill(mean.isinf(), torch.nan)

@@ -113,8 +113,11 @@ class Update:
         raise UnknownUpdateError(f"{type(self.norm).__name__} does not say its epsilon")
 
     def scale(self, output: Tensor) -> Tensor:
-        """The number c / rms(a) of each token, float32 `[batch, seq]`, for a = `output` `[batch, seq, out_features]`."""
-        norm = torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32)
+        """The number c / rms(a) of each token, `[batch, seq]`, for a = `output` `[batch, seq, out_features]`: float32, or float64
+        for such an output.
+        """
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(output, dim=-1, dtype=dtype)
         return self.multiplier * torch.rsqrt(norm.square() / output.shape[-1] + self.eps)
 
 

@@ -81,7 +81,11 @@ class NoSitesError(ValueError):
 
 @dataclass(frozen=True)
 class HeadSite:
-    """One attention output projection: its input is `[batch, seq, num_heads * head_dim]`."""
+    """One attention output projection: its input is `[batch, seq, num_heads * head_dim]`.
+
+    Of a tensor-parallel model, `num_heads` counts the heads of all ranks, in the order of the whole model, on every rank: what is
+    profiled there can be merged and compared with any other profile of the model. This rank's input may hold some of them only.
+    """
 
     name: str  # of the projection, as in model.named_modules()
     layer: int

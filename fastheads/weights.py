@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fastheads import offload
+from fastheads import offload, parallel
 from fastheads.forms import (
     MODULES,
     TENSORS,
@@ -53,10 +53,11 @@ LORA = frozenset(
 def dense_weight(site: HeadSite) -> Tensor:
     """The weight `[out_features, num_heads * head_dim]` with which the projection now acts on its input.
 
-    A quantised weight is dequantised, an offloaded one is fetched to where it acts, and LoRA that is not merged is added.
+    A quantised weight is dequantised, an offloaded one is fetched to where it acts, and LoRA that is not merged is added. Of a
+    tensor-parallel one these are the columns that act on this rank: of a site that counts this rank's heads.
 
-    Raises UnsupportedWeightError, naming the site, for a projection of a type that is not known, or whose weight is sharded, on
-    the meta device, or no fixed matrix.
+    Raises UnsupportedWeightError, naming the site, for a projection of a type that is not known, or whose weight is sharded
+    otherwise, on the meta device, or no fixed matrix.
     """
     try:
         weight = _read(site.module)
@@ -191,10 +192,8 @@ def _form_as_it_lies(module: nn.Module) -> Form:
     if weight is None:
         return COMPUTED
     if is_dtensor(weight):
-        raise NotDenseError(
-            f"has its weight sharded over ranks ({weight.placements}, FSDP2 or tensor parallelism): "  # type: ignore[attr-defined]
-            "profile a model that is whole on each rank"
-        )
+        parallel.check_layout(module)
+        return LOCAL
     if type(weight) is nn.Parameter or type(weight) is Tensor:
         return PLAIN
     form = TENSORS.get(qualified_name(type(weight)))
@@ -211,6 +210,8 @@ def _check_own_forward(module: nn.Module) -> None:
     own = vars(module).get("forward")
     if own is None or getattr(own, "__func__", None) is type(module).forward:
         return  # accelerate leaves the class's own behind
+    if parallel.is_rowwise(module):
+        return
     if not offload.only_aligns_devices(module):
         code = getattr(
             getattr(own, "__func__", own), "__code__", None
@@ -223,6 +224,19 @@ def _check_own_forward(module: nn.Module) -> None:
 def _read_plain(module: nn.Module) -> Tensor:
     weight: Tensor = module._parameters["weight"]  # type: ignore[assignment]
     return weight.detach()
+
+
+def _read_local(module: nn.Module) -> Tensor:
+    return module._parameters["weight"].to_local().detach()  # type: ignore[union-attr,operator,no-any-return]
+
+
+def _parts_of_local(module: nn.Module) -> Parts:
+    weight = module._parameters["weight"]
+    local = getattr(weight, "_local_tensor", None)
+    if weight is None or local is None:
+        return (None,)
+    # A change in place moves the version of the DTensor alone.
+    return (local, None if weight.is_inference() else weight._version)
 
 
 def _read_offloaded(module: nn.Module) -> Tensor:
@@ -246,6 +260,8 @@ def _read_computed(module: Any) -> Tensor:
 
 
 PLAIN = Form(_read_plain, lambda module: (module._parameters["weight"],))
+# This rank's columns of a weight that is split over ranks.
+LOCAL = Form(_read_local, _parts_of_local)
 OFFLOADED = Form(_read_offloaded, _parts_of_offloaded)
 COMPUTED = Form(_read_computed, lambda module: (*module.parameters(), *module.buffers(), module.training))
 
@@ -259,6 +275,10 @@ def _read_adapted(module: Any, base: nn.Module) -> Tensor:
         kind = type(module)
         raise NotDenseError(
             f"is a {kind.__name__} of {kind.__module__}; of adapters only PEFT's plain LoRA is supported"
+        )
+    if parallel.is_rowwise(base):
+        raise NotDenseError(
+            "has adapters over a tensor-parallel weight: merge them before the model is sharded"
         )
     weight = _read(base)
     if module.disable_adapters:

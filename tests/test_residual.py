@@ -220,6 +220,16 @@ def test_a_multiplier_scales_every_statistic():
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_double_models_are_measured_in_double():
+    model = families.build("gemma2").double()
+    with fastheads.HookManager(model, "token") as hooks, BasicHookManager(model, "token") as basic:
+        with torch.no_grad():
+            model(**families.batch("gemma2", MASK))
+        got, want = hooks.get_results()[METRIC], basic.get_results()[METRIC]
+    torch.testing.assert_close(got["mean"], want["mean"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_gain_that_changes_makes_new_factors():
     model = families.build("gemma2")
     batch = families.batch("gemma2", MASK)

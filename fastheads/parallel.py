@@ -1,0 +1,252 @@
+"""Tensor parallelism: which heads this rank measures, the one sum over ranks that a forward needs, the profile of all ranks.
+
+Only what transformers itself makes is taken: a projection that runs its `RowwiseParallel`, its weight a DTensor split over the
+columns, on a mesh of one dimension. The other layouts over ranks (FSDP2, HSDP, FSDP with tensor parallelism) split or gather the
+weight in ways that its placements alone do not tell.
+
+Everything here that talks to other ranks moves tensors, in the process group of the weights' mesh. What a rank does on its own
+in a forward can fail there alone. Then the others wait for it in the next collective, the model's or the sum here, until the
+group's timeout: it is the model's own way, and an agreement before each forward would cost a wait for the device.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastheads.forms import NotDenseError, UnsupportedWeightError, is_dtensor, plain_forward, qualified_name
+from fastheads.metrics import relative_to_layer
+from fastheads.moments import Moments, RunningMoments
+from fastheads.sites import HeadSite
+
+# What transformers sets as the forward of a module that it makes parallel, and the style of those whose weight is split by
+# columns: by the heads, for an output projection.
+PARALLEL_FORWARD = "TensorParallelLayer.install_forward.<locals>.tp_forward"
+ROWWISE = "transformers.distributed.tensor_parallel.RowwiseParallel"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The heads of one projection that this rank serves: `start` to `start + num_heads`, where every rank serves as many."""
+
+    start: int
+    num_heads: int
+    head_dim: int
+    split_input: bool  # the projection is given the heads of all ranks, and takes its own of them
+    mesh: Any = field(compare=False)
+    device: torch.device = field(compare=False)
+
+
+def is_rowwise(module: nn.Module) -> bool:
+    """Whether the module is a linear layer that transformers runs on this rank's columns of its weight."""
+    return _rowwise(module) is not None and plain_forward(module) and is_dtensor(_weight(module))
+
+
+def check_layout(module: nn.Module) -> None:
+    """Raises NotDenseError, naming the placements, for a weight that is over ranks in another way than `Shard` says."""
+    weight = _weight(module)
+    placements = weight.placements
+    if not is_rowwise(module):
+        raise NotDenseError(
+            f"has its weight sharded over ranks ({placements}) in a way that is not supported: of FSDP2, tensor parallelism "
+            "and their like, only the tp_plan of transformers 5.18 and later is, with a plain torch.nn.Linear. Profile a model "
+            "that is whole on each rank"
+        )
+    if weight.device_mesh.ndim != 1 or not (len(placements) == 1 and placements[0].is_shard(1)):
+        raise NotDenseError(
+            f"has its weight sharded over ranks ({placements} on {weight.device_mesh}): of tensor parallelism only a mesh of "
+            "one dimension is supported, and a weight split by its columns"
+        )
+
+
+def shard_of(site: HeadSite) -> Shard | None:
+    """What this rank serves of the projection; None where each rank serves all of it, or the weight is nothing known.
+
+    Raises UnsupportedWeightError, naming the site, for a layout that is not supported.
+    """
+    module = site.module
+    if not is_rowwise(module):
+        return None
+    try:
+        check_layout(module)
+    except NotDenseError as error:
+        raise UnsupportedWeightError(f"{site.name} {error}") from None
+    weight, style = _weight(module), _rowwise(module)
+    assert style is not None
+    mesh, local = weight.device_mesh, weight.to_local()
+    heads, rest = divmod(site.num_heads, mesh.size())
+    if rest or local.shape[1] != heads * site.head_dim:
+        raise UnsupportedWeightError(
+            f"{site.name} has {site.num_heads} heads of {site.head_dim} over {mesh.size()} ranks, which cuts heads in two: "
+            "a number of ranks that divides the heads is needed"
+        )
+    split_input = not style.input_layouts.is_shard()
+    return Shard(mesh.get_local_rank() * heads, heads, site.head_dim, split_input, mesh, local.device)
+
+
+def _weight(module: nn.Module) -> Any:
+    return module._parameters.get("weight")
+
+
+def _rowwise(module: nn.Module) -> Any:
+    """The style in which transformers runs a projection that it has split by heads; None of another module."""
+    forward = vars(module).get("forward")
+    code = getattr(forward, "__code__", None)
+    if forward is None or code is None or code.co_qualname != PARALLEL_FORWARD:
+        return None
+    held = inspect.getclosurevars(forward).nonlocals
+    # The one that it wraps may be another's: accelerate's, say.
+    if getattr(held.get("original_forward"), "__func__", None) is not type(module).forward:
+        return None
+    style = held.get("self")
+    return style if qualified_name(type(style)) == ROWWISE else None
+
+
+class Ranks:
+    """The ranks that share a model's heads. Each measures its own; what needs all of them, the mean over a layer's heads and
+    the whole profile, is made here.
+
+    The methods that say *collective* are to be called on every rank, in the same order, or the ranks that did wait for the
+    others until the process group's timeout, as the model's own collectives do.
+    """
+
+    def __init__(self, shards: dict[int, Shard]) -> None:
+        """`shards` by row: of the sites that are split over ranks, at least one. The others are the same on every rank."""
+        self.shards = shards
+        first = next(iter(shards.values()))
+        if any(shard.mesh != first.mesh for shard in shards.values()):
+            raise UnsupportedWeightError("the projections are sharded over several groups of ranks")
+        self._group = first.mesh.get_group()
+        self._size: int = first.mesh.size()
+        self._device = first.device
+        self._coordinate = first.mesh.get_local_rank()
+        self._order = list(range(self._size))  # place in the group -> place in the mesh
+
+    def own(self, sites: dict[int, HeadSite]) -> dict[int, HeadSite]:
+        """The sites as this rank's projections serve them: with its heads alone."""
+        return {
+            row: replace(site, num_heads=self.shards[row].num_heads) if row in self.shards else site
+            for row, site in sites.items()
+        }
+
+    def torch_backend(self, backend: str) -> str:
+        """The backend that serves where `backend` is asked for. RuntimeError for "triton": the kernel makes a sample of all
+        heads of a layer, and there is no rank that has them.
+        """
+        if backend == "triton":
+            raise RuntimeError(
+                "backend 'triton' cannot be used with tensor parallelism: choose one of loop, einsum, factored, or auto"
+            )
+        return "factored" if backend == "auto" else backend
+
+    def own_heads(self, row: int, hook: Callable[..., None]) -> Callable[..., None]:
+        """The pre-hook of the projection of `row`, given this rank's heads alone."""
+        shard = self.shards.get(row)
+        if shard is None or not shard.split_input:
+            return hook
+        width = shard.num_heads * self._size * shard.head_dim
+        start = shard.start * shard.head_dim
+        stop = start + shard.num_heads * shard.head_dim
+
+        def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if x.shape[-1] == width:  # else the hook says what it expected
+                x = x[..., start:stop].contiguous()  # a view that is kept would keep all heads
+            hook(module, (x,))
+
+        return pre_hook
+
+    def check_agreement(self, sites: Sequence[HeadSite], **options: Any) -> None:
+        """Collective. Raises RuntimeError, on every rank, where the ranks profile other sites or with other options."""
+        said = repr(([(s.name, s.num_heads, s.head_dim) for s in sites], sorted(self.shards), options))
+        digest = int.from_bytes(hashlib.sha256(said.encode()).digest()[:7], "big")
+        answers = self._gathered(torch.tensor([digest, self._coordinate]))
+        self._order = [int(answer[1]) for answer in answers]
+        if len({int(answer[0]) for answer in answers}) > 1:
+            raise RuntimeError(
+                "the ranks of a tensor-parallel model must attach with the same options, to the same sites: here rank "
+                f"{self._coordinate} has {', '.join(f'{k}={v!r}' for k, v in options.items())}"
+            )
+
+    def relate(self, samples: Sequence[Tensor]) -> None:
+        """Collective: the relative metrics of samples `[n, 4, rows, heads]`, in place; one all-reduce for all of them. Those that
+        are there took this rank's heads for all.
+        """
+        if any(values.is_cuda for values in samples) and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("heads of a tensor-parallel model cannot be profiled in CUDA graphs")
+        sums = [values[:, :2].sum(dim=-1) for values in samples]  # [n, 2, rows]
+        total = torch.cat([part.flatten() for part in sums])
+        torch.distributed.all_reduce(total, group=self._group)
+        parts = total.split([part.numel() for part in sums])
+        for values, part, all_heads in zip(samples, sums, parts, strict=True):
+            # Where every rank has all heads, each of them is in the sum once a rank: the mean is the same.
+            mean = all_heads.view(part.shape) / (values.shape[-1] * self._size)
+            values[:, 2:] = relative_to_layer(values[:, :2], mean.unsqueeze(-1))
+
+    def whole(self, measured: Callable[[], Moments]) -> Moments:
+        """Collective: the moments of the whole model `[metrics, rows, heads]`, the same bits on every rank, from the ones that
+        `measured` gives here, this rank's heads first in each row. CPU tensors.
+
+        Raises RuntimeError, on every rank, where `measured` raised on another one (here its own error is raised), or where
+        the ranks did not count the same samples.
+        """
+        failure: Exception | None = None
+        try:
+            here = measured()
+        except Exception as error:  # the others wait for this rank
+            failure = error
+        failed = [bool(flag) for flag in self._gathered(torch.tensor([failure is not None]))]
+        if failure is not None:
+            raise failure
+        if any(failed):
+            ranks = ", ".join(str(place) for place, flag in zip(self._order, failed, strict=True) if flag)
+            raise RuntimeError(
+                f"rank {ranks} of the tensor-parallel group could not give its results; its own error says why"
+            )
+        # As bits, so that one tensor holds counts and values.
+        bits = torch.stack([plane.view(torch.int64) for plane in here])  # [planes, metrics, rows, heads]
+        answers = self._gathered(bits)
+        by_rank = [answers[self._order.index(rank)] for rank in range(self._size)]
+        self._check_counts(by_rank)
+        _, metrics, rows, heads = bits.shape
+        everyone = RunningMoments(metrics, rows, heads, torch.device("cpu"))
+        target = everyone.buffer.view(torch.int64)
+        for row in range(rows):
+            shard = self.shards.get(row)
+            if shard is None:
+                target[:, :, row] = by_rank[0][:, :, row]  # the same on every rank: counted once
+                continue
+            n = shard.num_heads
+            for rank, part in enumerate(by_rank):
+                target[:, :, row, rank * n : (rank + 1) * n] = part[:, :, row, :n]
+        return everyone.views()
+
+    def _check_counts(self, by_rank: list[Tensor]) -> None:
+        """Raises RuntimeError where the ranks have different numbers of samples of a site."""
+        samples = [part[0, 0, :, 0] + part[1, 0, :, 0] for part in by_rank]  # count + nonfinite, [rows]
+        if any(not torch.equal(samples[0], other) for other in samples[1:]):
+            numbers = ", ".join(f"{int(n.max())} on rank {rank}" for rank, n in enumerate(samples))
+            raise RuntimeError(
+                f"the ranks did not count the same forwards ({numbers} samples of a site): an error ended one on some ranks "
+                "only. Call reset() on every rank and profile again"
+            )
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        """`tensor` of every rank of the group, on the CPU."""
+        here = tensor.to(self._device).contiguous()
+        everyone = [torch.empty_like(here) for _ in range(self._size)]
+        torch.distributed.all_gather(everyone, here, group=self._group)
+        return [answer.cpu() for answer in everyone]
+
+
+def ranks_of(sites: dict[int, HeadSite]) -> Ranks | None:
+    """The ranks that share the heads of `sites` (by row); None where every rank has all of them.
+
+    Raises UnsupportedWeightError for sites that are shared in a way that is not supported.
+    """
+    shards = {row: shard for row, site in sites.items() if (shard := shard_of(site)) is not None}
+    return Ranks(shards) if shards else None
