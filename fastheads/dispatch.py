@@ -142,9 +142,8 @@ class Dispatcher:
         self._forms: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._waiting: list[_Samples] = []
         self._ranks = ranks
-        self._local: list[
-            _Samples
-        ] = []  # that wait for the other ranks' heads: one sum at the end serves all
+        # Those that wait for the other ranks' heads: one sum at the end serves all.
+        self._local: list[_Samples] = []
         # row -> (its bank, its place in it, its view of it)
         self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._fill_banks()

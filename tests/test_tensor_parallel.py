@@ -49,7 +49,7 @@ REFUSED = {
     "adapters": "model.layers.0.self_attn.o_proj has adapters over a tensor-parallel weight",
 }
 OTHERS = (
-    *("kv-heads-not-divisible", "error-on-both", "error-on-one", "stale-on-one"),
+    *("kv-heads-not-divisible", "error-on-both", "error-on-one", "errors-in-turn", "stale-on-one"),
     *("one-sum", "changed-weight", "whole-job"),
 )
 # Float32, in which the model itself sums in another order over ranks: 4e-7 was the most that was seen on a CPU.
@@ -241,10 +241,15 @@ def test_a_forward_that_ended_on_one_rank_only(device, seen, folder):
     ranks = seen("error-on-one")
     assert [rank["failed"] for rank in ranks] == [False, True]
     for rank in ranks:
-        assert "did not count the same forwards (6 on rank 0, 3 on rank 1 samples" in rank["says"]
+        assert "did not count the same forwards (6 on rank 0, 3 on rank 1, in samples" in rank["says"]
     assert equal_results(ranks[0]["results"], ranks[1]["results"])
     want = measured(alone(folder, device, "llama"), "all", {}, "", torch.device(device))
     assert_close(ranks[0]["results"], want["results"], RTOL[device])
+
+
+def test_different_forwards_with_as_many_samples(device, seen):
+    for rank in seen("errors-in-turn"):
+        assert "did not count the same forwards (as many of others" in rank["says"]
 
 
 def test_a_rank_without_results_is_named(device, seen):

@@ -232,6 +232,23 @@ class Rank:
                     model(**batch)
             return {"failed": failed, "says": says, "results": hooks.get_results()}
 
+    def errors_in_turn(self):
+        """One forward counts on rank 1 only, another with as many samples on rank 0 only."""
+        model = self.load("llama")
+        with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
+            for failing in range(2):
+                if failing == self.rank:
+                    handle = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+                try:
+                    model(tokens(3, 6, seed=failing).to(self.device))
+                except ZeroDivisionError:
+                    handle.remove()
+            try:
+                hooks.get_results()
+            except RuntimeError as error:
+                return {"says": str(error)}
+        return {"says": "nothing"}
+
     def stale_on_one(self):
         """One rank's weight changes behind autograd's back."""
         model = self.load("llama")
