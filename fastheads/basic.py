@@ -125,6 +125,7 @@ class HookManager:
             return weight, ones * update.multiplier
         gain = update.gain(len(weight), weight.device)
         root = (output.square().mean(dim=-1) + update.eps).sqrt()
+        root = root.masked_fill(root.isinf(), torch.nan)
         return gain[:, None] * weight, update.multiplier / root
 
     def _update(

@@ -42,8 +42,7 @@ class Updates:
                     raise UnknownUpdateError(
                         "not measured under tensor parallelism: the norm needs the sum over ranks"
                     )
-                if update.norm is not None:
-                    update.gain(update.width, update.device)  # raises for a norm that is none of the kind
+                update.check()
                 self.known[row] = update
             except UnknownUpdateError as error:
                 self.unknown[row] = str(error)

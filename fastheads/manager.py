@@ -130,6 +130,7 @@ class HookManager:
         self._dispatcher = self._channels[0].dispatcher
         self._max_heads = max(site.num_heads for site in self.sites)
         self._group_bytes = group_bytes
+        self._running: nn.Module | None = None  # the outermost module of the forward under way
         self._queues: dict[torch.device, DeviceQueue] = {}
         self._profiled = [
             Profiled(row, site, self._queue_on(self._dispatcher.weights[row][0]))
@@ -138,7 +139,6 @@ class HookManager:
         self._places = [_place(self.model, site) for site in chosen.values()]
         self._decoder = decoder_of(self.model)
         self._arguments = DecoderArguments(self._decoder)
-        self._running: nn.Module | None = None  # the outermost module of the forward under way
         self._real: RealTokens | None = None  # the real tokens of the decoder's call under way
         self._decoder_traced = False  # while a graph is traced that holds the decoder's call
         # What that graph keeps for its operators.
@@ -194,6 +194,7 @@ class HookManager:
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Fused optimizers write weights without a trace."""
         own = {id(parameter) for p in self._profiled for parameter in p.site.module.parameters()}
+        own |= {id(p) for update in self._updates.normed.values() for p in update.parameters()}
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             for channel in self._channels:
                 channel.dispatcher.mark_changed()
@@ -383,7 +384,7 @@ class HookManager:
         queue.kept.append((profiled, x, None if x.is_inference() else x._version))
 
     def _output_hook(self, profiled: Profiled, update: Update) -> Callable[..., None]:
-        own, queue = profiled.site.module, profiled.queue
+        own = profiled.site.module
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self._running is None or module is not own:
@@ -393,11 +394,9 @@ class HookManager:
                 scale = update.scale(output.detach())
             if torch.compiler.is_compiling():
                 self._trace_scaled(profiled, x, scale)
-            elif x.device != queue.device:
-                raise RuntimeError(
-                    f"{profiled.site.name} was moved to another device after the hooks were attached: attach a new HookManager"
-                )
-            elif self._decoder_traced:
+                return
+            queue = profiled.queue if x.device == profiled.queue.device else self._queue_on(x.device)
+            if self._decoder_traced:
                 self._record_traced(self._channels[-1], [profiled.row], [x], scale.unsqueeze(0), queue)
             elif x.nbytes <= queue.largest and not queue.off_stream():
                 queue.scaled.append((profiled, x, scale))
@@ -601,6 +600,8 @@ class HookManager:
         if device not in self._queues:
             shape = (len(METRICS), len(self.sites), self._max_heads)
             moments = CommittedMoments(*shape, device, channels=len(self._channels))
+            if self._running is not None:  # a forward is under way: if it fails, what it leaves here must go
+                moments.begin(always=False)
             self._queues[device] = DeviceQueue(device, moments, self._group_bytes)
             self._queues[device].follow_stream()
         return self._queues[device]

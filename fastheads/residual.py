@@ -20,13 +20,14 @@ from fastheads.sites import HeadSite
 
 @dataclass(frozen=True)
 class Rule:
-    """Where a decoder layer keeps what it applies to its attention's output before adding it."""
+    """Where a decoder layer keeps what it applies to the output of its attention (a child of that name) before adding it."""
 
     norm: str | None = None
     multiplier: str | None = None
+    attention: str | None = None  # None: whatever its name
 
 
-# By the class of the decoder layer. All other layers of transformers add the output as it is.
+# By the class of the decoder layer. Other layers of transformers that show nothing of the kind (SCALES) add the output as it is.
 RULES: dict[str, Rule] = {
     r"^(Gemma[234]|Gemma4Unified|DiffusionGemma|EmbeddingGemma2|MuseGlimmer)(Text|Encoder|Decoder)*Layer$": Rule(
         "post_attention_layernorm"
@@ -35,10 +36,11 @@ RULES: dict[str, Rule] = {
         "post_attention_layernorm"
     ),
     r"^(Glm4|Kolibri1|T5Gemma2?|Glm4vText|GlmImageText|GlmOcrText)(En|De)?(coder)?Layer$": Rule(
-        "post_self_attn_layernorm"
+        "post_self_attn_layernorm", attention="self_attn"
     ),
     r"^Lfm3DecoderLayer$": Rule("post_operator_norm"),
     r"^HyperCLOVAXDecoderLayer$": Rule("post_norm1", "residual_multiplier"),
+    r"^FalconH1DecoderLayer$": Rule(multiplier="attn_out_multiplier"),
     r"^Granite\w*DecoderLayer$": Rule(multiplier="residual_multiplier"),
     r"^MiniCPM3DecoderLayer$": Rule(multiplier="residual_scale"),
     r"^MiniMaxDecoderLayer$": Rule(multiplier="attn_beta_factor"),
@@ -48,6 +50,7 @@ UNKNOWN: dict[str, str] = {
     r"^BeamDecoder": "it scales the sum with the depth of the layer",
     r"^Gemma3nText": "it mixes several residual streams",
     r"^HYV4": "it mixes several residual streams",
+    r"^(Idefics|Mllama)\w*CrossAttention": "a gate comes between",
     r"^Inkling2": "it convolves the attention's output",
     r"^Qwen4Exp": "it mixes several residual streams",
     r"^Zamba": "the attention's output goes through another layer before it is added",
@@ -55,16 +58,29 @@ UNKNOWN: dict[str, str] = {
 }
 
 
+# What else a layer would scale its attention's output with: parameters of its own, or children so called.
+SCALES = re.compile(r"scale|residual_gate|(attn|attention)\w*gate", re.IGNORECASE)
+SCALES_THE_RESIDUAL = re.compile(r"^Doge")  # and not what is added to it
+
+
 class UnknownUpdateError(ValueError):
     """What a layer adds to the residual stream is not known."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Update:
-    """What one decoder layer makes of its attention's output."""
+    """What one decoder layer makes of its attention's output, read off the layer each time: it may be changed."""
 
-    multiplier: float = 1.0
-    norm: nn.Module | None = None
+    layer: Any = None
+    rule: Rule = Rule()
+
+    @property
+    def multiplier(self) -> float:
+        return 1.0 if self.rule.multiplier is None else float(getattr(self.layer, self.rule.multiplier))
+
+    @property
+    def norm(self) -> nn.Module | None:
+        return None if self.rule.norm is None else getattr(self.layer, self.rule.norm)
 
     @property
     def width(self) -> int:
@@ -81,27 +97,37 @@ class Update:
 
     def key(self) -> tuple[Any, ...]:
         """What moves when the gain is changed the ordinary way."""
-        return tuple([(p.data_ptr(), None if p.is_inference() else p._version) for p in self.parameters()])
+        versions = [(p.data_ptr(), None if p.is_inference() else p._version) for p in self.parameters()]
+        return (id(self.norm), *versions)
 
     def __str__(self) -> str:
         """As in a profile's metadata."""
         text = "as it is" if self.norm is None else f"normed ({type(self.norm).__name__})"
         return text if self.multiplier == 1.0 else f"{text}, times {self.multiplier:g}"
 
-    def gain(self, width: int, device: torch.device) -> Tensor:
-        """The norm's gain, float64 `[width]`. Raises UnknownUpdateError for a norm that is no RMS norm."""
-        assert self.norm is not None
-        eps = self.eps
+    def check(self) -> None:
+        """Raises UnknownUpdateError for a norm that is no RMS norm, or cannot be asked. Waits for the device."""
+        norm = self.norm
+        if norm is None:
+            return
+        if next(norm.children(), None) is not None or "_hf_hook" in vars(norm) or self.device.type == "meta":
+            raise UnknownUpdateError(f"{type(norm).__name__} is wrapped or offloaded")
+        gain, width = self.gain(self.width, self.device), self.width
         with torch.no_grad():
-            # What the norm does to ones is its gain; on another vector an RMS norm must then do what its formula says.
-            ones = torch.ones(1, 1, width, dtype=torch.float32, device=device)
-            gain = self.norm(ones)[0, 0].double() * (1.0 + eps) ** 0.5
-            probe = torch.linspace(-1.0, 2.0, width, device=device)
-            want = gain * probe.double() / (probe.double().square().mean() + eps).sqrt()
-            got = self.norm(probe[None, None])[0, 0].double()
+            probe = torch.linspace(-1.0, 2.0, width, device=self.device)
+            want = gain * probe.double() / (probe.double().square().mean() + self.eps).sqrt()
+            got = type(norm).forward(norm, probe[None, None])[0, 0].double()
         if not torch.allclose(got, want, rtol=2e-2, atol=2e-2 * float(gain.abs().max())):
-            raise UnknownUpdateError(f"{type(self.norm).__name__} is no RMS norm")
-        return gain
+            raise UnknownUpdateError(f"{type(norm).__name__} is no RMS norm")
+
+    def gain(self, width: int, device: torch.device) -> Tensor:
+        """The norm's gain, float64 `[width]`: what it does to ones."""
+        norm = self.norm
+        assert norm is not None
+        with torch.no_grad():
+            ones = torch.ones(1, 1, width, dtype=torch.float32, device=device)
+            # Not by a call, which others' hooks would see.
+            return type(norm).forward(norm, ones)[0, 0].double() * (1.0 + self.eps) ** 0.5  # type: ignore[no-any-return]
 
     @property
     def eps(self) -> float:
@@ -118,22 +144,32 @@ class Update:
         """
         dtype = torch.promote_types(output.dtype, torch.float32)
         norm = torch.linalg.vector_norm(output, dim=-1, dtype=dtype)
-        return self.multiplier * torch.rsqrt(norm.square() / output.shape[-1] + self.eps)
+        scale = self.multiplier * torch.rsqrt(norm.square() / output.shape[-1] + self.eps)
+        return scale.masked_fill(norm.isinf(), torch.nan)  # as the norm itself gives: infinity over infinity
 
 
 def update_of(model: nn.Module, site: HeadSite) -> Update:
     """What the decoder layer of `site` makes of its output. Raises UnknownUpdateError where that is not known."""
     parts = site.name.split(".")
+    layer: Any = model
     for depth in range(len(parts) - 1, 0, -1):
-        layer: Any = model.get_submodule(".".join(parts[:depth]))
-        kind = type(layer).__name__
+        above: Any = model.get_submodule(".".join(parts[:depth]))
+        kind = type(above).__name__
         for pattern, why in UNKNOWN.items():
             if re.search(pattern, kind):
                 raise UnknownUpdateError(f"what a {kind} adds to the residual stream is not known: {why}")
         for pattern, rule in RULES.items():
             if re.search(pattern, kind):
-                multiplier = 1.0 if rule.multiplier is None else float(getattr(layer, rule.multiplier))
-                return Update(multiplier, None if rule.norm is None else getattr(layer, rule.norm))
-    if not type(model).__module__.startswith("transformers."):
-        raise UnknownUpdateError(f"{type(model).__name__} is no model of transformers")
+                if rule.attention not in (None, parts[depth]):
+                    raise UnknownUpdateError(f"what a {kind} adds of {parts[depth]} is not known")
+                return Update(above, rule)
+        if layer is model and parts[depth - 1].isdigit():
+            layer = above
+    kind = type(layer).__name__
+    if not type(layer).__module__.startswith("transformers."):
+        raise UnknownUpdateError(f"{kind} is no layer of transformers")
+    own = [name for name, _ in layer.named_parameters(recurse=False)]
+    own += [name for name, _ in layer.named_children() if SCALES.search(name)]
+    if own and layer is not model and not SCALES_THE_RESIDUAL.search(kind):
+        raise UnknownUpdateError(f"what a {kind} does with its {own[0]} is not known")
     return Update()

@@ -232,3 +232,18 @@ def test_results_stand_still_after_remove():
     for buffer in buffers:  # what a replay of a captured graph would write
         buffer.fill_(7.0)
     assert equal_results(hooks.get_results(), want)
+
+
+def test_a_queue_that_is_made_in_a_forward_that_fails_counts_nothing_of_it():
+    """A model that was moved: its first inputs come from a device that had no queue."""
+    model = build()
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        elsewhere = hooks._queues.pop(torch.device("cpu"))
+        elsewhere.device = torch.device("meta")
+        elsewhere.index = 7
+        handle = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=tokens(2, 6))
+        handle.remove()
+        model(input_ids=tokens(2, 6))
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
