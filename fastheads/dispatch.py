@@ -177,9 +177,7 @@ class Dispatcher:
             if real.bounds is not None and token_agg == "all":
                 # The kernel adds up rows, not segments of them. So it gives the norms of the tokens, 8 bytes a head beside the
                 # one read of x, and torch adds those up.
-                norms = rearrange(_kernels().token_norms(inputs, factors), "g k h n -> k g n h")
-                if scale is not None:
-                    norms[1] *= scale.flatten(1).unsqueeze(-1)
+                norms = rearrange(_kernels().token_norms(inputs, factors, scale=scale), "g k h n -> k g n h")
                 packed = packed_samples(norms, *real.packed(x))
                 self._merge_later(_Samples(moments, list(rows), *packed))
                 return

@@ -532,12 +532,12 @@ def test_norms_of_every_token(scaled: bool) -> None:
     factors = [factor_of(w, torch.float32) for w in weights]
     inputs = [torch.randn(2, 5, 32, device=DEVICE) for _ in range(34)]
     inputs += [torch.randn(2, 5, 64, device=DEVICE)[..., :32] for _ in range(2)]
-    scale = torch.rand(2, 5, device=DEVICE) if scaled else None
+    scale = torch.rand(36, 2, 5, device=DEVICE) if scaled else None
     norms = launcher.token_norms(inputs, [factors[i % 3] for i in range(36)], scale=scale)
     for i, x in enumerate(inputs):
         truth = true_norms(x, weights[i % 3])
         if scale is not None:
-            truth[1] *= scale.double()[..., None]
+            truth[1] *= scale[i].double()[..., None]
         torch.testing.assert_close(
             norms[i].double(), truth.flatten(1, 2).transpose(1, 2), rtol=EXACT, atol=1e-12
         )

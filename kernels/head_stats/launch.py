@@ -532,7 +532,7 @@ def token_norms(
         return norms
     xs = [_loadable(x) for x in inputs]
     if scale is not None:
-        scale = scale.to(torch.float32).contiguous()
+        scale = scale.to(torch.float32).expand(len(inputs), batch, seq).contiguous()
     if _is_elsewhere(device):
         with torch.cuda.device(device):
             _launch_norms(xs, factors, state, scale, norms)
@@ -554,7 +554,8 @@ def _launch_norms(
         full = stop - start == _TABLE_SIZES[-1]
         if full or stop == len(xs) or _strides(xs[stop]) != _strides(xs[start]):
             part, rows = slice(start, stop), range(start, stop)
-            _launch_one(xs[part], factors[part], state, rows, "token", None, None, 0, scale, norms[part])
+            scales = None if scale is None else scale[part]
+            _launch_one(xs[part], factors[part], state, rows, "token", None, None, 0, scales, norms[part])
             start = stop
 
 
