@@ -418,9 +418,8 @@ class HookManager:
         ran = set(rows)
         self._ran |= ran
         self._check_input(*kept[0][:2])
-        if len(kinds) == 1 and len(ran) == len(
-            rows
-        ):  # most often so: each of these lines is paid for at each token
+        # Most often so: each of these lines is paid for at each token.
+        if len(kinds) == 1 and len(ran) == len(rows):
             self._record(queue, rows, inputs, alike=True)
         else:
             for profiled, x, _ in kept:

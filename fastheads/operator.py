@@ -81,16 +81,4 @@ _library.define(
 _library.impl("record", record, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("fastheads::record", lib=_library)
-def _(
-    inputs: list[Tensor],
-    state: Tensor,
-    rows: list[int],
-    channel: int,
-    handle: int,
-    *,
-    valid: Tensor | None,
-    bounds: Tensor | None,
-    scale: Tensor | None,
-) -> None:
-    return None
+torch.library.register_fake("fastheads::record", lambda *_, **__: None, lib=_library)

@@ -173,9 +173,8 @@ class _Plan:
     padding: tuple[int, ...]
     tables: tuple[object, object]
     numbers: tuple[object, ...]  # the arguments after the tensors
-    partial: (
-        Tensor  # launches that share factors follow one another: so they may share the partial sums' memory
-    )
+    # Launches that share factors follow one another: so they may share the memory of the partial sums.
+    partial: Tensor
 
     def serves(
         self,
