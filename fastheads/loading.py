@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -270,11 +271,15 @@ def _quiet(source: ModelSource) -> Iterator[None]:
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    deprecations = getLogger("torch.utils._pytree")  # of torchao, which is loaded where it is installed
+    level = deprecations.level
+    deprecations.setLevel("ERROR")
     try:
         # GGUF files bring a bar of their own that no setting turns off.
         with redirect_stderr(io.StringIO()), warnings.catch_warnings():
             yield
     finally:
+        deprecations.setLevel(level)
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
