@@ -261,7 +261,7 @@ class Aside:
         self._found = [
             (m, type(m), m._forward_pre_hooks, m._forward_hooks)
             for m in model.modules()
-            if m._forward_pre_hooks or m._forward_hooks
+            if m._forward_pre_hooks or m._forward_hooks or hasattr(m, SITE_ATTRIBUTE)
         ]
 
     def __enter__(self) -> None:

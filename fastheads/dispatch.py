@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fastheads.factors import SiteFactor, StaleFactorError, WeightWatch
+from fastheads.grouping import Kept, Repeat
 from fastheads.metrics import (
     ContributionNorms,
     einsum_norms,
@@ -210,6 +211,31 @@ class Dispatcher:
                 else:
                     self._local.append(taken)
 
+    def repeat(
+        self,
+        kept: list[Kept],
+        rows: Sequence[int],
+        inputs: Sequence[Tensor],
+        real: RealTokens,
+        moments: RunningMoments,
+    ) -> Repeat | None:
+        """What makes the launch again that `record` has just made of `kept`, `alike` and all there was; None where it cannot."""
+        x = inputs[0]
+        if real.valid is not None or self._ranks is not None or self.backend in TORCH_BACKENDS:
+            return None
+        if self._choice(x.device, x.dtype, self._sites[rows[0]].head_dim) != "triton":
+            return None
+        launch = _kernels().repeater(
+            inputs,
+            self._kernel_forms(rows, x.dtype),
+            moments.buffer,
+            rows,
+            token_agg=self.token_agg,
+            skip_first=real.skip_first,
+        )
+        forms = self._forms
+        return None if launch is None else Repeat(kept, real.skip_first, launch, lambda: self._forms is forms)
+
     def _kernel_forms(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
         """The factors of these rows as the kernel reads them; asked for once until one changes, or all were verified."""
         key = (dtype, *rows)
@@ -220,7 +246,7 @@ class Dispatcher:
 
     def stale(self) -> list[str]:
         """The names of the sites whose weight is not the one that the factor was made from. Waits for the device."""
-        self._forms.clear()  # to be asked for again, so that they are verified again
+        self._forms = {}  # to be asked for again, so that they are verified again
         return [factor.site.name for factor in self.factors.values() if not factor.verify()]
 
     def finish(self) -> None:
@@ -301,18 +327,18 @@ class Dispatcher:
     def refresh(self) -> None:
         """Rebuild the factors of weights that are known to have changed; waits for nothing."""
         if self._watch.refresh():
-            self._forms.clear()
+            self._forms = {}
 
     def rebuild(self) -> None:
         """Make every factor anew of the weight as it is now."""
-        self._forms.clear()
+        self._forms = {}
         for factor in self.factors.values():
             factor.rebuild()
 
     def mark_changed(self) -> None:
         """The weights may have changed without a trace."""
         self._watch.mark_changed()
-        self._forms.clear()
+        self._forms = {}
 
     def check_unmoved(self) -> None:
         """Raises StaleFactorError where a weight changed during a forward."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastheads.retrace import plain_function
+
 
 class UnsupportedWeightError(ValueError):
     """The projection's dense weight cannot be had with certainty."""
@@ -299,7 +301,7 @@ LINEAR_FORWARDS = {
 
 
 def _forward(module: nn.Module) -> str:
-    forward = type(module).forward
+    forward = plain_function(type(module).forward)
     return f"{forward.__module__}.{forward.__qualname__}"
 
 

@@ -4,9 +4,11 @@ With small batches the time goes to launches, not to the GPU. So the hook of a s
 launch at the end of the decoder's call serves all layers. A byte budget bounds what is kept.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import attrgetter, or_, sub
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from fastheads.moments import CommittedMoments
 from fastheads.sites import HeadSite
+from fastheads.tokens import RealTokens
 
 # On a CPU a product over a few tokens costs less than its call; a larger one would only push the model's data out of the cache.
 CPU_KEEP_BYTES = 256 * 2**10
@@ -53,6 +56,67 @@ class Group:
     extras: list[Any] = field(default_factory=list)
 
 
+_FORM = attrgetter("shape", "dtype")
+_VERSION = attrgetter("_version")
+
+
+class Repeat:
+    """The launch that served all inputs of a forward, to be made again for those of the next: decode steps differ in nothing
+    but addresses, and what is looked at here is all that the time of such a step allows.
+    """
+
+    def __init__(
+        self,
+        kept: list[Kept],
+        skip_first: int,
+        launch: Callable[[list[int]], None],
+        valid_while: Callable[[], bool],
+    ) -> None:
+        """`kept`: all of one type, shape, strides and dtype, on the current GPU, in an order that repeats; `launch` takes their
+        addresses; `valid_while` tells whether it still may be made.
+        """
+        self._profiled, inputs, _ = zip(*kept, strict=True)
+        self.rows = {profiled.row for profiled in self._profiled}
+        x: Tensor = inputs[0]
+        self._type, self._form, self._strides = {type(x)}, {_FORM(x)}, {x.stride()}
+        self._no_versions = (None,) * len(kept)
+        # Bytes from the first to beyond the last.
+        self._extent = x.element_size() * (
+            1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        )
+        self._skip_first, self._launch, self._valid_while = skip_first, launch, valid_while
+        self._device = x.device.index
+
+    def again(self, kept: list[Kept], real: RealTokens) -> bool:
+        """Measure `kept`; False, and nothing was done, where it is not certain to be the same launch."""
+        if not kept or real.valid is not None or real.skip_first != self._skip_first:
+            return False
+        profiled, inputs, versions = zip(*kept, strict=True)
+        if profiled != self._profiled or not self._valid_while():
+            return False
+        if (
+            set(map(type, inputs)) != self._type
+            or set(map(_FORM, inputs)) != self._form
+            or set(map(Tensor.stride, inputs)) != self._strides
+            or (
+                versions != self._no_versions
+                and (None in versions or versions != tuple(map(_VERSION, inputs)))
+            )
+        ):
+            return False
+        addresses = list(map(Tensor.data_ptr, inputs))
+        ordered = sorted(addresses)
+        # None overwritten by another, each where the kernel can read it.
+        if len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < self._extent:
+            return False
+        if reduce(or_, addresses) & 15 or (
+            self._device is not None and torch.cuda.current_device() != self._device
+        ):
+            return False
+        self._launch(addresses)
+        return True
+
+
 @dataclass(eq=False)
 class DeviceQueue:
     """The moments on one device, and the inputs kept there for the launch to come."""
@@ -67,6 +131,7 @@ class DeviceQueue:
     room: int = (
         -1
     )  # bytes that may still be kept; -1 while no call of the decoder is under way in plain Python
+    repeat: Repeat | None = None
     stream: torch.cuda.Stream | None = None  # where the forward under way began
     raw_stream: int = 0
 

@@ -28,13 +28,13 @@ from fastheads.channels import (
 )
 from fastheads.dispatch import PRECISIONS
 from fastheads.factors import SiteFactor, StaleFactorError
-from fastheads.grouping import DeviceQueue, Profiled, Scaled, check_unchanged, grouped
+from fastheads.grouping import DeviceQueue, Kept, Profiled, Scaled, check_unchanged, grouped
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import CommittedMoments, Moments, RunningMoments
 from fastheads.residual import Update
 from fastheads.results import HeadProfile
-from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle
+from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle, add_tap
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.verify import Finding, SelfCheck
@@ -181,7 +181,9 @@ class HookManager:
             hook = self._projection_hook(profiled)
             if self._ranks is not None:
                 hook = self._ranks.own_heads(profiled.row, hook)
-            self._handles.append(profiled.site.module.register_forward_pre_hook(hook))
+                self._handles.append(profiled.site.module.register_forward_pre_hook(hook))
+            else:
+                self._handles.append(add_tap(profiled.site.module, hook))
             update = self._updates.normed.get(profiled.row)
             if update is not None:
                 # Before hooks of others, which may change the output.
@@ -409,6 +411,11 @@ class HookManager:
         kept, scaled = queue.take()
         if not kept:
             return
+        if queue.repeat is not None and not scaled and self._real is not None:
+            if not queue.off_stream() and queue.repeat.again(kept, self._real):
+                self._ran |= queue.repeat.rows
+                return
+            queue.repeat = None
         check_unchanged(kept)
         rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
         kinds = {
@@ -421,6 +428,7 @@ class HookManager:
         # Most often so: each of these lines is paid for at each token.
         if len(kinds) == 1 and len(ran) == len(rows):
             self._record(queue, rows, inputs, alike=True)
+            self._remember(queue, kept, rows, inputs)
         else:
             for profiled, x, _ in kept:
                 self._check_input(profiled, x)
@@ -428,6 +436,13 @@ class HookManager:
                 self._record(queue, group.rows, group.inputs)
         if scaled:
             self._record_scaled(queue, scaled)
+
+    def _remember(self, queue: DeviceQueue, kept: list[Kept], rows: list[int], inputs: list[Tensor]) -> None:
+        """The launch that was just made, for forwards like this one."""
+        if len(self._at_input) > 1 or queue.off_stream() or self._is_capturing():
+            return
+        assert self._real is not None
+        queue.repeat = self._dispatcher.repeat(kept, rows, inputs, self._real, queue.moments.pending[0])
 
     def _record(self, queue: DeviceQueue, rows: list[int], inputs: list[Tensor], alike: bool = False) -> None:
         assert self._real is not None  # within a decoder's call

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.forms import NotDenseError, Parts
+from fastheads.retrace import plain_function
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def only_aligns_devices(module: nn.Module) -> bool:
     accelerate = sys.modules.get("accelerate.hooks")
     if accelerate is None or "_hf_hook" not in vars(module):
         return False
-    inner = getattr(getattr(module, "_old_forward", None), "__func__", None)
-    return inner is type(module).forward and all(
+    inner = plain_function(getattr(module, "_old_forward", None))
+    return inner is plain_function(type(module).forward) and all(
         type(hook) is accelerate.AlignDevicesHook for hook in _hooks(module)
     )
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastheads.forms import NotDenseError, UnsupportedWeightError, is_dtensor, plain_forward, qualified_name
 from fastheads.metrics import METRICS, relative_to_layer
 from fastheads.moments import Moments, RunningMoments
+from fastheads.retrace import plain_function
 from fastheads.sites import HeadSite
 
 # What transformers sets as the forward of a module that it makes parallel, and the style of those whose weight is split by
@@ -103,7 +104,7 @@ def _rowwise(module: nn.Module) -> Any:
         return None
     held = inspect.getclosurevars(forward).nonlocals
     # The one that it wraps may be another's: accelerate's, say.
-    if getattr(held.get("original_forward"), "__func__", None) is not type(module).forward:
+    if plain_function(held.get("original_forward")) is not plain_function(type(module).forward):
         return None
     style = held.get("self")
     return style if qualified_name(type(style)) == ROWWISE else None

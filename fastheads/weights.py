@@ -23,6 +23,7 @@ from fastheads.forms import (
     qualified_name,
     repacks_when_run,
 )
+from fastheads.retrace import plain_function
 from fastheads.sites import HeadSite
 
 __all__ = [
@@ -208,7 +209,7 @@ def _form_as_it_lies(module: nn.Module) -> Form:
 def _check_own_forward(module: nn.Module) -> None:
     """A forward set on the module itself may do anything; accelerate's moves weights and inputs between devices."""
     own = vars(module).get("forward")
-    if own is None or getattr(own, "__func__", None) is type(module).forward:
+    if own is None or plain_function(own) is plain_function(type(module).forward):
         return  # accelerate leaves the class's own behind
     if parallel.is_rowwise(module):
         return

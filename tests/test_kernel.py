@@ -25,6 +25,7 @@ QUIET = ["-W", "ignore:invalid value", "-W", "ignore:overflow", "-W", "ignore:di
         # The manager with backend="triton" on CPU tensors. Squares beyond float32 are the torch paths' alone.
         ("test_backends.py", ["-k", "triton and not beyond_the_range", *QUIET]),
         ("test_residual.py", ["-k", "triton and gemma2", *QUIET]),
+        ("test_repeated_launches.py", QUIET),
         ("test_packed.py", ["-k", "triton", *QUIET]),
     ],
 )

@@ -135,7 +135,7 @@ def launch(
         last = last.to(torch.int64).contiguous()
     if scale is not None:
         scale = scale.to(torch.float32).expand(len(inputs), *inputs[0].shape[:2]).contiguous()
-    key = (token_agg, skip_first, state.shape, tuple(rows), tuple(factors))
+    key = _plan_key(factors, state, rows, token_agg, skip_first)
     plan = factors[0].plans.get(key) if factors else None
     if isinstance(plan, _Plan) and plan.serves(inputs[:1] if alike else inputs, state, valid, last, scale):
         if plan.launch(inputs, state, valid, last, scale):
@@ -151,6 +151,38 @@ def launch(
         plan = _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
     if plan is not None:
         factors[0].plans[key] = plan
+
+
+def _plan_key(
+    factors: Sequence[KernelFactor], state: Tensor, rows: Sequence[int], token_agg: str, skip_first: int
+) -> tuple[object, ...]:
+    return (token_agg, skip_first, state.shape, tuple(rows), tuple(factors))
+
+
+def repeater(
+    inputs: Sequence[Tensor],
+    factors: Sequence[KernelFactor],
+    state: Tensor,
+    rows: Sequence[int],
+    *,
+    token_agg: str,
+    skip_first: int = 0,
+) -> Callable[[list[int]], None] | None:
+    """A function that makes the last launch with these arguments again, for inputs of the same form at other addresses.
+
+    The addresses must be multiples of 16. It looks at nothing, and keeps memory for the partial sums: not for what a CUDA graph
+    captures. None where that launch cannot be made again, or was given tokens that are not real.
+    """
+    plan = factors[0].plans.get(_plan_key(factors, state, rows, token_agg, skip_first))
+    if not isinstance(plan, _Plan) or not plan.serves(inputs, state, None, None, None):
+        return None
+    run, padding, tables, numbers = plan.run, plan.padding, plan.tables, plan.numbers
+    partial = torch.empty(plan.partial, dtype=torch.float64, device=state.device)
+
+    def again(addresses: list[int]) -> None:
+        run((*addresses, *padding), *tables, state, partial, None, None, None, None, *numbers)
+
+    return again
 
 
 def _is_elsewhere(device: torch.device) -> bool:
@@ -173,8 +205,7 @@ class _Plan:
     padding: tuple[int, ...]
     tables: tuple[object, object]
     numbers: tuple[object, ...]  # the arguments after the tensors
-    # Launches that share factors follow one another: so they may share the memory of the partial sums.
-    partial: Tensor
+    partial: int  # elements of the partial sums; no memory is kept, for it may be a CUDA graph's
 
     def serves(
         self,
@@ -230,9 +261,7 @@ class _Plan:
         last: Tensor | None,
         scale: Tensor | None,
     ) -> None:
-        partial = self.partial
-        if partial.is_cuda and torch.cuda.is_current_stream_capturing():
-            partial = torch.empty_like(partial)  # a graph keeps memory of its own
+        partial = torch.empty(self.partial, dtype=torch.float64, device=state.device)
         table = (*addresses, *self.padding)
         self.run(table, *self.tables, state, partial, None, valid, last, scale, *self.numbers)
 
@@ -425,12 +454,7 @@ def _launch_one(
         copy_context().run(_with_scratch, run)
         return None  # only large inputs, whose launches hide behind the GPU's work
     compiled = run()
-    capturing = state.is_cuda and torch.cuda.is_current_stream_capturing()
-    if (
-        partial is None
-        or capturing
-        or any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors)
-    ):
+    if partial is None or any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors):
         return None
     return _Plan(
         bind(launcher, **options) if IS_INTERPRETED else compiled[grid],  # type: ignore[index]
@@ -441,7 +465,7 @@ def _launch_one(
         addresses[len(xs) :],
         (factor_addresses, slots),
         (*numbers, *compiled_for.values()),
-        partial,
+        partial.numel(),
     )
 
 
