@@ -4,6 +4,7 @@
 Left alone, Dynamo would make a small graph of each: guards, copies and launches that cost more than the hook.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -39,22 +40,41 @@ def _start(shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: di
     shared.boundary.start(module, args, kwargs)
 
 
-def _finish(shared: _Shared, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+def _end(shared: _Shared, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
+    try:
+        if not _raised():
+            shared.boundary.finish(module)
+    finally:
+        shared.boundary.abandon(module)  # nothing, where it has just finished
+
+
+def _end_in_graph(shared: _Shared, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
     shared.boundary.finish(module)
 
 
-def _abandon(shared: _Shared, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-    shared.boundary.abandon(module)
+_CALL = nn.Module._call_impl.__code__
+_INNER_CALL = f"{_CALL.co_qualname}.<locals>.inner"
 
 
-def _plain_or_traced(hook: Callable[..., None]) -> Callable[..., None]:
-    """The hook with Dynamo off; where Dynamo traces a call of it, it traces the hook itself."""
+def _raised() -> bool:
+    """Whether torch calls this hook because the forward raised: it then does so outside the function that runs the others."""
+    frame = sys._getframe(2)
+    while frame.f_code is not _CALL:
+        if frame.f_code.co_qualname == _INNER_CALL:
+            return False
+        assert frame.f_back is not None  # torch calls hooks from there alone
+        frame = frame.f_back
+    return True
+
+
+def _plain_or_traced(hook: Callable[..., None], traced: Callable[..., None]) -> Callable[..., None]:
+    """The hook with Dynamo off; where Dynamo traces a call of it, it traces the other in its place."""
     plain: Callable[..., None] = torch.compiler.disable(hook)
-    torch.compiler.substitute_in_graph(plain, skip_signature_check=True)(hook)
+    torch.compiler.substitute_in_graph(plain, skip_signature_check=True)(traced)
     return plain
 
 
-_plain_start, _plain_finish, _plain_abandon = map(_plain_or_traced, (_start, _finish, _abandon))
+_plain_start, _plain_end = _plain_or_traced(_start, _start), _plain_or_traced(_end, _end_in_graph)
 
 
 def register(boundary: Boundary, module: nn.Module) -> list[Any]:
@@ -63,7 +83,5 @@ def register(boundary: Boundary, module: nn.Module) -> list[Any]:
     # partial and not a function around them: that would be a frame that Dynamo compiles.
     return [
         module.register_forward_pre_hook(partial(_plain_start, shared), with_kwargs=True),
-        module.register_forward_hook(partial(_plain_finish, shared)),
-        # Runs after an exception too, where the one above has not closed the forward.
-        module.register_forward_hook(partial(_plain_abandon, shared), always_call=True),
+        module.register_forward_hook(partial(_plain_end, shared), always_call=True),
     ]

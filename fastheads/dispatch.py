@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fastheads.factors import SiteFactor, StaleFactorError, WeightWatch
-from fastheads.grouping import Kept, Repeat
+from fastheads.grouping import Profiled, Repeat
 from fastheads.metrics import (
     ContributionNorms,
     einsum_norms,
@@ -213,13 +213,15 @@ class Dispatcher:
 
     def repeat(
         self,
-        kept: list[Kept],
+        profiled: tuple[Profiled, ...],
         rows: Sequence[int],
         inputs: Sequence[Tensor],
         real: RealTokens,
         moments: RunningMoments,
+        *,
+        keep_scratch: bool,
     ) -> Repeat | None:
-        """What makes the launch again that `record` has just made of `kept`, `alike` and all there was; None where it cannot."""
+        """What makes the launch again that `record` has just made of `inputs`, all alike; None where it cannot."""
         x = inputs[0]
         if real.valid is not None or self._ranks is not None or self.backend in TORCH_BACKENDS:
             return None
@@ -232,9 +234,12 @@ class Dispatcher:
             rows,
             token_agg=self.token_agg,
             skip_first=real.skip_first,
+            keep_scratch=keep_scratch,
         )
+        if launch is None:
+            return None
         forms = self._forms
-        return None if launch is None else Repeat(kept, real.skip_first, launch, lambda: self._forms is forms)
+        return Repeat(profiled, inputs, real.skip_first, launch, lambda: self._forms is forms)
 
     def _kernel_forms(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
         """The factors of these rows as the kernel reads them; asked for once until one changes, or all were verified."""

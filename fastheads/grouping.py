@@ -4,7 +4,7 @@ With small batches the time goes to launches, not to the GPU. So the hook of a s
 launch at the end of the decoder's call serves all layers. A byte budget bounds what is kept.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
@@ -56,8 +56,7 @@ class Group:
     extras: list[Any] = field(default_factory=list)
 
 
-_FORM = attrgetter("shape", "dtype")
-_VERSION = attrgetter("_version")
+_DTYPE, _NBYTES, _VERSION = attrgetter("dtype"), attrgetter("nbytes"), attrgetter("_version")
 
 
 class Repeat:
@@ -67,51 +66,63 @@ class Repeat:
 
     def __init__(
         self,
-        kept: list[Kept],
+        profiled: tuple[Profiled, ...],
+        inputs: Sequence[Tensor],
         skip_first: int,
         launch: Callable[[list[int]], None],
         valid_while: Callable[[], bool],
     ) -> None:
-        """`kept`: all of one type, shape, strides and dtype, on the current GPU, in an order that repeats; `launch` takes their
-        addresses; `valid_while` tells whether it still may be made.
+        """`inputs`: all of one type, shape, strides and dtype, on the current GPU; of `profiled`, where they were kept. `launch`
+        takes their addresses; `valid_while` tells whether it still may be made.
         """
-        self._profiled, inputs, _ = zip(*kept, strict=True)
-        self.rows = {profiled.row for profiled in self._profiled}
-        x: Tensor = inputs[0]
-        self._type, self._form, self._strides = {type(x)}, {_FORM(x)}, {x.stride()}
-        self._no_versions = (None,) * len(kept)
+        x = inputs[0]
+        self.profiled, self.rows = profiled, {p.row for p in profiled}
+        self._shape, self._strides, self._is_contiguous = x.shape, x.stride(), x.is_contiguous()
+        self._count, self._dtypes, self._types = len(inputs), {x.dtype}, {type(x)}
+        self._sizes, self._lengths = {x.nbytes}, {len(x)}
+        self._no_versions = (None,) * len(inputs)
         # Bytes from the first to beyond the last.
-        self._extent = x.element_size() * (
-            1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-        )
-        self._skip_first, self._launch, self._valid_while = skip_first, launch, valid_while
+        steps = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        self._extent = x.element_size() * (1 + steps)
         self._device = x.device.index
+        self._skip_first, self._launch, self._valid_while = skip_first, launch, valid_while
 
-    def again(self, kept: list[Kept], real: RealTokens) -> bool:
-        """Measure `kept`; False, and nothing was done, where it is not certain to be the same launch."""
-        if not kept or real.valid is not None or real.skip_first != self._skip_first:
-            return False
+    def of_kept(self, kept: list[Kept], real: RealTokens) -> bool:
+        """Measure `kept`; False, and nothing was done, where it is not certain to be the same launch, or an input was changed."""
         profiled, inputs, versions = zip(*kept, strict=True)
-        if profiled != self._profiled or not self._valid_while():
+        if profiled != self.profiled or real.valid is not None:
             return False
+        if versions != self._no_versions and (None in versions or versions != tuple(map(_VERSION, inputs))):
+            return False
+        return self.again(inputs, real.skip_first)
+
+    def again(self, inputs: Sequence[Tensor], skip_first: int) -> bool:
+        """Measure `inputs`, of the same rows; False, and nothing was done, as above."""
+        if not inputs or inputs[0].shape != self._shape or skip_first != self._skip_first:
+            return False
+        # Of the others less is enough: the last of their dimensions is the width of the projection's weight.
         if (
-            set(map(type, inputs)) != self._type
-            or set(map(_FORM, inputs)) != self._form
-            or set(map(Tensor.stride, inputs)) != self._strides
-            or (
-                versions != self._no_versions
-                and (None in versions or versions != tuple(map(_VERSION, inputs)))
-            )
+            len(inputs) != self._count
+            or set(map(type, inputs)) != self._types
+            or set(map(_DTYPE, inputs)) != self._dtypes
+            or set(map(_NBYTES, inputs)) != self._sizes
+            or set(map(len, inputs)) != self._lengths
         ):
+            return False
+        if self._is_contiguous:
+            if not all(map(Tensor.is_contiguous, inputs)):
+                return False
+        elif any(x.shape != self._shape or x.stride() != self._strides for x in inputs):
             return False
         addresses = list(map(Tensor.data_ptr, inputs))
+        if reduce(or_, addresses) & 15:
+            return False  # the kernel cannot read it there
         ordered = sorted(addresses)
-        # None overwritten by another, each where the kernel can read it.
         if len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < self._extent:
+            return False  # one may lie where another lay
+        if self._device is not None and torch.cuda.current_device() != self._device:
             return False
-        if reduce(or_, addresses) & 15 or (
-            self._device is not None and torch.cuda.current_device() != self._device
-        ):
+        if not self._valid_while():
             return False
         self._launch(addresses)
         return True

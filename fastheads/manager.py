@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -28,18 +28,21 @@ from fastheads.channels import (
 )
 from fastheads.dispatch import PRECISIONS
 from fastheads.factors import SiteFactor, StaleFactorError
-from fastheads.grouping import DeviceQueue, Kept, Profiled, Scaled, check_unchanged, grouped
+from fastheads.grouping import DeviceQueue, Kept, Profiled, Repeat, Scaled, check_unchanged, grouped
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import CommittedMoments, Moments, RunningMoments
 from fastheads.residual import Update
 from fastheads.results import HeadProfile
-from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle, add_tap
+from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle, Tap, add_tap
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.verify import Finding, SelfCheck
 
 _CALL_IMPL = nn.Module._call_impl.__code__
+
+# Launches of compiled code that are remembered: one for each group of layers of each graph.
+_REPEATS = 256
 
 GROUP_BYTES = 64 * 2**20
 
@@ -130,7 +133,9 @@ class HookManager:
         self._dispatcher = self._channels[0].dispatcher
         self._max_heads = max(site.num_heads for site in self.sites)
         self._group_bytes = group_bytes
-        self._running: nn.Module | None = None  # the outermost module of the forward under way
+        # The outermost module of the forward under way, and torch's frame that calls it.
+        self._running: nn.Module | None = None
+        self._frame: FrameType | None = None
         self._queues: dict[torch.device, DeviceQueue] = {}
         self._profiled = [
             Profiled(row, site, self._queue_on(self._dispatcher.weights[row][0]))
@@ -150,6 +155,7 @@ class HookManager:
         self._skipped: set[int] = set()
         self._missed: set[int] = set()
         self._in_graphs: set[int] = set()
+        self._repeats: dict[tuple[int, ...], Repeat] = {}  # by channel, address of the state, and rows
         self._started_in_graphs = (
             False  # a graph holds whole forwards: what one left behind, Python does not know
         )
@@ -178,12 +184,10 @@ class HookManager:
         self._handles.append(RetraceHandle({p.site.name: p.site.module for p in self._profiled}))
         self._handles.append(register_optimizer_step_post_hook(self._after_optimizer_step))
         for profiled in self._profiled:
-            hook = self._projection_hook(profiled)
+            tap, traced = self._tap(profiled), self._traced_tap(profiled)
             if self._ranks is not None:
-                hook = self._ranks.own_heads(profiled.row, hook)
-                self._handles.append(profiled.site.module.register_forward_pre_hook(hook))
-            else:
-                self._handles.append(add_tap(profiled.site.module, hook))
+                tap, traced = (self._ranks.own_heads(profiled.row, t) for t in (tap, traced))
+            self._handles.append(add_tap(profiled.site.module, tap, traced))
             update = self._updates.normed.get(profiled.row)
             if update is not None:
                 # Before hooks of others, which may change the output.
@@ -273,6 +277,7 @@ class HookManager:
             in_graph = torch.compiler.is_compiling()
             if not in_graph:
                 self._prepare()
+                self._frame = _frame_of_call()
                 if self._check is not None:
                     self._check.watch()
                 in_graph = self._started_in_graphs or self._is_capturing()
@@ -298,12 +303,10 @@ class HookManager:
         """Whether the forward under way is on the stack: after Ctrl-C torch calls no hook that would have ended it."""
         if torch.compiler.is_compiling():
             return True
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code is _CALL_IMPL and frame.f_locals.get("self") is self._running:
-                return True
-            frame = frame.f_back  # type: ignore[assignment]
-        return False
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self._frame:
+            frame = frame.f_back
+        return frame is not None
 
     def _prepare(self) -> None:
         """What the start of a forward does in Python: no launch, no wait."""
@@ -335,17 +338,13 @@ class HookManager:
         on_gpu = any([queue.is_cuda for queue in self._queues.values()])
         return on_gpu and torch.cuda.is_current_stream_capturing()
 
-    def _projection_hook(self, profiled: Profiled) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def _tap(self, profiled: Profiled) -> Tap:
+        """What is called with each input of the projection."""
         own, queue = profiled.site.module, profiled.queue
-        is_compiling = torch.compiler.is_compiling
         raw_stream = torch._C._cuda_getCurrentRawStream if queue.is_cuda else None
 
-        def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def tap(module: nn.Module, args: tuple[Any, ...]) -> None:
             # A decode step's layer takes 100 µs on a GPU: here every look at the tensor counts.
-            if is_compiling():
-                if self._running is not None and module is own:
-                    self._trace(profiled, args[0].detach(), module)
-                return
             x = args[0]
             size = x.nbytes
             if (
@@ -362,7 +361,16 @@ class HookManager:
                 self._measure(profiled, x)
             # else not within a forward: a checkpoint's recomputation, a layer called alone, a copy of the model
 
-        return pre_hook
+        return tap
+
+    def _traced_tap(self, profiled: Profiled) -> Tap:
+        own = profiled.site.module
+
+        def traced_tap(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self._running is not None and module is own:
+                self._trace(profiled, args[0].detach(), module)
+
+        return traced_tap
 
     def _measure(self, profiled: Profiled, x: Tensor) -> None:
         """What the hook does with an input that it cannot simply keep."""
@@ -412,7 +420,7 @@ class HookManager:
         if not kept:
             return
         if queue.repeat is not None and not scaled and self._real is not None:
-            if not queue.off_stream() and queue.repeat.again(kept, self._real):
+            if not queue.off_stream() and queue.repeat.of_kept(kept, self._real):
                 self._ran |= queue.repeat.rows
                 return
             queue.repeat = None
@@ -442,7 +450,9 @@ class HookManager:
         if len(self._at_input) > 1 or queue.off_stream() or self._is_capturing():
             return
         assert self._real is not None
-        queue.repeat = self._dispatcher.repeat(kept, rows, inputs, self._real, queue.moments.pending[0])
+        profiled = tuple(item[0] for item in kept)
+        pending = queue.moments.pending[0]
+        queue.repeat = self._dispatcher.repeat(profiled, rows, inputs, self._real, pending, keep_scratch=True)
 
     def _record(self, queue: DeviceQueue, rows: list[int], inputs: list[Tensor], alike: bool = False) -> None:
         assert self._real is not None  # within a decoder's call
@@ -560,9 +570,37 @@ class HookManager:
             self._started_in_graphs = True
             if not capturing:
                 dispatcher.refresh()
-        real = RealTokens(valid, self.skip_first, bounds)
-        dispatcher.record(rows, inputs, real, RunningMoments.over(state[channel]), scale=scale)
+        key = (channel, state.data_ptr(), *rows)
+        repeat = None if capturing or valid is not None or scale is not None else self._repeats.get(key)
+        if repeat is not None and repeat.again(inputs, self.skip_first):
+            return
+        real, moments = RealTokens(valid, self.skip_first, bounds), RunningMoments.over(state[channel])
+        dispatcher.record(rows, inputs, real, moments, scale=scale)
         dispatcher.finish()
+        if not capturing and scale is None and self._is_pending(state):
+            self._remember_in_graph(key, rows, inputs, real, moments)
+
+    def _is_pending(self, state: Tensor) -> bool:
+        """Whether it is a buffer of ours, and not a copy of it."""
+        return any(q.moments.pending_buffer.data_ptr() == state.data_ptr() for q in self._queues.values())
+
+    def _remember_in_graph(
+        self,
+        key: tuple[int, ...],
+        rows: list[int],
+        inputs: list[Tensor],
+        real: RealTokens,
+        moments: RunningMoments,
+    ) -> None:
+        """The launch that was just made, for the next call of the operator."""
+        if len(self._repeats) >= _REPEATS:
+            self._repeats.clear()
+        self._repeats.pop(key, None)
+        if len({(x.shape, x.stride(), x.dtype) for x in inputs}) == 1:
+            dispatcher = self._channels[key[0]].dispatcher
+            made = dispatcher.repeat((), rows, inputs, real, moments, keep_scratch=False)
+            if made is not None:
+                self._repeats[key] = made
 
     def finish(self, module: nn.Module) -> None:
         """A call of the model, or of its decoder, returned."""
@@ -583,7 +621,7 @@ class HookManager:
                 self._ran.clear()
             self._real = None
         if module is self._running:
-            self._running = None
+            self._running = self._frame = None
             if self._check is not None:
                 self._check.unwatch()
             if not torch.compiler.is_compiling():
@@ -600,7 +638,7 @@ class HookManager:
 
     def _drop(self) -> None:
         """The forward under way, if there is one, does not count."""
-        self._running = self._real = None
+        self._running = self._frame = self._real = None
         if self._check is not None:
             self._check.unwatch()
         self._decoder_traced = False
@@ -751,6 +789,14 @@ class HookManager:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _frame_of_call() -> FrameType | None:
+    """Torch's frame of the innermost call of a module: seen from a hook, of its own module's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _CALL_IMPL:
+        frame = frame.f_back
+    return frame
 
 
 def _checked_layers(layers: Iterable[int] | None) -> list[int] | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 SITE_ATTRIBUTE = "_fastheads_site"
@@ -58,11 +59,17 @@ class RetraceHandle:
         self._modules = []
 
 
-def add_tap(module: nn.Module, tap: Tap) -> Any:
-    """Call `tap` before each forward of a module that a RetraceHandle holds, as a pre-hook: the handle that ends it."""
+def add_tap(module: nn.Module, tap: Tap, traced: Tap) -> Any:
+    """Call `tap`, or `traced` where Dynamo traces, before each forward of a module that a RetraceHandle holds, as a pre-hook: the
+    handle that ends it.
+    """
     if type(module).forward is _tapped_forward and "forward" not in module.__dict__:
-        return _TapHandle(module, tap)
-    return module.register_forward_pre_hook(tap)
+        return _TapHandle(module, (tap, traced))
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        (traced if torch.compiler.is_compiling() else tap)(module, args)
+
+    return module.register_forward_pre_hook(hook)
 
 
 def plain_function(forward: Any) -> Any:
@@ -72,7 +79,7 @@ def plain_function(forward: Any) -> Any:
 
 
 class _TapHandle:
-    def __init__(self, module: nn.Module, tap: Tap) -> None:
+    def __init__(self, module: nn.Module, tap: tuple[Tap, Tap]) -> None:
         self._module, self._tap = module, tap
         setattr(module, TAPS_ATTRIBUTE, (*getattr(module, TAPS_ATTRIBUTE, ()), tap))
 
@@ -85,10 +92,20 @@ class _TapHandle:
 
 
 def _tapped_forward(self: nn.Module, input: Tensor) -> Tensor:
-    # No taps: a wrapper that somebody put around the bound method may outlive them.
-    for tap in getattr(self, TAPS_ATTRIBUTE, ()):
-        tap(self, (input,))
+    _run_taps(self, (input,))
     return nn.Linear.forward(self, input)  # type: ignore[arg-type]
+
+
+def _run_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
+    # No taps: a wrapper that somebody put around the bound method may outlive them.
+    for tap, _ in getattr(module, TAPS_ATTRIBUTE, ()):
+        tap(module, args)
+
+
+@torch.compiler.substitute_in_graph(_run_taps)
+def _trace_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
+    for _, traced in getattr(module, TAPS_ATTRIBUTE, ()):
+        traced(module, args)
 
 
 def _takes_taps(module: nn.Module, own: type[nn.Module]) -> bool:

@@ -27,13 +27,13 @@ RTOL = 5e-6
 def repeats(monkeypatch):
     """Whether the short way was taken, each time that it was tried."""
     seen = []
-    again = Repeat.again
+    of_kept = Repeat.of_kept
 
     def spy(self, kept, real):
-        seen.append(again(self, kept, real))
+        seen.append(of_kept(self, kept, real))
         return seen[-1]
 
-    monkeypatch.setattr(Repeat, "again", spy)
+    monkeypatch.setattr(Repeat, "of_kept", spy)
     return seen
 
 

@@ -26,7 +26,7 @@ IS_INTERPRETED = not isinstance(kernel.head_stats_kernel, triton.JITFunction)
 TOKEN_AGGS = {"all": kernel.ALL, "last": kernel.LAST, "token": kernel.TOKEN}
 _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 # Layers in one launch; each size is one compilation, a larger group is several launches.
-_TABLE_SIZES = (1, 8, 32)
+_TABLE_SIZES = (1, 8, 16, 32)
 # The norms of token mode between its two kernels: small enough to stay in the L2 of a data-centre GPU.
 _WORKSPACE_BYTES = 32 << 20
 # Tiles that one program takes at most: it adds up the norms of a row in float32.
@@ -167,19 +167,25 @@ def repeater(
     *,
     token_agg: str,
     skip_first: int = 0,
+    keep_scratch: bool = False,
 ) -> Callable[[list[int]], None] | None:
     """A function that makes the last launch with these arguments again, for inputs of the same form at other addresses.
 
-    The addresses must be multiples of 16. It looks at nothing, and keeps memory for the partial sums: not for what a CUDA graph
-    captures. None where that launch cannot be made again, or was given tokens that are not real.
+    The addresses must be multiples of 16. It looks at nothing. `keep_scratch`: the memory of the partial sums is kept from launch
+    to launch, which is not for CUDA graphs. None where that launch cannot be made again, or was given tokens that are not real.
     """
     plan = factors[0].plans.get(_plan_key(factors, state, rows, token_agg, skip_first))
     if not isinstance(plan, _Plan) or not plan.serves(inputs, state, None, None, None):
         return None
-    run, padding, tables, numbers = plan.run, plan.padding, plan.tables, plan.numbers
-    partial = torch.empty(plan.partial, dtype=torch.float64, device=state.device)
+    run, padding, tables, numbers, size = plan.run, plan.padding, plan.tables, plan.numbers, plan.partial
+
+    def scratch() -> Tensor:
+        return torch.empty(size, dtype=torch.float64, device=state.device)
+
+    kept = scratch() if keep_scratch else None
 
     def again(addresses: list[int]) -> None:
+        partial = scratch() if kept is None else kept
         run((*addresses, *padding), *tables, state, partial, None, None, None, None, *numbers)
 
     return again
