@@ -56,7 +56,10 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=None, help="batch x seq, such as 4x256")
     parser.add_argument("--threads", type=int, default=2, help="CPU")
     parser.add_argument(
-        "--pairs", type=int, default=None, help="plain/profiled pairs (default: 9 on the CPU, 41)"
+        "--pairs",
+        type=int,
+        default=None,
+        help="plain/profiled pairs (default: 9 on the CPU; 41, or 9 where a forward takes over 100 ms)",
     )
     parser.add_argument("--token-aggs", nargs="+", default=None, choices=["last", "all", "token"])
     parser.add_argument(
@@ -66,9 +69,19 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="GPU")
     parser.add_argument("--commit", help="the commit that is measured, where git cannot say")
     parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument(
+        "--append", action="store_true", help="beside those of the same machine that are there"
+    )
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     report = {"machine": machine(options), "rows": rows}
+    if options.append and options.json and options.json.exists():
+        before = json.loads(options.json.read_text())
+        if before["machine"] != report["machine"]:
+            sys.exit(
+                f"{options.json} holds the figures of another machine, commit or day: {before['machine']}"
+            )
+        rows += before["rows"]
     for row in (gpu_rows if options.gpu else cpu_rows)(options):
         print(line(row), flush=True)
         rows.append(row)
@@ -92,7 +105,7 @@ def cpu_rows(options: argparse.Namespace) -> Any:
                     "token_agg": token_agg,
                 }
                 row |= {"batch": batch, "seq": seq, "gate": error}
-                yield row | measure(model, model, "eager", backend, token_agg, batch, seq, options.pairs or 9)
+                yield row | measure(model, model, "eager", backend, token_agg, batch, seq, options.pairs)
 
 
 def gpu_rows(options: argparse.Namespace) -> Any:
@@ -108,9 +121,7 @@ def gpu_rows(options: argparse.Namespace) -> Any:
                         row |= {"token_agg": token_agg, "batch": batch, "seq": seq, "gate": error}
                         # Compiled, a twin that shares the weights: each attaching would make the compiler start again.
                         twin = model if mode == "eager" else sharing_twin(model)
-                        yield row | measure(
-                            model, twin, mode, backend, token_agg, batch, seq, options.pairs or 41
-                        )
+                        yield row | measure(model, twin, mode, backend, token_agg, batch, seq, options.pairs)
                         del twin
         del model
         gc.collect()
@@ -176,7 +187,7 @@ def correctness_gate(model: Any, backend: str, token_agg: str) -> float:
 
 @torch.inference_mode()
 def measure(
-    model: Any, twin: Any, mode: str, backend: str, token_agg: str, batch: int, seq: int, pairs: int
+    model: Any, twin: Any, mode: str, backend: str, token_agg: str, batch: int, seq: int, pairs: int | None
 ) -> dict[str, Any]:
     """Times of plain forwards of `model` and profiled ones of `twin` in turn, and the peak memory of both."""
     device = next(model.parameters()).device
@@ -218,6 +229,8 @@ def measure(
             take(1)
             peaks.append(torch.cuda.max_memory_allocated() - low)
     repeat = max(1, min(50, int(0.03 / plain_time(3)))) if cuda else 1
+    if not pairs:
+        pairs = 9 if not cuda or plain_time(1) > 0.1 else 41
     plain: list[float] = []
     profiled: list[float] = []
     for pair in range(pairs):
