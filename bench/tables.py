@@ -16,7 +16,8 @@ def main() -> None:
 
 def with_tables(text: str) -> str:
     """`text` with what stands between `<!-- table: NAME -->` and `<!-- end -->` made anew."""
-    for name, table in (("forward-cpu", forward_cpu()), ("kernel", kernel())):
+    tables = {"forward-cpu": forward_cpu(), "forward-gpu": forward_gpu(), "kernel": kernel()}
+    for name, table in tables.items():
         block = f"<!-- table: {name} -->\n{table}\n<!-- end -->"
         text, found = re.subn(
             rf"<!-- table: {name} -->.*?<!-- end -->", block.replace("\\", r"\\"), text, flags=re.DOTALL
@@ -35,6 +36,33 @@ def forward_cpu() -> str:
         lines.append(f"| `{row['backend']}` | {row['overhead']:.1%} | {low:.1%} to {high:.1%} |")
     plain = rows[0]["plain_ms"] / 1e3
     lines += ["", f"The plain forward took {plain:.1f} s (torch {machine['torch']}, {machine['date']})."]
+    return "\n".join(lines)
+
+
+def forward_gpu() -> str:
+    """A line for each model and mode, or backend; a column for each batch x seq; milliseconds and what the hooks add."""
+    report = load("forward-h200")
+    machine = report["machine"]
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in report["rows"]:
+        kind = (row["model"], row["mode"], row["backend"], row["token_agg"])
+        cell = f"{row['plain_ms']:.1f} ms, {row['overhead']:+.1%}"
+        found.setdefault(kind, {})[f"{row['batch']}×{row['seq']}"] = cell
+    columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
+    lines = [
+        f"| model, mode | backend, `token_agg` | {' | '.join(columns)} |",
+        "| --- " * (2 + len(columns)) + "|",
+    ]
+    for (model, mode, backend, token_agg), cells in found.items():
+        values = " | ".join(cells.get(column, "") for column in columns)
+        name = "the seed's manager" if backend == "seed" else f"`{backend}`"
+        lines.append(f"| {model}, {mode} | {name}, `{token_agg}` | {values} |")
+    lines += [
+        "",
+        f"{machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, transformers {machine['transformers']}, "
+        f"{machine['date']}, commit {machine['commit'][:7]}. An eager forward of a small batch is Python on the host, whose speed "
+        "varied by half in that run.",
+    ]
     return "\n".join(lines)
 
 
