@@ -60,7 +60,7 @@ def forward_gpu() -> str:
     lines += [
         "",
         f"{machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, transformers {machine['transformers']}, "
-        f"{machine['date']}, commit {machine['commit'][:7]}. An eager forward of a small batch is Python on the host, whose speed "
+        f"{machine['date']}, commit {machine['commit'][:7]}. An eager forward of a small batch is the host's Python, whose speed "
         "varied by half in that run.",
     ]
     return "\n".join(lines)

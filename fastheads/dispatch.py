@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -329,9 +329,12 @@ class Dispatcher:
                 self.factors[row].keep_dense_in(view)
                 self._places[row] = (bank, place, view)
 
-    def refresh(self) -> None:
-        """Rebuild the factors of weights that are known to have changed; waits for nothing."""
-        if self._watch.refresh():
+    def refresh(self, before: Callable[[], None] | None = None) -> None:
+        """Rebuild the factors of weights that are known to have changed, after a call of `before`; waits for nothing."""
+        if self._watch.moved():
+            if before is not None:
+                before()
+            self._watch.refresh()
             self._forms = {}
 
     def rebuild(self) -> None:

@@ -184,17 +184,14 @@ class WeightWatch:
         """Whether a weight, or what acts with it, is another one than at the last `refresh`; as `SiteFactor.moved` of each."""
         return self._seen is None or self._seen != self._look()
 
-    def refresh(self) -> bool:
-        """`SiteFactor.refresh` of each, where anything has moved: whether it has."""
-        if not self.moved():
-            return False
+    def refresh(self) -> None:
+        """`SiteFactor.refresh` of each."""
         for factor in self._factors:
             factor.refresh()
         plain = [factor for factor in self._factors if factor.is_plain()]
         self._parameters = [factor.site.module._parameters for factor in plain]
         self._others = [factor for factor in self._factors if factor not in plain]
         self._seen = self._look()
-        return True
 
     def mark_changed(self) -> None:
         """The weights may have changed without a trace."""

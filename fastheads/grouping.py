@@ -4,6 +4,7 @@ With small batches the time goes to launches, not to the GPU. So the hook of a s
 launch at the end of the decoder's call serves all layers. A byte budget bounds what is kept.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,10 @@ class Profiled:
         self.head_dim = self.site.head_dim
         self.width = self.site.num_heads * self.head_dim  # of its input
 
+
+# Forwards in one launch, at most; and of how many the inputs must fit, or it is not worth while.
+FORWARDS_IN_BACKLOG = 32
+MOST_OF_BACKLOG = 8
 
 # What the hook of a small input leaves behind: the site, its input, and the input's version (None for an inference tensor: it
 # has none, so that nothing shows whether it was changed).
@@ -129,6 +134,63 @@ class Repeat:
 
 
 @dataclass(eq=False)
+class Backlog:
+    """Inputs of forwards that ended, all of one form, which wait for one launch: where a forward is a decode step, the launch of
+    its own would cost more of the host's time than all its hooks.
+    """
+
+    forwards: list[list[Kept]] = field(default_factory=list)
+    size: int = 0  # bytes of these
+    # Those of the forward under way, which may yet fail, and their bytes.
+    candidate: list[Kept] | None = None
+    candidate_size: int = 0
+    # The last forward's, launched at once: none of the next's may lie where these lie, or the model reuses its memory.
+    probe: list[Kept] | None = None
+    is_safe: bool = False
+
+    def offer(self, kept: list[Kept], size: int, budget: int) -> bool:
+        """Keep `kept` until the forward has ended; False, and nothing is kept, where it has to be measured now."""
+        if self.candidate is not None or MOST_OF_BACKLOG * size > budget:
+            return False
+        if not self.is_safe:
+            probe, self.probe = self.probe, None
+            if probe is None or not _apart([*probe, *kept]):
+                return False
+            self.is_safe = True
+        self.candidate, self.candidate_size = kept, size
+        return True
+
+    def confirm(self) -> bool:
+        """The forward ended: whether something of it waits now."""
+        if self.candidate is None:
+            return False
+        self.forwards.append(self.candidate)
+        self.size += self.candidate_size
+        self.candidate = None
+        return True
+
+    def watch(self, kept: list[Kept], budget: int) -> None:
+        """`kept` was just measured: the next forward's inputs, if they are like these, may wait if they lie elsewhere."""
+        if not self.is_safe and MOST_OF_BACKLOG * sum(x.nbytes for _, x, _ in kept) <= budget:
+            self.probe = kept
+
+    def is_full(self, budget: int) -> bool:
+        """Whether it is time for the launch. It copies what waits, so half the budget is for that."""
+        return len(self.forwards) >= FORWARDS_IN_BACKLOG or 2 * (self.size + self.candidate_size) > budget
+
+    def take(self) -> list[list[Kept]]:
+        """What waited; nothing waits any more."""
+        taken, self.forwards, self.size = self.forwards, [], 0
+        return taken
+
+    def clear(self) -> None:
+        """Forget all, and look anew at whether it is safe to wait."""
+        self.take()
+        self.candidate = self.probe = None
+        self.is_safe = False
+
+
+@dataclass(eq=False)
 class DeviceQueue:
     """The moments on one device, and the inputs kept there for the launch to come."""
 
@@ -143,6 +205,8 @@ class DeviceQueue:
         -1
     )  # bytes that may still be kept; -1 while no call of the decoder is under way in plain Python
     repeat: Repeat | None = None
+    backlog: Backlog = field(default_factory=Backlog)
+    recorded: bool = False  # whether the forward under way has samples in the pending moments
     stream: torch.cuda.Stream | None = None  # where the forward under way began
     raw_stream: int = 0
 
@@ -185,6 +249,16 @@ class DeviceQueue:
         return self.is_cuda and torch._C._cuda_getCurrentRawStream(self.index) != self.raw_stream
 
     @contextmanager
+    def on_own_stream(self) -> Iterator[None]:
+        """A context whose launches are those of the forward's own stream; what follows on the current one waits for them."""
+        if not self.off_stream() or self.stream is None:
+            yield
+            return
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    @contextmanager
     def on_its_stream(self) -> Iterator[None]:
         """A context whose launches on the current stream are ordered with those on the forward's own."""
         if not self.off_stream() or self.stream is None:
@@ -196,11 +270,14 @@ class DeviceQueue:
         self.stream.wait_stream(current)
 
 
+def _apart(kept: list[Kept]) -> bool:
+    """Whether all lie in memory of their own."""
+    return len({x.untyped_storage()._cdata for _, x, _ in kept}) == len(kept)
+
+
 def check_unchanged(kept: list[Kept]) -> None:
     """Raises RuntimeError where a kept input was changed, or may have been: another one lies in the same memory."""
-    if len({x.untyped_storage()._cdata for _, x, _ in kept}) == len(kept) and not any(
-        version is not None and x._version != version for _, x, version in kept
-    ):
+    if _apart(kept) and not any(version is not None and x._version != version for _, x, version in kept):
         return
     storages: set[int] = set()
     for profiled, x, version in kept:
@@ -234,4 +311,28 @@ def grouped(inputs: Iterable[tuple[Profiled, Tensor, Any]]) -> list[Group]:
         group.rows.append(profiled.row)
         group.inputs.append(x)
         group.extras.append(extra)
+    return groups
+
+
+def stacked(forwards: list[list[Kept]]) -> list[tuple[list[int], Sequence[Tensor], bool]]:
+    """The inputs of several forwards in groups that one launch serves: rows, an input for each, and whether these are all alike.
+
+    Forwards that are alike become one group, with the batches of all: it copies their inputs.
+    """
+    groups: list[tuple[list[int], Sequence[Tensor], bool]] = []
+    by_form: dict[tuple[Any, ...], list[list[Kept]]] = {}
+    for forward in forwards:
+        form = tuple([(p.row, x.shape, x.dtype) for p, x, _ in forward])
+        by_form.setdefault(form, []).append(forward)
+    for alike in by_form.values():
+        kept = alike[0]
+        kinds = {(type(x), x.shape, x.dtype, p.width, p.head_dim) for p, x, _ in kept}
+        rows = [p.row for p, _, _ in kept]
+        if len(kinds) == 1 and len(set(rows)) == len(rows):
+            by_layer = [x for layer in zip(*alike, strict=True) for _, x, _ in layer]
+            with contextlib.suppress(torch.OutOfMemoryError):  # one by one they need no copy
+                together = torch.stack(by_layer).unflatten(0, (len(rows), len(alike))).flatten(1, 2)
+                groups.append((rows, together.unbind(0), True))
+                continue
+        groups += [(group.rows, group.inputs, False) for forward in alike for group in grouped(forward)]
     return groups

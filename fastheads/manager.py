@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from operator import itemgetter
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ from fastheads.channels import (
 )
 from fastheads.dispatch import PRECISIONS
 from fastheads.factors import SiteFactor, StaleFactorError
-from fastheads.grouping import DeviceQueue, Kept, Profiled, Repeat, Scaled, check_unchanged, grouped
+from fastheads.grouping import DeviceQueue, Kept, Profiled, Repeat, Scaled, check_unchanged, grouped, stacked
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import CommittedMoments, Moments, RunningMoments
@@ -39,6 +40,7 @@ from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.verify import Finding, SelfCheck
 
+_FIRST = itemgetter(0)
 _CALL_IMPL = nn.Module._call_impl.__code__
 
 # Launches of compiled code that are remembered: one for each group of layers of each graph.
@@ -160,6 +162,7 @@ class HookManager:
             False  # a graph holds whole forwards: what one left behind, Python does not know
         )
         self._paused = False
+        self._capturing = False  # whether a CUDA graph is captured by hand in the forward under way
         self._warned = False
         self._check: SelfCheck | None = None
         self._handles: list[Any] = []
@@ -216,6 +219,7 @@ class HookManager:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._catch_up_all()
         operator.release(self._handle)
         for queue in self._queues.values():
             queue.close()
@@ -319,14 +323,18 @@ class HookManager:
                 raise RuntimeError(
                     f"{name} of an attention module was replaced or wrapped while hooks were on it: attach a new HookManager"
                 )
+        self._capturing = self._is_capturing()
         for queue in self._queues.values():
             queue.close()
+            queue.backlog.candidate = None
+            queue.recorded = False
+            if queue.backlog.forwards and queue.off_stream() and not self._capturing:
+                self._catch_up(queue)
             queue.follow_stream()
-        by_hand = self._is_capturing()
         for channel in self._channels:
             channel.dispatcher.discard()
-            channel.dispatcher.refresh()
-        if by_hand:
+            channel.dispatcher.refresh(before=self._catch_up_all)
+        if self._capturing:
             for factor in self._factors():
                 factor.in_graph = factor.in_own_graph = True
             self._keep_for_graph()
@@ -422,6 +430,7 @@ class HookManager:
         if queue.repeat is not None and not scaled and self._real is not None:
             if not queue.off_stream() and queue.repeat.of_kept(kept, self._real):
                 self._ran |= queue.repeat.rows
+                queue.recorded = True
                 return
             queue.repeat = None
         check_unchanged(kept)
@@ -453,9 +462,12 @@ class HookManager:
         profiled = tuple(item[0] for item in kept)
         pending = queue.moments.pending[0]
         queue.repeat = self._dispatcher.repeat(profiled, rows, inputs, self._real, pending, keep_scratch=True)
+        if queue.repeat is not None:
+            queue.backlog.watch(kept, queue.budget)
 
     def _record(self, queue: DeviceQueue, rows: list[int], inputs: list[Tensor], alike: bool = False) -> None:
         assert self._real is not None  # within a decoder's call
+        queue.recorded = True
         with queue.on_its_stream():
             for channel in self._at_input:
                 pending = queue.moments.pending[channel.index]
@@ -464,6 +476,7 @@ class HookManager:
     def _record_scaled(self, queue: DeviceQueue, scaled: list[Scaled]) -> None:
         assert self._real is not None  # within a decoder's call
         channel = self._channels[-1]
+        queue.recorded = True
         pending = queue.moments.pending[channel.index]
         with queue.on_its_stream():
             for group in grouped(scaled):
@@ -480,10 +493,7 @@ class HookManager:
             raise RuntimeError(
                 f"{profiled.site.name}: an input of type {type(x).__name__} cannot be measured"
             )
-        if x.dim() != 3 or x.shape[-1] != profiled.width:
-            raise RuntimeError(
-                f"{profiled.site.name}: expected an input [batch, seq, {profiled.width}], got {list(x.shape)}"
-            )
+        _check_form(profiled, x)
 
     def _trace(self, profiled: Profiled, x: Tensor, module: nn.Module) -> None:
         """`_measure` inside a graph. The budget is decided here, once, when the graph is made."""
@@ -612,7 +622,8 @@ class HookManager:
                 self._decoder_traced = False
             else:
                 for queue in self._queues.values():
-                    self._record_kept(queue)
+                    if not self._can_wait(queue):
+                        self._record_kept(queue)
                     queue.close()
                 for channel in self._channels:
                     channel.dispatcher.finish()
@@ -628,8 +639,60 @@ class HookManager:
                 for channel in self._channels:
                     channel.dispatcher.check_unmoved()
                 self._missed |= self._skipped
-            for queue in self._queues.values():
+            self._commit()
+
+    def _commit(self) -> None:
+        """The forward counts."""
+        for queue in self._queues.values():
+            if torch.compiler.is_compiling() or not queue.backlog.confirm():
                 queue.moments.commit()
+                continue
+            if queue.recorded:
+                queue.moments.commit()
+            else:
+                queue.moments.leave()
+            if queue.backlog.is_full(queue.budget):
+                self._catch_up(queue)
+
+    def _can_wait(self, queue: DeviceQueue) -> bool:
+        """Whether what was kept may wait for the next forwards; it then does, and is measured by `_catch_up`.
+
+        So it is where a launch has just served a forward like this one: small, without padding, and all of it kept.
+        """
+        repeat, kept, real = queue.repeat, queue.kept, self._real
+        if repeat is None or queue.scaled or real is None or real.valid is not None:
+            return False
+        if tuple(map(_FIRST, kept)) != repeat.profiled:
+            return False
+        if self._capturing or self._started_in_graphs or self._in_graphs or queue.off_stream():
+            return False
+        if not queue.backlog.offer(kept, queue.budget - queue.room, queue.budget):
+            return False
+        self._ran |= repeat.rows
+        return True
+
+    def _catch_up(self, queue: DeviceQueue) -> None:
+        """Measure what waits of forwards that ended: into the committed moments, and into the pending ones of a forward that may
+        be under way.
+        """
+        forwards = queue.backlog.take()
+        if not forwards:
+            return
+        every = [item for forward in forwards for item in forward]
+        check_unchanged(every)
+        for profiled, x, _ in every:
+            _check_form(profiled, x)
+        real = RealTokens(None, self.skip_first)
+        with torch.no_grad(), queue.on_own_stream():
+            groups = stacked(forwards)
+            for moments in (queue.moments.pending[0], queue.moments.committed[0]):
+                for rows, inputs, alike in groups:
+                    self._dispatcher.record(rows, inputs, real, moments, alike=alike)
+                self._dispatcher.finish()
+
+    def _catch_up_all(self) -> None:
+        for queue in self._queues.values():
+            self._catch_up(queue)
 
     def abandon(self, module: nn.Module) -> None:
         """A call of the model, or of its decoder, is over; where `finish` was not called, it raised."""
@@ -647,6 +710,7 @@ class HookManager:
             channel.dispatcher.discard()
         for queue in self._queues.values():
             queue.close()
+            queue.backlog.candidate = None
 
     def _queue_on(self, device: torch.device) -> DeviceQueue:
         if device not in self._queues:
@@ -690,6 +754,7 @@ class HookManager:
 
     def _measured(self) -> Moments:
         """The moments `[metrics, rows, heads]` of the heads that are measured here, on the CPU. Raises StaleFactorError."""
+        self._catch_up_all()
         stale = list(dict.fromkeys(name for channel in self._channels for name in channel.dispatcher.stale()))
         if stale:
             raise StaleFactorError(
@@ -734,6 +799,7 @@ class HookManager:
         """Forget every sample and take the weights as they are now."""
         for queue in self._queues.values():
             queue.close()
+            queue.backlog.clear()
             queue.moments.clear()
         self._missed.clear()
         for channel in self._channels:
@@ -789,6 +855,13 @@ class HookManager:
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+
+def _check_form(profiled: Profiled, x: Tensor) -> None:
+    if x.dim() != 3 or x.shape[-1] != profiled.width:
+        raise RuntimeError(
+            f"{profiled.site.name}: expected an input [batch, seq, {profiled.width}], got {list(x.shape)}"
+        )
 
 
 def _frame_of_call() -> FrameType | None:

@@ -161,6 +161,10 @@ class CommittedMoments:
         self.committed_buffer.copy_(self.pending_buffer)
         self._begun = False
 
+    def leave(self) -> None:
+        """End a forward that put nothing here."""
+        self._begun = False
+
     def clear(self) -> None:
         """Forget every sample, in place."""
         for moments in (*self.committed, *self.pending):

@@ -11,7 +11,8 @@ from oracle import assert_results, captured_inputs
 from tiny_models import build, tokens
 
 import fastheads
-from fastheads.grouping import Repeat
+from fastheads.dispatch import Dispatcher
+from fastheads.grouping import Backlog, Repeat
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = (
@@ -25,7 +26,8 @@ RTOL = 5e-6
 
 @pytest.fixture
 def repeats(monkeypatch):
-    """Whether the short way was taken, each time that it was tried."""
+    """Whether a launch was repeated, each time that it was tried; no forward waits for the next."""
+    monkeypatch.setattr(Backlog, "offer", lambda *_: False)
     seen = []
     of_kept = Repeat.of_kept
 
@@ -130,3 +132,148 @@ def test_an_input_that_is_modified_in_place_is_an_error(repeats):
         with pytest.raises(RuntimeError, match="modified in place"):
             model(input_ids=some(2, 6, 0), use_cache=False)
     assert repeats == [True, False]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The number of sequences in each launch that is not a repeated one."""
+    seen = []
+    record = Dispatcher.record
+
+    def spy(self, rows, inputs, *args, **options):
+        assert list(rows) == [0, 1, 2]
+        seen.append(inputs[0].shape[0])
+        record(self, rows, inputs, *args, **options)
+
+    monkeypatch.setattr(Dispatcher, "record", spy)
+    return seen
+
+
+@pytest.mark.parametrize(("token_agg", "skip_first"), [("all", 0), ("all", 2), ("last", 0)])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_forwards_that_ended_wait_for_one_launch(launches, token_agg, skip_first, mode):
+    model = model_on_device()
+    sites = fastheads.find_sites(model)
+    shapes = [(2, 6)] * 5 + [(1, 5)] * 4
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, token_agg, backend="triton", skip_first=skip_first) as hooks,
+        mode(),
+    ):
+        for i, shape in enumerate(shapes):
+            model(input_ids=some(*shape, i), use_cache=False)
+        assert launches == [2]
+        results = hooks.get_results()
+    # The others' four and four, into the pending moments and into the committed ones.
+    assert launches == [2, 8, 4, 8, 4]
+    assert_results(results, sites, inputs, [None] * len(shapes), token_agg, RTOL, skip_first)
+
+
+def test_what_waits_is_bounded(launches):
+    model = model_on_device()
+    one = 3 * 2 * 6 * 64 * 4  # bytes of a forward's inputs
+    with fastheads.HookManager(model, backend="triton", group_bytes=16 * one) as hooks, torch.no_grad():
+        for i in range(1 + 8):
+            model(input_ids=some(2, 6, i), use_cache=False)
+        assert launches == [2, 16, 16]  # eight forwards are half the budget; the copy takes the other half
+        assert (hooks.get_results()["head_output_norm"]["count"] == 18).all()
+    launches.clear()
+    with fastheads.HookManager(model, backend="triton", group_bytes=7 * one) as hooks, torch.no_grad():
+        for i in range(4):
+            model(input_ids=some(2, 6, i), use_cache=False)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 8).all()
+    assert launches == [2]  # and three that were repeated: so little room is not worth the wait
+
+
+@pytest.mark.parametrize("where", ["layer", "head"])
+def test_a_forward_that_fails_does_not_count_and_those_that_wait_do(launches, where):
+    model = model_on_device()
+    broken = model.model.layers[2].mlp if where == "layer" else model.lm_head
+    with fastheads.HookManager(model, backend="triton") as hooks, torch.no_grad():
+        for i in range(4):
+            model(input_ids=some(2, 6, i), use_cache=False)
+
+        def fail(*_):
+            raise torch.OutOfMemoryError("out of memory")
+
+        handle = broken.register_forward_pre_hook(fail)
+        for _ in range(2):
+            with pytest.raises(torch.OutOfMemoryError):
+                model(input_ids=some(2, 6, 9), use_cache=False)
+        handle.remove()
+        model(input_ids=some(2, 6, 4), use_cache=False)
+        results = hooks.get_results()
+        assert (results["head_output_norm"]["count"] == 10).all()
+        hooks.reset()
+        for i in range(5):
+            model(input_ids=some(2, 6, i), use_cache=False)
+        again = hooks.get_results()
+    for metric in ("head_output_norm", "head_residual_contribution_norm"):
+        torch.testing.assert_close(results[metric]["mean"], again[metric]["mean"], rtol=1e-12, atol=0)
+
+
+def test_what_waits_is_measured_with_the_weights_that_it_had(launches):
+    model = model_on_device()
+    sites = fastheads.find_sites(model)
+    with fastheads.HookManager(model, backend="triton") as hooks, torch.no_grad():
+        for _ in range(4):
+            model(input_ids=some(2, 6, 0), use_cache=False)
+        sites[2].module.weight.mul_(3.0)  # of the last layer: no other's input changes
+        for _ in range(4):
+            model(input_ids=some(2, 6, 0), use_cache=False)
+        mean = hooks.get_results()["head_residual_contribution_norm"]["mean"][2]
+        hooks.reset()
+        model(input_ids=some(2, 6, 0), use_cache=False)
+        after = hooks.get_results()["head_residual_contribution_norm"]["mean"][2]
+    torch.testing.assert_close(mean, 2 / 3 * after, rtol=1e-6, atol=0)
+
+
+def test_nothing_waits_where_a_model_has_its_inputs_in_the_same_memory_each_time(launches):
+    model = model_on_device()
+    places = [torch.empty(2, 6, 64, device=DEVICE) for _ in range(3)]
+    for layer, place in zip(model.model.layers, places, strict=True):
+
+        def use(_module, args, place=place):
+            place.data.copy_(args[0])
+            return (place.detach(),)
+
+        layer.self_attn.o_proj.register_forward_pre_hook(use)
+    sites = fastheads.find_sites(model)
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, backend="triton") as hooks,
+        torch.no_grad(),
+    ):
+        for i in range(4):
+            model(input_ids=some(2, 6, i), use_cache=False)
+        results = hooks.get_results()
+    assert launches == [2]
+    assert_results(results, sites, inputs, [None] * 4, "last", RTOL)
+
+
+def test_an_input_that_changes_while_it_waits_is_an_error(launches):
+    model = model_on_device()
+    held = []
+    with fastheads.HookManager(model, backend="triton") as hooks, torch.no_grad():
+        for i in range(3):
+            model(input_ids=some(2, 6, i), use_cache=False)
+        model.model.layers[1].self_attn.o_proj.register_forward_hook(
+            lambda _m, args, _o: held.append(args[0])
+        )
+        model(input_ids=some(2, 6, 3), use_cache=False)
+        held[0].zero_()
+        with pytest.raises(RuntimeError, match="modified in place"):
+            hooks.get_results()
+
+
+def test_detaching_measures_what_waits_and_a_reset_forgets_it(launches):
+    model = model_on_device()
+    hooks = fastheads.HookManager(model, backend="triton")
+    with torch.no_grad():
+        for i in range(4):
+            model(input_ids=some(2, 6, i), use_cache=False)
+        hooks.reset()
+        for i in range(3):
+            model(input_ids=some(2, 6, i), use_cache=False)
+    hooks.remove()
+    assert (hooks.get_results()["head_output_norm"]["count"] == 6).all()
