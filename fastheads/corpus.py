@@ -7,7 +7,6 @@ one ended, and with `max_tokens`, which counts tokens in the corpus' order, ever
 keeps its own.
 """
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -93,7 +92,11 @@ class Corpus:
             sequences, rest = self._cut(held, at, ended)
             any_text |= bool(sequences)
             tokens = sum(map(len, sequences))
-            after = {"index": at["index"] + 1, "item": at["item"] + len(held), "tokens": at["tokens"] + tokens}
+            after = {
+                "index": at["index"] + 1,
+                "item": at["item"] + len(held),
+                "tokens": at["tokens"] + tokens,
+            }
             after["rest"] = rest
             if sequences and at["index"] % self.shard[1] == self.shard[0]:
                 yield Window(at["index"], sequences, at, after, len(held), sum(map(len, held)))
