@@ -1,7 +1,9 @@
 """profile(): the whole job, from a model and data to a HeadProfile."""
 
+import hashlib
 import inspect
 import itertools
+import json
 import os
 import signal
 import time
@@ -247,7 +249,6 @@ class _Run:
         self.seconds = 0.0  # of earlier runs that this one goes on from, and then of all
         self.ended = False
         self.feed: Feed | None = None
-        self.weights = fingerprint(model)
         self.overhead = Overhead(self.device)
         self.stopping = Stopping(patient=job.place.tp > 1)
         self._embeddings = getattr(_embedding(model), "num_embeddings", None)
@@ -303,7 +304,8 @@ class _Run:
         else:
             data = {"data source": "token batches", "max_tokens": settings.max_tokens}
         return {
-            "model": self.weights,
+            "model weights": fingerprint(self.model)["sha256"],
+            "model configuration": _digest_of_config(self.model),
             **data,
             **settings.options,
             "batch_size": settings.batch_size,
@@ -553,6 +555,15 @@ def check_options(
         raise ValueError(f"checkpoint_every must be more than 0 seconds, not {checkpoint_every}")
     if not 0 <= shard[0] < shard[1]:
         raise ValueError(f"shard must be (i, n) with i from 0 to n - 1, not {tuple(shard)}")
+
+
+def _digest_of_config(model: nn.Module) -> str:
+    """SHA-256 of the configuration, less what depends on how the model was loaded."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    config: dict[str, Any] = dict(to_dict()) if callable(to_dict) else {}
+    for key in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(key, None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _check_measured(measured: HeadProfile, skip_first: int) -> None:
