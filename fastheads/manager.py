@@ -28,6 +28,7 @@ from fastheads.channels import (
 )
 from fastheads.dispatch import PRECISIONS
 from fastheads.factors import SiteFactor, StaleFactorError
+from fastheads.fingerprint import fingerprint
 from fastheads.grouping import DeviceQueue, Profiled, Scaled, check_unchanged, grouped
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
@@ -159,6 +160,7 @@ class HookManager:
         self._handles: list[Any] = []
         self._handle = operator.register(self)
         try:
+            self._weights = self._fingerprint()
             if verify:
                 self._check = SelfCheck(self.model, list(chosen.values()))
             if self._ranks is not None:
@@ -686,7 +688,12 @@ class HookManager:
         for channel in self._channels:
             channel.dispatcher.rebuild()
             channel.dispatcher.used.clear()
+        self._weights = self._fingerprint()
         self._warned = False
+
+    def _fingerprint(self) -> dict[str, Any] | None:
+        """Of the weights as they are; None where each rank has only its own."""
+        return fingerprint(self.model) if self._ranks is None else None
 
     def _metadata(self) -> dict[str, Any]:
         used = sorted(self._dispatcher.used)
@@ -699,6 +706,7 @@ class HookManager:
             precision=self.precision,
             layers=self.layers,
             residual_update=self._updates.describe(range(len(self.sites))),
+            weights=self._weights,
         )
 
     def _check_that_all_ran(self, moments: Moments) -> None:
