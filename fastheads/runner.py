@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fastheads import data as sources
 from fastheads import loading
-from fastheads.data import TextSource
+from fastheads.corpus import Corpus
+from fastheads.data import Source
 from fastheads.errors import DataError, ProfileInterrupted
 from fastheads.manager import HookManager
 from fastheads.results import HeadProfile
@@ -97,7 +98,7 @@ def profile(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1 sequence, not {batch_size}")
     source = _as_source(data, field)
-    is_text = isinstance(source, TextSource)
+    is_text = isinstance(source, Source)
 
     name = None
     if isinstance(model, nn.Module):
@@ -114,9 +115,10 @@ def profile(
     about: dict[str, Any] = {"source": "token batches", "sha256": None}
     total = max_tokens
     batches: Iterable[dict[str, Any]]
-    if isinstance(source, TextSource):
+    if isinstance(source, Source):
         seq_len = _fitting_seq_len(module, seq_len)
-        sequences = sources.tokenize(source, tokenizer, seq_len, max_tokens)
+        corpus = Corpus(source, tokenizer, seq_len=seq_len, max_tokens=max_tokens)
+        sequences = [ids for window in corpus.windows() for ids in window.sequences]
         _check_vocabulary(module, sequences)
         total = sum(map(len, sequences))
         batches = sources.batches(sequences, batch_size, getattr(tokenizer, "pad_token_id", None) or 0)
@@ -198,9 +200,9 @@ class _Run:
         return found
 
 
-def _as_source(data: Any, field: str) -> TextSource | Iterator[dict[str, Any]]:
+def _as_source(data: Any, field: str) -> Source | Iterator[dict[str, Any]]:
     """Texts, or token batches."""
-    if isinstance(data, TextSource):
+    if isinstance(data, Source):
         return data
     if data is None:
         return sources.default_text()
