@@ -37,6 +37,7 @@ WINDOWS = 32  # of a corpus between the two
 WINDOW_DOCUMENTS = 2**16  # at most, for those that hold hardly anything
 
 TASK_CHARACTERS = 2**18  # tokenised by one worker at a time
+PADDING = 0.045  # a little below the most that is wanted, 5 %
 AHEAD = 2  # windows that are read and tokenised while one is in use
 HEAD_CHARACTERS = 2**16  # whose hash names a corpus
 # Below it, tokenising takes less time than starting processes for it.
@@ -306,17 +307,26 @@ def plan(lengths: Sequence[int], budget: int, max_rows: int | None = None) -> li
     """The rows of each batch: longest first, rows × longest ≤ `budget` and rows ≤ `max_rows`, but one at least.
 
     The longest come first: what does not fit into the memory shows at once. Equal lengths keep their order.
+    Where full batches would be padded by more than `PADDING`, they end earlier, when they come to hold that much
+    padding of their own: from a half, a quarter or an eighth of the budget on, whatever it takes.
     """
     if budget < 1 or (max_rows is not None and max_rows < 1):
         raise ValueError(f"a batch needs room: budget {budget} tokens, max_rows {max_rows}")
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
-    width = 0
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        full = not batches or (len(batches[-1]) + 1) * width > budget or len(batches[-1]) == max_rows
-        if full:
-            batches.append([])
-            width = lengths[row]
-        batches[-1].append(row)
+    for least in (budget, budget // 2, budget // 4, budget // 8):
+        batches, width, real = [], 0, 0
+        for row in order:
+            rows = len(batches[-1]) + 1 if batches else 0
+            full = not batches or rows * width > budget or rows - 1 == max_rows
+            loose = real + lengths[row] < (1 - PADDING) * rows * width and (rows - 1) * width >= least
+            if full or loose:
+                batches.append([])
+                width, real = lengths[row], 0
+            batches[-1].append(row)
+            real += lengths[row]
+        if sum(lengths) >= (1 - PADDING) * sum(len(batch) * lengths[batch[0]] for batch in batches):
+            break
     return batches
 
 

@@ -25,6 +25,8 @@ from fastheads.errors import DataError
 from fastheads.readers import Chat, Item, Reader
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
+CELLS = {".csv": ",", ".tsv": "\t"}
+PARQUET = ".parquet"
 Cut = Literal["documents", "stream"]
 
 # Reading a larger file once more for its hash would take long.
@@ -55,14 +57,14 @@ class Source:
 
 @dataclass(frozen=True)
 class TextSource(Source):
-    """A text file, JSON lines, or texts in memory."""
+    """A text file, JSON lines, CSV, or texts in memory."""
 
     name: str
     kind: Cut
     sha256: str | None
     size: int
     path: Path | None = None
-    field: str | None = None  # of JSON lines; None: `readers.choose_field` of the first
+    field: str | None = None  # of JSON lines and CSV; None: `readers.choose_field`
     chat: Chat = "auto"
     held: tuple[str, ...] = ()  # the texts, where there is no file
 
@@ -70,9 +72,20 @@ class TextSource(Source):
         if self.path is None and self.kind == "documents":
             return readers.Held(self.held, position)
         raw = io.BytesIO(self.held[0].encode()) if self.path is None else readers.open_bytes(self.path)
-        if self.kind == "documents":
-            return readers.JsonLines(raw, self.name, position, self.field, self.chat)
-        return (readers.Lines if cut == "documents" else readers.Pieces)(raw, self.name, position)
+        try:
+            return self._reader(raw, cut, position)
+        except BaseException:
+            raw.close()
+            raise
+
+    def _reader(self, raw: Any, cut: Cut | None, position: Mapping[str, Any] | None) -> Reader:
+        if self.kind == "stream":
+            return (readers.Lines if cut == "documents" else readers.Pieces)(raw, self.name, position)
+        assert self.path is not None
+        delimiter = CELLS.get(readers.plain_suffix(self.path))
+        if delimiter is not None:
+            return readers.Cells(raw, self.name, position, self.field, delimiter)
+        return readers.JsonLines(raw, self.name, position, self.field, self.chat)
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,7 @@ def open_source(
 
     Args:
         data: None (the text of every Python); a path, by its name's end: .jsonl, .ndjson or .json (JSON lines),
-            .csv, .tsv or .parquet, these also compressed (.gz, .bz2, .xz, .zst), anything else a text;
+            .csv, .tsv, .parquet, anything else a text, all but Parquet also compressed (.gz, .bz2, .xz);
             a data set of the Hub as `owner/name` or `owner/name:configuration`; a `datasets.Dataset` or
             `IterableDataset`; a list or tuple of texts.
         field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
@@ -147,7 +160,7 @@ def _exists(name: str) -> bool:
 
 
 def _names_a_file(path: Path) -> bool:
-    return path.suffix.lower() in (".txt", *JSON_LINES_SUFFIXES) or tables.builder_of(path) is not None
+    return readers.plain_suffix(path) in (".txt", PARQUET, *JSON_LINES_SUFFIXES, *CELLS)
 
 
 def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat = "auto") -> Source:
@@ -169,10 +182,12 @@ def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat
     if not size:
         raise DataError(f"the data file {path} is empty")
     source: Source
-    if tables.builder_of(path) is not None:
-        source = TableSource(str(path), sha256, size, tables.file_table(path, field, chat))
-    elif path.suffix.lower() in JSON_LINES_SUFFIXES:
-        field = field or _first_field(path, chat)
+    suffix = readers.plain_suffix(path)
+    if path.suffix.lower() == PARQUET:
+        source = TableSource(str(path), sha256, size, tables.parquet_table(path, field, chat))
+    elif suffix in JSON_LINES_SUFFIXES or suffix in CELLS:
+        if suffix in JSON_LINES_SUFFIXES:
+            field = field or _first_field(path, chat)
         source = TextSource(str(path), "documents", sha256, size, path=path, field=field, chat=chat)
     else:
         source = TextSource(str(path), "stream", sha256, size, path=path)

@@ -3,9 +3,14 @@
 A document is a text, or a chat: a list of messages `{"role": ..., "content": ...}`.
 """
 
+import bz2
+import csv
+import gzip
 import io
 import json
-from collections.abc import Mapping, Sequence
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -17,6 +22,8 @@ Chat = Literal["auto"] | bool
 CHAT_FIELDS = ("messages", "conversations")
 # As chats in ShareGPT's format call who speaks.
 ROLES = {"human": "user", "gpt": "assistant"}
+
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
 
 # A stream is tokenised in pieces of about as many bytes, which end with a line.
 PIECE_BYTES = 2**16
@@ -36,12 +43,27 @@ class Reader(Protocol):
 class FileReader:
     """What the readers of bytes have in common; `position` is where another one stood."""
 
-    def __init__(self, raw: io.RawIOBase | io.BytesIO, name: str, position: Mapping[str, Any] | None) -> None:
-        self.file, self.name = io.BufferedReader(raw), name  # type: ignore[type-var]
+    def __init__(self, raw: Any, name: str, position: Mapping[str, Any] | None) -> None:
+        self.file, self.name = io.BufferedReader(raw), name
         if position:
-            self.file.seek(position["byte"])
-        elif self.file.peek(3)[:3] == b"\xef\xbb\xbf":  # a byte-order mark is no text
+            self._try(self.file.seek, position["byte"])
+        elif self._try(self.file.peek, 3)[:3] == b"\xef\xbb\xbf":  # a byte-order mark is no text
             self.file.seek(3)
+
+    def _try(self, read: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return read(*arguments)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise DataError(f"cannot read the data file {self.name}: {error}") from error
+
+    def line_of_bytes(self, limit: int = -1) -> bytes:
+        line: bytes = self._try(self.file.readline, limit)
+        return line
+
+    def next_byte(self) -> bytes:
+        """The next byte, which is not taken."""
+        ahead: bytes = self._try(self.file.peek, 1)
+        return ahead[:1]
 
     def position(self) -> dict[str, Any]:
         return {"byte": self.file.tell()}
@@ -63,14 +85,17 @@ class Pieces(FileReader):
     """
 
     def __next__(self) -> str:
-        piece = self.file.read(PIECE_BYTES)
+        piece: bytes = self._try(self.file.read, PIECE_BYTES)
         if not piece:
             raise StopIteration
         if len(piece) == PIECE_BYTES:
-            while len(piece) < 2 * PIECE_BYTES and not _ends(piece, self.file.peek(1)[:1]):
-                piece += self.file.readline(2 * PIECE_BYTES - len(piece))
-            if not piece.endswith(b"\n"):  # a line without end: at least whole characters
-                while (following := self.file.peek(1)[:1]) and following[0] & 0xC0 == 0x80:
+            while len(piece) < 2 * PIECE_BYTES and not _ends(piece, self.next_byte()):
+                piece += self.line_of_bytes(2 * PIECE_BYTES - len(piece))
+            if not piece.endswith(b"\n") and (space := piece.rfind(b" ")) > 0:
+                self.file.seek(space - len(piece), io.SEEK_CUR)  # in a long line, before a word
+                piece = piece[:space]
+            elif not piece.endswith(b"\n"):  # at least whole characters
+                while (following := self.next_byte()) and following[0] & 0xC0 == 0x80:
                     piece += self.file.read(1)
         return self.text(piece)
 
@@ -83,7 +108,7 @@ class Lines(FileReader):
     """The lines of a text, each a document, without their ends."""
 
     def __next__(self) -> str:
-        line = self.file.readline()
+        line = self.line_of_bytes()
         if not line:
             raise StopIteration
         return self.text(line).rstrip("\r\n")
@@ -94,7 +119,7 @@ class JsonLines(FileReader):
 
     def __init__(
         self,
-        raw: io.RawIOBase | io.BytesIO,
+        raw: Any,
         name: str,
         position: Mapping[str, Any] | None,
         field: str | None,
@@ -109,7 +134,7 @@ class JsonLines(FileReader):
 
     def record(self) -> Mapping[str, Any]:
         """The next line's object."""
-        while content := self.file.readline():
+        while content := self.line_of_bytes():
             self.line += 1
             if not (line := self.text(content)).strip():
                 continue
@@ -139,6 +164,56 @@ class JsonLines(FileReader):
         return as_item(record[self.field], self.field, self.chat, self.where)
 
 
+class Cells(FileReader):
+    """The cells in one column of a CSV file with a header, as they stand. `field` None: `choose_field`.
+
+    Python's own reader rather than pandas', which takes "NA" for nothing and shifts the cells of a line that has
+    too many.
+    """
+
+    def __init__(
+        self, raw: Any, name: str, position: Mapping[str, Any] | None, field: str | None, delimiter: str
+    ) -> None:
+        super().__init__(raw, name, None)
+        # For the whole process, for it cannot be set otherwise; documents are longer than its 128 KiB.
+        csv.field_size_limit(2**31 - 1)
+        self.line = 0
+        self.rows = csv.reader(self._lines(), delimiter=delimiter, strict=True)
+        header = self._row()
+        if header is None:
+            raise DataError(f"no tokens in {name}: it has no rows")
+        self.width, self.column = len(header), header.index(choose_field(header, field, False, name))
+        self.field = header[self.column]
+        if position:
+            self._try(self.file.seek, position["byte"])
+            self.line = position["line"]
+
+    def position(self) -> dict[str, Any]:
+        return super().position() | {"line": self.line}
+
+    def __next__(self) -> str:
+        row = self._row()
+        if row is None:
+            raise StopIteration
+        if len(row) != self.width:
+            raise DataError(
+                f"{self.name}, line {self.line} has {len(row)} cells where the header has {self.width}"
+            )
+        return row[self.column]
+
+    def _row(self) -> list[str] | None:
+        """The next row that is not blank."""
+        try:
+            return next((row for row in self.rows if row), None)
+        except csv.Error as error:
+            raise DataError(f"{self.name}, line {self.line} is not CSV: {error}") from error
+
+    def _lines(self) -> Iterator[str]:
+        while content := self.line_of_bytes():
+            self.line += 1
+            yield self.text(content)
+
+
 class Held:
     """Documents in memory."""
 
@@ -158,10 +233,15 @@ class Held:
         pass
 
 
-def open_bytes(path: Path) -> io.FileIO:
-    """The file, for the readers of this module; DataError where it cannot be opened."""
+def plain_suffix(path: Path) -> str:
+    """The end of the name in small letters, without that of a compression."""
+    return (path.with_suffix("") if path.suffix.lower() in OPENERS else path).suffix.lower()
+
+
+def open_bytes(path: Path) -> Any:
+    """The file's bytes, unpacked, for the readers of this module; DataError where it cannot be opened."""
     try:
-        return io.FileIO(path)
+        return OPENERS.get(path.suffix.lower(), io.FileIO)(path)
     except OSError as error:
         raise DataError(f"cannot read the data file {path}: {error.strerror}") from error
 

@@ -1,6 +1,6 @@
-"""Documents through Hugging Face `datasets`: CSV and Parquet files, data sets of the Hub, `datasets`' own objects.
+"""Documents through Hugging Face `datasets`: Parquet files, data sets of the Hub, `datasets`' own objects.
 
-Files are read as a stream, without a copy in the cache, a thousand rows at a time. Nothing is unpickled and no code
+Parquet files are read as a stream, without a copy in the cache, a thousand rows at a time. Nothing is unpickled and no code
 that comes with data is run: `datasets` 4 and later cannot, and older ones are refused.
 """
 
@@ -15,45 +15,20 @@ from fastheads.readers import Chat, Item, as_item, choose_field
 
 ROWS = 1000  # read at a time
 
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-# What `datasets` reads compressed as it does plain.
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
-
-def builder_of(path: Path) -> str | None:
-    """The format of a file that `datasets` reads for us, by its name; None for all others."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
-    suffix = suffixes[-2] if compressed and len(suffixes) > 1 else "".join(suffixes[-1:])
-    return "json" if compressed and suffix in JSON_SUFFIXES else BUILDERS.get(suffix)
-
-
-def file_table(path: Path, field: str | None, chat: Chat) -> "Table":
-    """The rows of a file, for `builder_of(path)`.
+def parquet_table(path: Path, field: str | None, chat: Chat) -> "Table":
+    """The rows of a Parquet file.
 
     Raises:
         DataError: if it cannot be read, has no rows, or no column for the documents.
         MissingExtraError: if `datasets` is not installed.
     """
-    builder, name = str(builder_of(path)), str(path)
-    options: dict[str, Any] = {"data_files": [_literal(path)], "split": "train", "streaming": True}
-    if builder == "csv":
-        # All cells are texts as they stand: "NA" is no missing value and 007 no number.
-        options |= {"chunksize": ROWS, "na_filter": False, "sep": "\t" if ".tsv" in path.suffixes else ","}
-    elif builder == "parquet":
-        options["batch_size"] = ROWS
+    name = str(path)
     load = _library(f"reading {path.name}").load_dataset
     with _errors(name):
-        # Of a CSV file one row is read: the types that are guessed for its cells are of no interest.
-        rows = load(builder, **options | ({"nrows": 1} if builder == "csv" else {}))
-        field = _field(rows, field, chat, name)
-        if builder == "csv":
-            features = _library(name).Features({field: _library(name).Value("string")})
-            rows = load(builder, **options, usecols=[field], features=features)
-        elif builder == "parquet":
-            rows = load(builder, **options, columns=[field])
-        return Table(name, rows, field, chat)
+        options = {"data_files": [_literal(path)], "split": "train", "streaming": True, "batch_size": ROWS}
+        field = _field(load("parquet", **options), field, chat, name)
+        return Table(name, load("parquet", **options, columns=[field]), field, chat)
 
 
 def hub_table(
@@ -109,7 +84,7 @@ class TableReader:
                 rows = rows.select_columns([table.field])
                 rows.load_state_dict(position["state"] if position else None)
             elif self.row:
-                rows = rows.skip(self.row)
+                rows = rows.skip(self.row) if self.row < len(rows) else ()
             self.rows = rows
             self.iterator: Iterator[Mapping[str, Any]] = iter(rows)
 
@@ -146,10 +121,10 @@ def _library(what: str) -> Any:
 def _field(rows: Any, field: str | None, chat: Chat, where: str) -> str:
     columns = rows.column_names
     if columns is None:  # of a stream without a schema
-        first = next(iter(rows), None)
-        if first is None:
+        first = list(rows.take(1))
+        if not first:
             raise DataError(f"no tokens in {where}: it has no rows")
-        columns = list(first)
+        columns = list(first[0])
     return choose_field(columns, field, chat, where)
 
 
