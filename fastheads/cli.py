@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -30,6 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Profile every attention head of a transformer while it runs.",
 )
+
+
+class Cut(StrEnum):
+    documents = "documents"
+    stream = "stream"
 
 
 class TokenAgg(StrEnum):
@@ -85,14 +90,39 @@ def profile(
         ),
     ] = None,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A text file, or JSON lines (.jsonl, .ndjson, .json). Without it: the English text that "
-            "comes with Python (pydoc_data.topics).",
+            help="A text file, JSON lines (.jsonl, .ndjson, .json), CSV, TSV or Parquet; or a data set of the Hub, "
+            "owner/name. Without it: the English text that comes with Python (pydoc_data.topics).",
             show_default=False,
         ),
     ] = None,
-    field: Annotated[str, typer.Option(help="The field of a JSON line that holds its text.")] = "text",
+    field: Annotated[
+        str | None,
+        typer.Option(
+            help="The field or column that holds the documents.",
+            show_default="text, else messages or conversations",
+        ),
+    ] = None,
+    cut: Annotated[
+        Cut | None,
+        typer.Option(
+            help="documents: each is a sequence of its own, cut at --seq-len. stream: blocks of --seq-len tokens, no padding.",
+            show_default="stream for a text file, else documents",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Whether the documents are chats, which the tokenizer's template makes texts of.",
+            show_default="as they look",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "train",
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read a data set of the Hub as it arrives.")
+    ] = False,
     token_agg: Annotated[
         TokenAgg,
         typer.Option(
@@ -192,7 +222,11 @@ def profile(
             job = Job(tp, device)
             first = job.place.rank == 0
             _check_files(output, plot)
-            text = sources.default_text() if data is None else sources.text_file(data, field)
+            kind: bool | Literal["auto"] = "auto" if chat is None else chat
+            if data is None or "/" in data:
+                text = sources.open_source(data, field=field, chat=kind, split=split, streaming=streaming)
+            else:  # whatever is wrong with it, it is no data set of the Hub
+                text = sources.text_file(data, field, kind)
             found = loading.find_model(model)
         with job:
             with _doing(f"loading {found.name}", terminal) if first else nullcontext():
@@ -212,6 +246,7 @@ def profile(
                 tokenizer=tokenizer,
                 token_agg=str(token_agg),
                 seq_len=seq_len,
+                cut=None if cut is None else str(cut),
                 batch_size=batch_size,
                 batch_tokens=batch_tokens,
                 max_tokens=max_tokens,

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from fastheads import loading
 from fastheads.batching import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
 from fastheads.checkpoint import Checkpoint
 from fastheads.corpus import Corpus
-from fastheads.data import TextSource
+from fastheads.data import Cut, Source
 from fastheads.distributed import Job
 from fastheads.ending import EarlyEnd
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted, RankLostError
@@ -47,7 +46,7 @@ def profile(
     tokenizer: Any = None,
     token_agg: Literal["last", "all", "token"] = "all",
     seq_len: int | None = None,
-    cut: Literal["documents", "stream"] | None = None,
+    cut: Cut | None = None,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
     max_tokens: int | None = None,
@@ -58,7 +57,7 @@ def profile(
     allow_skipped: bool = False,
     kv_groups: bool = False,
     include: str | Iterable[str] = (),
-    field: str = "text",
+    field: str | None = None,
     progress: bool | Progress = False,
     dtype: str = "auto",
     device: str = "auto",
@@ -85,14 +84,14 @@ def profile(
             or a Hub id.
         data: what to run over:
 
-            - a `str` or path: a file. Text is one stream, cut to contiguous blocks of `seq_len` tokens; .jsonl,
-              .ndjson and .json are JSON lines, each a document of its own with its text in `field`.
-              (To profile a text that is at hand, pass it in a list: `[text]`.)
+            - a `str` or path: a file. Text is one stream, cut to contiguous blocks of `seq_len` tokens; JSON lines, CSV and
+              Parquet are documents (`fastheads.data.open_source`). A `str` such as owner/name that is no file: a data set of
+              the Hub. (To profile a text that is at hand, pass it in a list: `[text]`.)
             - an iterable of `str`: documents. Read to its end before the model runs.
             - a tensor of token ids `[rows, tokens]`, a mapping with `input_ids` and perhaps `attention_mask`
               (all of it goes to the model), or an iterable of these: token batches, run as they are.
             - None: the English text that every CPython carries (`pydoc_data.topics`).
-            - what `fastheads.data.text_file` and its kin return, or a `fastheads.corpus.Corpus`.
+            - what `fastheads.data.open_source` returns, or a `fastheads.corpus.Corpus`.
         tokenizer: needed for texts where `model` is a module.
         token_agg: what one sample is: "last", the value at a sequence's last real token; "all", the mean
             over its real tokens; "token", each real token.
@@ -110,7 +109,7 @@ def profile(
         allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
         kv_groups: measure the contributions of KV groups too (`HookManager`).
         include: names of attention modules, as patterns, that are profiled though they are left out by default (`find_sites`).
-        field: of a JSON line, the one with the text.
+        field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
         progress: True shows a bar; or a function that is called with the tokens done and those in all, or None.
         dtype: of a model that is loaded: "auto", "float32", "bfloat16" or "float16".
         device: for a model that is loaded: "auto" or a torch device.
@@ -143,7 +142,7 @@ def profile(
     check_options(batch_size, batch_tokens, checkpoint_every, shard)
     job = Job() if job is None else job
     source = data if isinstance(data, Corpus) else _as_source(data, field)
-    is_text = isinstance(source, TextSource)
+    is_text = isinstance(source, Source)
 
     if isinstance(model, nn.Module):
         module = unwrapped(model)
@@ -166,7 +165,7 @@ def profile(
             f"profile() runs decoders alone, and {type(module).__name__} has an encoder: run it yourself under a HookManager"
         )
     corpus: Corpus | Iterable[dict[str, Any]]
-    if isinstance(source, TextSource):
+    if isinstance(source, Source):
         part, parts = job.place.shard
         corpus = Corpus(
             source,
@@ -251,7 +250,6 @@ class _Run:
         self.feed: Feed | None = None
         self.overhead = Overhead(self.device)
         self.stopping = Stopping(patient=job.place.tp > 1)
-        self._embeddings = getattr(_embedding(model), "num_embeddings", None)
         self._takes_cache = _takes(ending.decoder, "use_cache")
         self._due = 0.0
         if settings.compile:
@@ -364,6 +362,7 @@ class _Run:
             pad_token_id=getattr(self.corpus.tokenizer, "pad_token_id", None) or 0,
             with_mask=not _looks_back_only(self.model, self.hooks.sites),
             pinned=self.device.type == "cuda",
+            embeddings=getattr(_embedding(self.model), "num_embeddings", None),
             position=position,
         )
 
@@ -437,11 +436,9 @@ class _Run:
 
     def _forward(self, batch: Batch) -> bool:
         """False where there was not enough memory; nothing is counted then."""
-        if self._embeddings is not None and batch.rows:
-            _check_vocabulary(batch.arguments["input_ids"], self._embeddings)
         try:
             arguments = {key: _to(value, self.device) for key, value in batch.arguments.items()}
-            real = None if batch.real is None else _to(batch.real, self.device)
+            real = None if batch.real is None else _to(batch.real, self.device) != 0
             if self._takes_cache:
                 arguments["use_cache"] = False
             with self.hooks.token_mask(real) if real is not None else nullcontext():
@@ -476,16 +473,20 @@ class _Run:
         assert self.feed is not None
         self.job.report(self.tokens)
         everywhere, parts = self.job.tokens, self.job.place.shard[1] * self.settings.shard[1]
-        total = self.feed.total
-        if total is not None:
-            total *= self.job.place.shard[1] if everywhere is not None else 1
-        elif self.settings.max_tokens is not None and parts == 1:
-            total = self.settings.max_tokens
+        total, expected = self.feed.total, self.feed.expected
+        most = self.settings.max_tokens
+        if most is not None and expected is not None:
+            expected = min(expected, most // parts)
+        expected = total if total is not None else expected
+        if everywhere is not None:
+            total = None  # the others' are not known
+            expected = None if expected is None else expected * self.job.place.shard[1]
         self.report(
             Status(
                 tokens=self.tokens,
                 all_tokens=self.tokens if everywhere is None else max(everywhere, self.tokens),
                 total=total,
+                expected=expected,
                 padding=1 - self.tokens / self.area if self.area else 0.0,
                 overhead=self.overhead.share,
             )
@@ -591,16 +592,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _as_source(data: Any, field: str) -> TextSource | Iterator[dict[str, Any]]:
+def _as_source(data: Any, field: str | None) -> Source | Iterator[dict[str, Any]]:
     """Texts, or token batches."""
-    if isinstance(data, TextSource):
-        return data
-    if data is None:
-        return sources.default_text()
-    if isinstance(data, str | os.PathLike):
-        if isinstance(data, str) and ("\n" in data or not Path(data).exists()):
-            raise DataError(f"no data file {data[:80]!r}; to profile a text itself, pass it in a list")
-        return sources.text_file(data, field)
+    source = sources.open_source(data, field=field)
+    if source is not None:
+        return source
     if isinstance(data, Tensor | Mapping):
         data = [data]
     if not isinstance(data, Iterable):
@@ -624,13 +620,6 @@ def _fitting_seq_len(model: nn.Module, seq_len: int | None) -> int:
     if limit and seq_len > limit:
         raise ValueError(f"seq_len {seq_len} is more than the model's max_position_embeddings, {limit}")
     return seq_len
-
-
-def _check_vocabulary(ids: Tensor, rows: int) -> None:
-    """Raise ValueError for ids that the embedding does not have: on a GPU they would end the whole process."""
-    largest = int(ids.max())
-    if largest >= rows:
-        raise ValueError(f"the tokenizer is not the model's: it gave token {largest}, the model has {rows}")
 
 
 def _embedding(model: nn.Module) -> nn.Module | None:
