@@ -98,6 +98,7 @@ def test_the_budget_is_met_exactly(model, tokenizer):
         "tokens": 13,
         "sequences": 2,
         "seconds": 0,
+        "padding": 0.1875,
         "complete": True,
     }
 
