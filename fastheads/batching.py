@@ -337,7 +337,7 @@ def _checked_position(
         and all(isinstance(batch, list) and batch and all(type(n) is int for n in batch) for batch in todo)
     )
     if (
-        not isinstance(window, dict | None)
+        not (window is None or (isinstance(window, dict) and window))
         or not rows_sound
         or type(budget) is not int
         or budget < 1

@@ -139,6 +139,10 @@ class Job:
         if self._pulse is None:
             return
         self._pulse.tell(*(("ended", "") if error is None else ("failed", _short(error))))
+        if error is None and self._pulse.owns_store:  # which goes with this process
+            end = time.monotonic() + GRACE
+            while not self._pulse.all_reached("ended") and time.monotonic() < end:
+                time.sleep(0.05)
         self._pulse.stop()
         if self._owns_group and error is None:
             torch.distributed.destroy_process_group()
@@ -257,7 +261,8 @@ class _Pulse:
 
         self._place = place
         # A connection of its own: a wait in the process group's would hold the signs up.
-        self._store = dist.PrefixStore("fastheads", _connection())
+        connection, self.owns_store = _connection()
+        self._store = dist.PrefixStore("fastheads", connection)
         self._thread = threading.Thread(target=self._beat, name="fastheads-pulse", daemon=True)
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -346,8 +351,8 @@ class _Pulse:
             os._exit(1)
 
 
-def _connection() -> Any:
-    """A connection to the store of the process group that torchrun prepared."""
+def _connection() -> tuple[Any, bool]:
+    """A connection to the store of the process group, and whether the store is in this process: torchrun has it elsewhere."""
     import torch.distributed as dist
 
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
@@ -358,10 +363,9 @@ def _connection() -> Any:
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ.get("RANK") == "0"
     if own:
         # The process group would make this store itself; `multi_tenant` lets it share the one made here.
-        return dist.TCPStore(
-            address, int(port), is_master=True, wait_for_workers=False, multi_tenant=True, timeout=NEVER
-        )
-    return dist.TCPStore(address, int(port), is_master=False, wait_for_workers=False)
+        store = dist.TCPStore(address, int(port), is_master=True, wait_for_workers=False, multi_tenant=True)
+        return store, True
+    return dist.TCPStore(address, int(port), is_master=False, wait_for_workers=False), False
 
 
 def _short(error: BaseException) -> str:
