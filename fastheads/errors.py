@@ -25,6 +25,14 @@ class ProfileFileError(FastheadsError, ValueError):
     """A file is no head profile, or a damaged one."""
 
 
+class MergeError(FastheadsError, ValueError):
+    """Profiles that must not be merged: of different things, or of the same data."""
+
+
+class OptionError(FastheadsError, ValueError):
+    """An option is unknown, out of range, or does not fit the model. The command line calls it wrong usage."""
+
+
 class MissingExtraError(FastheadsError, ImportError):
     """An optional dependency is not installed."""
 
