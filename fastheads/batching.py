@@ -60,6 +60,10 @@ class Feed(Protocol):
     total: int | None  # tokens in all, where that is known
     expected: int | None  # the same, by what was read so far
 
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the run stands between two windows: what is done is then a fair part of the data."""
+
     def next(self) -> Batch | None:
         """The next batch; None behind the last."""
 
@@ -158,6 +162,10 @@ class WindowFeed:
         for later in list(self._planned)[1:]:  # as if they had been planned now, and not ahead
             later.todo = deque(self._plan(later.window))
         return True
+
+    @property
+    def at_boundary(self) -> bool:
+        return self._position["todo"] is None and self._position["window"] is not None
 
     def position(self) -> dict[str, Any]:
         # The budget of now, also where no batch is done since it was halved.
@@ -269,6 +277,10 @@ class GivenFeed:
         self._rows = rows // 2
         self._parts = deque(part for whole in self._parts for part in self._split(whole))
         return True
+
+    @property
+    def at_boundary(self) -> bool:
+        return not self._parts
 
     def position(self) -> dict[str, Any]:
         return {

@@ -167,6 +167,14 @@ def profile(
     precision: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
     dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, ...")] = "auto",
+    until_stable: Annotated[
+        bool,
+        typer.Option(
+            "--until-stable",
+            help="End as soon as the ranking of heads has settled, by the standard errors over sequences. "
+            "Not with --token-agg token.",
+        ),
+    ] = False,
     compile: Annotated[
         bool, typer.Option("--compile", help="Run the decoder through torch.compile.")
     ] = False,
@@ -256,6 +264,7 @@ def profile(
                 backend=backend,
                 precision=precision,
                 skip_first=skip_first,
+                until_stable=until_stable,
                 compile=compile,
                 output=output,
                 checkpoint=checkpoint,

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -28,8 +28,9 @@ from fastheads.fingerprint import fingerprint
 from fastheads.manager import HookManager
 from fastheads.overhead import Overhead
 from fastheads.progress import Status
-from fastheads.results import HeadProfile
+from fastheads.results import RANKING_METRIC, HeadProfile
 from fastheads.sites import HeadSite, unwrapped
+from fastheads.stable import StableRule, check_token_agg, judge
 from fastheads.stopping import Stopped, Stopping
 
 SEQ_LEN = 512
@@ -67,6 +68,7 @@ def profile(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = CHECKPOINT_EVERY,
     resume: bool = False,
+    until_stable: StableRule | bool = False,
     shard: tuple[int, int] = (0, 1),
     job: Job | None = None,
     name: str | None = None,
@@ -121,6 +123,9 @@ def profile(
             be written, a warning on stderr says so once, and the run goes on. None: no checkpoints.
         checkpoint_every: seconds between checkpoints.
         resume: go on from `checkpoint`, if the file is there. On the CPU the end is the same, bit for bit, as without the stop.
+        until_stable: end as soon as the ranking of heads by `RANKING_METRIC` has settled, by the rule given or, if True, the
+            default one (`fastheads.stable`, which says what it takes for granted). It is asked after each window of texts and
+            after each token batch; of several processes, when each has done one more window.
         shard: (i, n): of the windows that texts are cut into (`Corpus`), run every n-th from the i-th on. n runs with another i
             each do all, and `HeadProfile.merge` puts them together.
         job: the processes that share the data out between them, each with this call. The profile of all is returned on all.
@@ -140,6 +145,8 @@ def profile(
     """
     sources.check_lengths(SEQ_LEN if seq_len is None else seq_len, max_tokens)
     check_options(batch_size, batch_tokens, checkpoint_every, shard)
+    if until_stable is not False:
+        check_token_agg(token_agg)
     job = Job() if job is None else job
     source = data if isinstance(data, Corpus) else _as_source(data, field)
     is_text = isinstance(source, Source)
@@ -193,6 +200,7 @@ def profile(
             max_tokens=max_tokens,
             compile=compile,
             every=checkpoint_every,
+            until_stable=StableRule() if until_stable is True else until_stable or None,
             shard=shard,
             options=how,
             name=name,
@@ -221,6 +229,7 @@ class _Settings:
     max_tokens: int | None
     compile: bool
     every: float
+    until_stable: StableRule | None
     shard: tuple[int, int]
     options: dict[str, Any]  # of the HookManager
     name: str | None
@@ -247,6 +256,11 @@ class _Run:
         self.tokens = self.sequences = self.area = self.batches = 0
         self.seconds = 0.0  # of earlier runs that this one goes on from, and then of all
         self.ended = False
+        self.looks = 0  # at whether the ranking has settled
+        self.known_looks = 0  # those that some process had before this run began, and what they found
+        self.settled_at: int | None = None
+        self._all_done = False
+        self.settled = False
         self.feed: Feed | None = None
         self.overhead = Overhead(self.device)
         self.stopping = Stopping(patient=job.place.tp > 1)
@@ -273,7 +287,7 @@ class _Run:
             return
         tensors, document = loaded
         self.checkpoint.check(document.get("configuration"), self.configuration())
-        counts = [document.get(key) for key in ("tokens", "sequences", "area", "batches")]
+        counts = [document.get(key) for key in ("tokens", "sequences", "area", "batches", "looks")]
         seconds, position, notes = (document.get(key) for key in ("seconds", "position", "notes"))
         sound = all(type(n) is int and n >= 0 for n in counts)
         if not (
@@ -289,9 +303,9 @@ class _Run:
             self.hooks.load_state([tensors[name] for name in names], notes)
         except ValueError as error:
             raise CheckpointError(f"cannot resume from {self.checkpoint.path}: {error}") from error
-        self.tokens, self.sequences, self.area, self.batches = counts  # type: ignore[assignment]
+        self.tokens, self.sequences, self.area, self.batches, self.looks = counts  # type: ignore[assignment]
         self.seconds = seconds
-        self.ended = document.get("ended") is True
+        self.ended, self.settled = (document.get(key) is True for key in ("ended", "settled"))
         self.feed = self._make_feed(position)
 
     def configuration(self) -> dict[str, Any]:
@@ -309,6 +323,7 @@ class _Run:
             "batch_size": settings.batch_size,
             "batch_tokens": settings.batch_tokens,
             "compile": settings.compile,
+            "until_stable": None if settings.until_stable is None else asdict(settings.until_stable),
             "process": [place.rank, place.world, place.tp],
         }
 
@@ -325,8 +340,10 @@ class _Run:
             "sequences": self.sequences,
             "area": self.area,
             "batches": self.batches,
+            "looks": self.looks,
             "seconds": self.seconds,
             "ended": self.ended,
+            "settled": self.settled,
         }
         written = self.checkpoint.save({f"moments/{n}": buffer for n, buffer in enumerate(buffers)}, document)
         self._due = time.monotonic() + self.settings.every
@@ -373,6 +390,8 @@ class _Run:
         handled = self.stopping.handling() if self.checkpoint is not None else nullcontext()
         with handled:
             try:
+                if self.settings.until_stable is not None:
+                    self._learn_of_looks()
                 if not self.ended:
                     self._over()
                 if self.job.place.world > 1:
@@ -420,8 +439,41 @@ class _Run:
                     continue
                 self._tell()
                 self.job.check()
+                if self.feed.at_boundary and self._has_settled():
+                    break
                 self._heed()
+            while self.settings.until_stable is not None and not self._others_are_done():
+                if self._has_settled(done=True):
+                    break
         self.ended = True
+
+    def _learn_of_looks(self) -> None:
+        """What the processes had found when this run began: one of them may have gone further than another."""
+        told = self.job.told([self.looks, self.settled, self.ended])
+        self.known_looks = max(looks for looks, _, _ in told)
+        self.settled_at = next((looks for looks, settled, _ in told if settled), None)
+        # One that has ended, and has not settled, knew that all had run their windows.
+        self._all_done = any(ended for _, _, ended in told)
+
+    def _has_settled(self, *, done: bool = False) -> bool:
+        """Whether the ranking has settled, by the samples of all processes. All ask as often as the one with the most windows
+        does, and get one answer. `done`: this process has run all its windows.
+        """
+        rule = self.settings.until_stable
+        if rule is None:
+            return False
+        self.looks += 1
+        if self.looks <= self.known_looks:
+            self.settled = self.looks == self.settled_at
+            return self.settled
+        self.job.meet(self.looks)
+        self._all_done = all(self.job.told(done))
+        moments = {RANKING_METRIC: self.hooks.to_profile().moments[RANKING_METRIC]}
+        self.settled = judge(self.job.merged(moments)[RANKING_METRIC], rule).settled
+        return self.settled
+
+    def _others_are_done(self) -> bool:
+        return self.job.place.shard[1] == 1 or self._all_done
 
     def _heed(self) -> None:
         """Between two batches: stop, or write a checkpoint. Processes that share a model do so together."""
@@ -517,6 +569,9 @@ class _Run:
             "padding": round(1 - self.tokens / self.area, 6) if self.area else 0.0,
             "complete": complete,
         }
+        if self.settings.until_stable is not None:
+            rule = asdict(self.settings.until_stable)
+            found.metadata["data"]["until_stable"] = rule | {"settled": self.settled}
         share = self.overhead.share
         if share is not None:
             found.metadata["data"]["overhead"] = round(share, 5)
