@@ -83,13 +83,14 @@ class Job:
             found.save("profile.safetensors")
     """
 
-    def __init__(self, tp: int = 1, device: str = "auto") -> None:
-        """`tp`: how many processes share one model by tensor parallelism. `device`: as for `load_model`.
+    def __init__(self, tp: int = 1, device: str = "auto", *, place: Place | None = None) -> None:
+        """`tp`: how many processes share one model by tensor parallelism. `device`: as for `load_model`. `place`: None: as the
+        environment says.
 
         Raises:
             ValueError: as `place_in_environment`.
         """
-        self.place = place_in_environment(tp)
+        self.place = place_in_environment(tp) if place is None else place
         self._device = device
         self._owns_group = False
         self._group: Any = None  # of all processes, for tensors on the CPU
@@ -147,6 +148,13 @@ class Job:
         if self._owns_group and error is None:
             torch.distributed.destroy_process_group()
         # After an error the others may be gone: to end the groups in order would wait for them.
+
+    def check_entered(self) -> None:
+        """Raise RuntimeError unless this is within the `with` block, where the processes know of each other."""
+        if self.place.world > 1 and self._pulse is None:
+            raise RuntimeError(
+                "the processes do not know of each other yet: use the job in `with Job() as job:`"
+            )
 
     @property
     def device(self) -> str:
@@ -291,6 +299,7 @@ class _Pulse:
     def start(self) -> None:
         now = time.monotonic()
         self._seen = {rank: ("", now) for rank in range(self._place.world) if rank != self._place.rank}
+        self._signs = {rank: _sign(STAGES[0]) for rank in self._seen}
         self._thread.start()
 
     def tell(self, state: str, reason: str) -> None:
@@ -306,18 +315,14 @@ class _Pulse:
             self._thread.join(timeout=2 * PULSE)
 
     def _leave(self) -> None:
-        sign = {
-            **{"time": time.time(), "tokens": self.tokens, "meeting": self._meeting},
-            **{"state": self._state, "reason": self._reason},
-        }
+        sign = _sign(self._state, tokens=self.tokens, meeting=self._meeting, reason=self._reason)
         self._store.set(f"pulse/{self._place.rank}", json.dumps(sign))
 
     def all_reached(self, stage: str) -> bool:
-        """Whether every process has come to that stage, or beyond."""
-        others = range(self._place.world - 1)
-        states = [sign["state"] for sign in list(self._signs.values())]
-        return len(states) == len(others) and all(
-            state in STAGES and STAGES.index(state) >= STAGES.index(stage) for state in states
+        """Whether the others have come to that stage, or beyond, by what they say now."""
+        return all(
+            sign["state"] in STAGES and STAGES.index(sign["state"]) >= STAGES.index(stage)
+            for sign in self._looked()
         )
 
     def arrive(self, number: int) -> None:
@@ -327,11 +332,15 @@ class _Pulse:
 
     def all_arrived(self, number: int) -> bool:
         """Whether the others have come to that meeting, or beyond, by what they say now."""
-        with self._lock, suppress(RuntimeError):  # the thread says what is the matter
-            self._look()
-        return len(self._signs) == self._place.world - 1 and all(
-            sign.get("meeting", 0) >= number for sign in list(self._signs.values())
-        )
+        return all(sign["meeting"] >= number for sign in self._looked())
+
+    def _looked(self) -> list[dict[str, Any]]:
+        """The signs of the others as they are now."""
+        with self._lock:
+            if self._thread.is_alive():  # else the store may be gone
+                with suppress(RuntimeError):  # the thread says what is the matter
+                    self._look()
+            return [self._signs[rank] for rank in self._seen]
 
     def _beat(self) -> None:
         while not self._stopped.is_set():
@@ -341,7 +350,7 @@ class _Pulse:
                     self._look()
             except RuntimeError as error:
                 if self._state == STAGES[-2]:  # all have what they need, and the first is gone with its store
-                    self._signs = {rank: {"state": STAGES[-1]} for rank in self._seen}
+                    self._signs = {rank: _sign(STAGES[-1]) for rank in self._seen}
                     return
                 if not self._stopped.is_set():
                     self._lose(f"the store that the ranks share cannot be reached ({_short(error)})")
@@ -357,9 +366,7 @@ class _Pulse:
         for rank, (last, heard_at) in list(self._seen.items()):
             key = f"pulse/{rank}"
             text = self._store.get(key).decode() if self._store.check([key]) else ""
-            sign: dict[str, Any] = (
-                json.loads(text) if text else {"state": STAGES[0], "tokens": 0, "reason": ""}
-            )
+            sign: dict[str, Any] = json.loads(text) if text else _sign(STAGES[0])
             if text != last:
                 self._seen[rank] = (text, now)
             elif sign["state"] != STAGES[-1] and now - heard_at > PATIENCE:
@@ -379,6 +386,10 @@ class _Pulse:
         if not self.heard.wait(GRACE) and not self._stopped.is_set():
             print(f"fastheads: {self.lost}", file=sys.stderr, flush=True)
             os._exit(1)
+
+
+def _sign(state: str, *, tokens: int = 0, meeting: int = 0, reason: str = "") -> dict[str, Any]:
+    return {"time": time.time(), "state": state, "tokens": tokens, "meeting": meeting, "reason": reason}
 
 
 def _connection() -> tuple[Any, bool]:

@@ -21,7 +21,7 @@ from fastheads.batching import Batch, Feed, GivenFeed, WindowFeed, automatic_bud
 from fastheads.checkpoint import Checkpoint
 from fastheads.corpus import Corpus
 from fastheads.data import Cut, Source
-from fastheads.distributed import Job
+from fastheads.distributed import Job, Place
 from fastheads.ending import EarlyEnd
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted, RankLostError
 from fastheads.fingerprint import fingerprint
@@ -147,7 +147,8 @@ def profile(
     check_options(batch_size, batch_tokens, checkpoint_every, shard)
     if until_stable is not False:
         check_token_agg(token_agg)
-    job = Job() if job is None else job
+    job = Job(place=Place()) if job is None else job  # alone, whatever else runs beside this process
+    job.check_entered()
     source = data if isinstance(data, Corpus) else _as_source(data, field)
     is_text = isinstance(source, Source)
 
@@ -445,6 +446,9 @@ class _Run:
             while self.settings.until_stable is not None and not self._others_are_done():
                 if self._has_settled(done=True):
                     break
+        if self.device.type == "cuda":  # the last batches may still run
+            torch.cuda.synchronize(self.device)
+        self.seconds = before + time.monotonic() - start
         self.ended = True
 
     def _learn_of_looks(self) -> None:
@@ -473,7 +477,7 @@ class _Run:
         return self.settled
 
     def _others_are_done(self) -> bool:
-        return self.job.place.shard[1] == 1 or self._all_done
+        return self.job.place.shard[1] == 1 or (self._all_done and self.looks >= self.known_looks)
 
     def _heed(self) -> None:
         """Between two batches: stop, or write a checkpoint. Processes that share a model do so together."""
