@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.channels import Updates
+from fastheads.fingerprint import fingerprint
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import Moments
@@ -68,6 +69,7 @@ class HookManager:
     def reset(self) -> None:
         """Forget every sample."""
         names = (*METRICS, UPDATE_METRIC)
+        self._weights = fingerprint(self.model)
         self._stats = [[[Welford() for _ in range(site.num_heads)] for _ in names] for site in self.sites]
 
     def _attach_hooks(self) -> None:
@@ -180,9 +182,10 @@ class HookManager:
         }
         options = {"token_agg": self.token_agg, "skip_first": 0, "backend": "basic", "precision": "exact"}
         told = self._updates.describe(range(len(self.sites)))
-        return HeadProfile(
-            moments, describe(self.model, self.sites, **options, layers=None, residual_update=told)
+        about = describe(
+            self.model, self.sites, **options, layers=None, residual_update=told, weights=self._weights
         )
+        return HeadProfile(moments, about)
 
     def get_results(self) -> dict[str, Any]:
         """`{metric: {statistic: tensor [num_layers, num_heads]}, ..., "metadata": {...}}`, as the fast manager gives it."""

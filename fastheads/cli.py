@@ -4,13 +4,14 @@ Results go to stdout; progress and errors go to stderr, an error as one line. Th
 when a command runs, so that `--help` is quick.
 """
 
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -29,6 +30,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Profile every attention head of a transformer while it runs.",
 )
+
+
+class Cut(StrEnum):
+    documents = "documents"
+    stream = "stream"
 
 
 class TokenAgg(StrEnum):
@@ -84,14 +90,39 @@ def profile(
         ),
     ] = None,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A text file, or JSON lines (.jsonl, .ndjson, .json). Without it: the English text that "
-            "comes with Python (pydoc_data.topics).",
+            help="A text file, JSON lines (.jsonl, .ndjson, .json), CSV, TSV or Parquet; or a data set of the Hub, "
+            "owner/name. Without it: the English text that comes with Python (pydoc_data.topics).",
             show_default=False,
         ),
     ] = None,
-    field: Annotated[str, typer.Option(help="The field of a JSON line that holds its text.")] = "text",
+    field: Annotated[
+        str | None,
+        typer.Option(
+            help="The field or column that holds the documents.",
+            show_default="text, else messages or conversations",
+        ),
+    ] = None,
+    cut: Annotated[
+        Cut | None,
+        typer.Option(
+            help="documents: each is a sequence of its own, cut at --seq-len. stream: blocks of --seq-len tokens, no padding.",
+            show_default="stream for a text file, else documents",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Whether the documents are chats, which the tokenizer's template makes texts of.",
+            show_default="as they look",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "train",
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read a data set of the Hub as it arrives.")
+    ] = False,
     token_agg: Annotated[
         TokenAgg,
         typer.Option(
@@ -102,7 +133,17 @@ def profile(
         int | None,
         typer.Option(help="Tokens in a sequence.", show_default="512, or the model's limit if that is less"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences in a forward.")] = 4,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Sequences in a forward, at most.", show_default="as --batch-tokens allows"),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in a forward with their padding, at most. Halved where memory runs out.",
+            show_default="what a GPU has memory for, 2048 on the CPU",
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = MAX_TOKENS,
     skip_first: Annotated[int, typer.Option(help="Leave the first tokens of each sequence out.")] = 0,
     layers: Annotated[
@@ -126,6 +167,33 @@ def profile(
     precision: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
     dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, ...")] = "auto",
+    until_stable: Annotated[
+        bool,
+        typer.Option(
+            "--until-stable",
+            help="End as soon as the ranking of heads has settled, by the standard errors over sequences. "
+            "Not with --token-agg token.",
+        ),
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Run the decoder through torch.compile.")
+    ] = False,
+    tp: Annotated[
+        int, typer.Option(help="Under torchrun: so many processes share one model (tensor parallelism).")
+    ] = 1,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="I/N: run the I-th of N parts of the data; `fastheads merge` puts the parts' files together.",
+            show_default="all of it",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the run that left OUTPUT.checkpoint stood.")
+    ] = False,
+    checkpoint_every: Annotated[
+        float, typer.Option(help="Seconds between checkpoints, which are written to OUTPUT.checkpoint.")
+    ] = 30.0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes.")] = OUTPUT,
     plot: Annotated[
         Path | None,
@@ -135,55 +203,82 @@ def profile(
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
 ) -> None:
-    """Run a model over text and measure every attention head."""
+    """Run a model over text and measure every attention head.
+
+    Under torchrun the processes share the data out between them: torchrun --nproc-per-node 2 -m fastheads profile ...
+    """
     terminal = Console(stderr=True, file=sys.stderr, highlight=False)
     try:
         # On a terminal only: elsewhere a wrong option would get two lines where one is enough.
         with _doing("starting", terminal) if terminal.is_terminal else nullcontext():
             from fastheads import data as sources
             from fastheads import loading
+            from fastheads.distributed import Job
 
             chosen_layers = _parse_layers(layers)
+            part = _parse_shard(shard)
             _check_options(
                 backend=backend,
                 precision=precision,
                 seq_len=seq_len,
                 batch_size=batch_size,
+                batch_tokens=batch_tokens,
                 max_tokens=max_tokens,
                 skip_first=skip_first,
+                checkpoint_every=checkpoint_every,
             )
+            job = Job(tp, device)
+            first = job.place.rank == 0
             _check_files(output, plot)
-            text = sources.default_text() if data is None else sources.text_file(data, field)
+            kind: bool | Literal["auto"] = "auto" if chat is None else chat
+            if data is None or "/" in data:
+                text = sources.open_source(data, field=field, chat=kind, split=split, streaming=streaming)
+            else:  # whatever is wrong with it, it is no data set of the Hub
+                text = sources.text_file(data, field, kind)
             found = loading.find_model(model)
-        with _doing(f"loading {found.name}", terminal):
-            tokenizer = loading.load_tokenizer(found, trust_remote_code=trust_remote_code)
-            loaded = loading.load_model(
-                found, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        with job:
+            with _doing(f"loading {found.name}", terminal) if first else nullcontext():
+                tokenizer = loading.load_tokenizer(found, trust_remote_code=trust_remote_code)
+                loaded = loading.load_model(
+                    found,
+                    dtype=dtype,
+                    device=job.device,
+                    trust_remote_code=trust_remote_code,
+                    mesh=job.mesh,
+                )
+            checkpoint = output.with_name(f"{output.name}.checkpoint")
+            result, interrupted = _measure(
+                model=loaded,
+                name=found.name,
+                data=text,
+                tokenizer=tokenizer,
+                token_agg=str(token_agg),
+                seq_len=seq_len,
+                cut=None if cut is None else str(cut),
+                batch_size=batch_size,
+                batch_tokens=batch_tokens,
+                max_tokens=max_tokens,
+                layers=chosen_layers,
+                kv_groups=kv_groups,
+                include=include or (),
+                backend=backend,
+                precision=precision,
+                skip_first=skip_first,
+                until_stable=until_stable,
+                compile=compile,
+                output=output,
+                checkpoint=checkpoint,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+                shard=part,
+                job=job,
             )
-        result = _measure(
-            terminal,
-            model=loaded,
-            data=text,
-            tokenizer=tokenizer,
-            token_agg=str(token_agg),
-            seq_len=seq_len,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            layers=chosen_layers,
-            kv_groups=kv_groups,
-            include=include or (),
-            backend=backend,
-            precision=precision,
-            skip_first=skip_first,
-        )
-        result.metadata["model"] = found.name
-        if not result.metadata["data"]["tokens"]:
-            raise KeyboardInterrupt
     except KeyboardInterrupt:
         raise typer.Exit(
             _fail("interrupted before anything was measured; nothing is saved", INTERRUPTED)
         ) from None
-    result.save(output)
+    if not first:
+        return
     if plot is not None:
         from fastheads.plots import save_heatmap
         from fastheads.results import RANKING_METRIC
@@ -193,11 +288,8 @@ def profile(
     typer.echo(f"\nsaved {output}; see it again with: fastheads show {output}")
     if plot is not None:
         typer.echo(f"drawn {plot}")
-    measured = result.metadata["data"]
-    if not measured["complete"]:
-        raise typer.Exit(
-            _fail(f"interrupted: what {measured['tokens']:,} tokens gave is saved in {output}", INTERRUPTED)
-        )
+    if interrupted is not None:
+        raise typer.Exit(_fail(*interrupted))
 
 
 @app.command()
@@ -253,17 +345,28 @@ def doctor(
     typer.echo(f"\nall is well; profile it with: fastheads profile {model}")
 
 
-def _measure(terminal: Console, **arguments: Any) -> "HeadProfile":
-    """`profile(**arguments)` with a bar; after Ctrl-C, what it gave until then."""
+def _measure(**arguments: Any) -> tuple["HeadProfile", tuple[str, int] | None]:
+    """`profile(**arguments)` with a bar; after Ctrl-C or SIGTERM what it gave until then, and what to say and return."""
     from fastheads.errors import ProfileInterrupted
     from fastheads.runner import profile
-    from fastheads.terminal import progress_bar
 
     try:
-        with progress_bar(terminal) as report:
-            return profile(**arguments, progress=report)
-    except ProfileInterrupted as interrupted:
-        return interrupted.profile
+        return profile(**arguments, progress=True), None
+    except ProfileInterrupted as stopped:
+        place, output = arguments["job"].place, arguments["output"]
+        code = INTERRUPTED if stopped.number == signal.SIGINT else 128 + stopped.number
+        what = "interrupted" if stopped.number == signal.SIGINT else "ended by SIGTERM"
+        resume = f"; --resume goes on from {stopped.checkpoint}" if stopped.checkpoint is not None else ""
+        if place.world > 1:
+            why = "" if stopped.number == signal.SIGINT else " (torchrun ends all ranks where one has ended)"
+            raise typer.Exit(_fail(f"rank {place.rank}: {what}{why}{resume}", code)) from None
+        tokens = stopped.profile.metadata["data"]["tokens"]
+        if not tokens:
+            if stopped.checkpoint is not None and not arguments["resume"]:
+                stopped.checkpoint.unlink(missing_ok=True)
+            raise KeyboardInterrupt from None
+        stopped.profile.save(output)
+        return stopped.profile, (f"{what}: what {tokens:,} tokens gave is saved in {output}{resume}", code)
 
 
 def _show(result: "HeadProfile", metric: str | None) -> None:
@@ -287,19 +390,37 @@ def _parse_layers(text: str | None) -> list[int] | None:
     return chosen
 
 
+def _parse_shard(text: str | None) -> tuple[int, int]:
+    """What a text like 1/4, the first of four, stands for."""
+    if text is None:
+        return 0, 1
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise ValueError(f"--shard {text!r}: expected I/N with I from 1 to N, as in 1/4")
+    return int(number) - 1, int(parts)
+
+
 def _check_options(
-    *, backend: str, precision: str, seq_len: int | None, batch_size: int, max_tokens: int, skip_first: int
+    *,
+    backend: str,
+    precision: str,
+    seq_len: int | None,
+    batch_size: int | None,
+    batch_tokens: int | None,
+    max_tokens: int,
+    skip_first: int,
+    checkpoint_every: float,
 ) -> None:
     """Raise ValueError or RuntimeError for what would fail only after the model is loaded."""
     from fastheads.data import check_lengths
     from fastheads.dispatch import PRECISIONS, check_backend
+    from fastheads.runner import check_options
 
     check_backend(backend)
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
     check_lengths(1 if seq_len is None else seq_len, max_tokens)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1 sequence, not {batch_size}")
+    check_options(batch_size, batch_tokens, checkpoint_every, (0, 1))
     if skip_first < 0:
         raise ValueError(f"skip_first must be 0 tokens or more, not {skip_first}")
 

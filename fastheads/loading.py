@@ -66,7 +66,12 @@ def find_model(name: str | None = None) -> ModelSource:
 
 
 def load_model(
-    source: ModelSource, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    source: ModelSource,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    mesh: Any = None,
 ) -> Any:
     """The model in evaluation mode.
 
@@ -76,6 +81,7 @@ def load_model(
             the CPU and for GGUF files.
         device: a torch device, or "auto": the accelerator if there is one.
         trust_remote_code: run code that comes with the checkpoint. Off by default, and that code is refused.
+        mesh: a device mesh of one dimension, over whose processes the model is spread by its `tp_plan`.
 
     Raises:
         LoadError: if the checkpoint cannot be loaded, lacks weights of the decoder, is quantised in a way that is not known or
@@ -87,6 +93,8 @@ def load_model(
     where = resolve_device(device)
     arguments: dict[str, Any] = {"dtype": _resolve_dtype(dtype, where, source)}
     arguments["trust_remote_code"] = trust_remote_code
+    if mesh is not None:
+        arguments |= {"tp_plan": "auto", "device_mesh": mesh}
     if source.gguf_file is not None:
         arguments |= _gguf_arguments(source.gguf_file)
     with _quiet(source), _as_load_error(source, "model"):

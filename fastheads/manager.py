@@ -29,6 +29,7 @@ from fastheads.channels import (
 )
 from fastheads.dispatch import PRECISIONS
 from fastheads.factors import SiteFactor, StaleFactorError
+from fastheads.fingerprint import fingerprint
 from fastheads.grouping import DeviceQueue, Kept, Profiled, Repeat, Scaled, check_unchanged, grouped, stacked
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
@@ -168,6 +169,7 @@ class HookManager:
         self._handles: list[Any] = []
         self._handle = operator.register(self)
         try:
+            self._weights = self._fingerprint()
             if verify:
                 self._check = SelfCheck(self.model, list(chosen.values()))
             if self._ranks is not None:
@@ -232,6 +234,11 @@ class HookManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+    @property
+    def profiled_sites(self) -> list[HeadSite]:
+        """Those of `sites` that are measured."""
+        return [profiled.site for profiled in self._profiled]
 
     @property
     def findings(self) -> dict[str, Finding]:
@@ -754,6 +761,10 @@ class HookManager:
 
     def _measured(self) -> Moments:
         """The moments `[metrics, rows, heads]` of the heads that are measured here, on the CPU. Raises StaleFactorError."""
+        self._check_fresh()
+        return self._total(self._channels[0])
+
+    def _check_fresh(self) -> None:
         self._catch_up_all()
         stale = list(dict.fromkeys(name for channel in self._channels for name in channel.dispatcher.stale()))
         if stale:
@@ -761,7 +772,6 @@ class HookManager:
                 f"the weight of {', '.join(stale)} was changed in place behind autograd's back while profiling: what was "
                 "measured since may be wrong. Call reset() after such a change, or use backend='einsum', which reads it each time"
             )
-        return self._total(self._channels[0])
 
     def _total(self, channel: Channel) -> Moments:
         """The committed moments of a channel, on the CPU."""
@@ -805,7 +815,37 @@ class HookManager:
         for channel in self._channels:
             channel.dispatcher.rebuild()
             channel.dispatcher.used.clear()
+        self._weights = self._fingerprint()
         self._warned = False
+
+    def state(self) -> tuple[list[Tensor], dict[str, Any]]:
+        """The committed moments bit for bit, float64 `[channels, 6, metrics, rows, heads]` on the CPU for each device that holds
+        some, and what else belongs to them (JSON): for `load_state` of a manager on the same model with the same options.
+        Raises StaleFactorError as `to_profile` does.
+        """
+        self._check_fresh()
+        buffers = [queue.moments.committed_buffer.cpu().clone() for queue in self._queues.values()]
+        used = [sorted(channel.dispatcher.used) for channel in self._channels]
+        return buffers, {"used": used, "missed": sorted(self._missed)}
+
+    def load_state(self, buffers: list[Tensor], notes: dict[str, Any]) -> None:
+        """Go on from what `state` gave. Raises ValueError where it does not fit this manager."""
+        here = [queue.moments.committed_buffer for queue in self._queues.values()]
+        used, missed = notes.get("used"), notes.get("missed")
+        if not (isinstance(used, list) and len(used) == len(self._channels) and isinstance(missed, list)):
+            raise ValueError("the moments come without what belongs to them")
+        if [(b.shape, b.dtype) for b in buffers] != [(b.shape, b.dtype) for b in here]:
+            raise ValueError("the moments are those of another model or other options")
+        for queue, buffer in zip(self._queues.values(), buffers, strict=True):
+            for own in queue.moments.buffers():
+                own.copy_(buffer)
+        for channel, names in zip(self._channels, used, strict=True):
+            channel.dispatcher.used.update(map(str, names))
+        self._missed.update(row for row in missed if type(row) is int)
+
+    def _fingerprint(self) -> dict[str, Any] | None:
+        """Of the weights as they are; None where each rank has only its own."""
+        return fingerprint(self.model) if self._ranks is None else None
 
     def _metadata(self) -> dict[str, Any]:
         used = sorted(self._dispatcher.used)
@@ -818,6 +858,7 @@ class HookManager:
             precision=self.precision,
             layers=self.layers,
             residual_update=self._updates.describe(range(len(self.sites))),
+            weights=self._weights,
         )
 
     def _check_that_all_ran(self, moments: Moments) -> None:

@@ -55,6 +55,16 @@ def source(module: nn.Module) -> OffloadedWeight | None:
     return OffloadedWeight(weights, name, hook.execution_device, weight.dtype)
 
 
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """The module's parameter or buffer `name`, where accelerate holds it in the CPU's memory; None where it does not."""
+    weights: Any = next((h.weights_map for h in _hooks(module) if getattr(h, "offload", False)), None)
+    while hasattr(weights, "prefix"):
+        weights, name = weights.dataset, f"{weights.prefix}{name}"
+    in_memory = getattr(weights, "state_dict", weights)
+    tensor = in_memory.get(name) if isinstance(in_memory, dict) else None
+    return tensor if isinstance(tensor, Tensor) else None
+
+
 def only_aligns_devices(module: nn.Module) -> bool:
     """Whether the forward that is set on the module is accelerate's, around the one of its class."""
     accelerate = sys.modules.get("accelerate.hooks")
@@ -67,5 +77,5 @@ def only_aligns_devices(module: nn.Module) -> bool:
 
 
 def _hooks(module: Any) -> list[Any]:
-    hook = module._hf_hook
-    return list(getattr(hook, "hooks", [hook]))  # of a SequentialHook
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))  # of a SequentialHook

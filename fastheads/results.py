@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Self
 
 import safetensors
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fastheads.errors import MissingExtraError, ProfileFileError
 from fastheads.files import write_atomic
+from fastheads.merging import check_mergeable, merged_metadata
 from fastheads.moments import Moments
 
 if TYPE_CHECKING:
@@ -26,8 +28,25 @@ RANKING_METRIC = "relative_head_residual_contribution_norm"
 
 FILE_KEY = "fastheads"  # of the one string of metadata in the file
 FORMAT_VERSION = 1
-SAME_TO_MERGE = ("model", "sites", "token_agg", "skip_first")
 COUNTS = ("count", "nonfinite")
+
+# Of what is read from files and then used as such. Other entries may be anything.
+TYPES: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "token_agg": (str,),
+    "skip_first": (int,),
+    "layers": (list, NoneType),
+    "weights": (dict, NoneType),
+    "residual_update": (str, list),
+    "data": (dict,),
+}
+DATA_TYPES: dict[str, tuple[type, ...]] = {
+    "source": (str,),
+    "tokens": (int,),
+    "sequences": (int,),
+    "complete": (bool,),
+    "parts": (list,),
+}
 
 
 class HeadProfile:
@@ -183,23 +202,34 @@ class HeadProfile:
         return profile
 
     @classmethod
-    def merge(cls, profiles: Sequence[Self]) -> Self:
+    def merge(
+        cls, profiles: Sequence[Self], *, names: Sequence[str] | None = None, allow_repeated: bool = False
+    ) -> Self:
         """The profile of all samples together, by Chan's formula, in the order given.
 
         `metadata["data"]` then holds the sums and, under "parts", each part's own.
 
+        Args:
+            profiles: of the same weights (under whatever name), sites, token_agg, skip_first and metrics. Where a profile does
+                not tell its weights, the names of the models must be the same.
+            names: what errors call the profiles; None: by their places.
+            allow_repeated: accept profiles of the same data, or of parts that overlap: those samples count twice, and standard
+                errors come out too small. Profiles of other layers over the same data repeat nothing.
+
         Raises:
-            ValueError: for no profiles, or ones that differ in model, sites, token_agg, skip_first, metrics.
+            MergeError: for profiles that differ, or repeat data; it says which, and in what.
+            ValueError: for no profiles, or other than one name for each.
         """
         profiles = list(profiles)
         if not profiles:
             raise ValueError("nothing to merge: no profiles were given")
-        first = profiles[0]
-        merged = dict(first.moments)
+        if names is None:
+            names = [f"profile {number}" for number in range(1, len(profiles) + 1)]
+        check_mergeable(profiles, names, allow_repeated=allow_repeated)
+        merged = dict(profiles[0].moments)
         for other in profiles[1:]:
-            _check_mergeable(first, other)
             merged = {metric: moments.merged(other.moments[metric]) for metric, moments in merged.items()}
-        return cls(merged, _merged_metadata([profile.metadata for profile in profiles]))
+        return cls(merged, merged_metadata(profiles))
 
 
 def _stats(moments: Moments) -> dict[str, Tensor]:
@@ -218,41 +248,6 @@ def _stats(moments: Moments) -> dict[str, Tensor]:
         "nonfinite": moments.nonfinite.clone(),
     }
     return {stat: values[stat] for stat in STATS}
-
-
-def _check_mergeable(a: HeadProfile, b: HeadProfile) -> None:
-    for key in SAME_TO_MERGE:
-        left, right = a.metadata.get(key), b.metadata.get(key)
-        if left != right:
-            shown = "" if key == "sites" else f": {left!r} and {right!r}"
-            raise ValueError(f"cannot merge profiles that differ in {key}{shown}")
-    if set(a.metrics) != set(b.metrics):
-        raise ValueError(f"cannot merge profiles that differ in metrics: {a.metrics} and {b.metrics}")
-
-
-def _merged_metadata(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first part's, with the layers united, options that differ listed, and the data summed."""
-    merged = copy.deepcopy(parts[0])
-    for key in ("backend", "precision"):
-        names = [name for part in parts if key in part for name in str(part[key]).split("+")]
-        if names:
-            merged[key] = "+".join(dict.fromkeys(names))
-    if "layers" in merged:
-        lists = [part.get("layers") for part in parts]
-        merged["layers"] = (
-            None if None in lists else sorted({layer for some in lists for layer in some or []})
-        )
-    data = [part["data"] for part in parts if "data" in part]
-    if len(parts) > 1 and data:
-        flat = [copy.deepcopy(leaf) for part in data for leaf in part.get("parts", [part])]
-        merged["data"] = {
-            "source": " + ".join(dict.fromkeys(str(leaf.get("source", "?")) for leaf in flat)),
-            "tokens": sum(leaf.get("tokens", 0) for leaf in flat),
-            "sequences": sum(leaf.get("sequences", 0) for leaf in flat),
-            "complete": len(data) == len(parts) and all(leaf.get("complete", False) for leaf in flat),
-            "parts": flat,
-        }
-    return merged
 
 
 def _check_structure(moments: dict[str, Moments], metadata: dict[str, Any]) -> None:
@@ -327,23 +322,24 @@ def _parse_document(text: str | None) -> tuple[list[str], dict[str, Any]]:
     if not isinstance(metrics, list) or not all(isinstance(m, str) and m.isidentifier() for m in metrics):
         raise ValueError("its metadata do not name its metrics")
     metadata: dict[str, Any] = document["metadata"]
-    _check_types(metadata, {"model": str, "token_agg": str, "skip_first": int, "data": dict})
-    _check_types(
-        metadata.get("data", {}),
-        {"source": str, "tokens": int, "sequences": int, "complete": bool, "parts": list},
-    )
-    if not all(isinstance(part, dict) for part in metadata.get("data", {}).get("parts", [])):
-        raise ValueError("the parts of its metadata are not objects")
+    _check_types(metadata, TYPES)
+    if not all(type(layer) is int for layer in metadata.get("layers") or []):
+        raise ValueError("the layers in its metadata are not whole numbers")
+    data = metadata.get("data", {})
+    _check_types(data, DATA_TYPES)
+    for part in data.get("parts", []):
+        if not isinstance(part, dict):
+            raise ValueError("the parts of its metadata are not objects")
+        _check_types(part, DATA_TYPES)
     return metrics, metadata
 
 
-def _check_types(record: dict[str, Any], types: dict[str, type]) -> None:
-    """Raise ValueError where an entry that is there has another type than `types` says."""
+def _check_types(record: dict[str, Any], types: dict[str, tuple[type, ...]]) -> None:
+    """Raise ValueError where an entry that is there has another type than `types` says. True is no int here."""
     for key, expected in types.items():
-        if key in record and type(record[key]) is not expected:
-            raise ValueError(
-                f"{key} in its metadata must be {expected.__name__}, not {type(record[key]).__name__}"
-            )
+        if key in record and type(record[key]) not in expected:
+            said = " or ".join("null" if kind is NoneType else kind.__name__ for kind in expected)
+            raise ValueError(f"{key} in its metadata must be {said}, not {type(record[key]).__name__}")
 
 
 def _moments_from_tensors(metrics: list[str], tensors: dict[str, Tensor]) -> dict[str, Moments]:

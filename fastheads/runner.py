@@ -1,12 +1,15 @@
 """profile(): the whole job, from a model and data to a HeadProfile."""
 
+import hashlib
 import inspect
 import itertools
+import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -14,14 +17,24 @@ from torch import Tensor, nn
 
 from fastheads import data as sources
 from fastheads import loading
-from fastheads.data import TextSource
-from fastheads.errors import DataError, ProfileInterrupted
+from fastheads.batching import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
+from fastheads.checkpoint import Checkpoint
+from fastheads.corpus import Corpus
+from fastheads.data import Cut, Source
+from fastheads.distributed import Job, Place
+from fastheads.ending import EarlyEnd
+from fastheads.errors import CheckpointError, DataError, ProfileInterrupted, RankLostError
+from fastheads.fingerprint import fingerprint
 from fastheads.manager import HookManager
-from fastheads.results import HeadProfile
-from fastheads.sites import decoder_of, unwrapped
+from fastheads.overhead import Overhead
+from fastheads.progress import Status
+from fastheads.results import RANKING_METRIC, HeadProfile
+from fastheads.sites import HeadSite, unwrapped
+from fastheads.stable import StableRule, check_token_agg, judge
+from fastheads.stopping import Stopped, Stopping
 
 SEQ_LEN = 512
-BATCH_SIZE = 4
+CHECKPOINT_EVERY = 30.0  # seconds
 
 # Called with the real tokens done and, where it is known, their number in all.
 Progress = Callable[[int, int | None], None]
@@ -34,7 +47,9 @@ def profile(
     tokenizer: Any = None,
     token_agg: Literal["last", "all", "token"] = "all",
     seq_len: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    cut: Cut | None = None,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
     max_tokens: int | None = None,
     layers: Iterable[int] | None = None,
     backend: str = "auto",
@@ -43,35 +58,51 @@ def profile(
     allow_skipped: bool = False,
     kv_groups: bool = False,
     include: str | Iterable[str] = (),
-    field: str = "text",
+    field: str | None = None,
     progress: bool | Progress = False,
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    compile: bool = False,
+    output: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = CHECKPOINT_EVERY,
+    resume: bool = False,
+    until_stable: StableRule | bool = False,
+    shard: tuple[int, int] = (0, 1),
+    job: Job | None = None,
+    name: str | None = None,
 ) -> HeadProfile:
     """Run `model` over `data` and measure every attention head.
 
-    The model's decoder runs, in evaluation and inference mode and without a cache; its head does not, for nobody
-    needs the logits. The model is left as it was.
+    The model's decoder runs, in evaluation and inference mode and without a cache; its head does not, nor what follows the
+    last projection that is profiled, for nobody needs them. The model is left as it was.
+
+    Texts are run in batches of sequences of about equal length, padded on the right. Where attention is causal in every layer the
+    padding needs no mask: nothing real looks at it.
 
     Args:
         model: a transformers model; or a name, which is loaded with its tokenizer: a local folder, a GGUF file
             or a Hub id.
         data: what to run over:
 
-            - a `str` or path: a file. Text is one stream, cut to contiguous blocks of `seq_len` tokens; .jsonl,
-              .ndjson and .json are JSON lines, each a document of its own with its text in `field`.
-              (To profile a text that is at hand, pass it in a list: `[text]`.)
+            - a `str` or path: a file. Text is one stream, cut to contiguous blocks of `seq_len` tokens; JSON lines, CSV and
+              Parquet are documents (`fastheads.data.open_source`). A `str` such as owner/name that is no file: a data set of
+              the Hub. (To profile a text that is at hand, pass it in a list: `[text]`.)
             - an iterable of `str`: documents. Read to its end before the model runs.
             - a tensor of token ids `[rows, tokens]`, a mapping with `input_ids` and perhaps `attention_mask`
               (all of it goes to the model), or an iterable of these: token batches, run as they are.
             - None: the English text that every CPython carries (`pydoc_data.topics`).
-            - what `fastheads.data.text_file` and its kin return.
+            - what `fastheads.data.open_source` returns, or a `fastheads.corpus.Corpus`.
         tokenizer: needed for texts where `model` is a module.
         token_agg: what one sample is: "last", the value at a sequence's last real token; "all", the mean
             over its real tokens; "token", each real token.
         seq_len: tokens in a sequence, at most. None: 512, or the model's limit where that is less.
-        batch_size: sequences in a forward.
+        cut: how texts become sequences, "documents" or "stream" (`Corpus`); None: as the data are.
+        batch_size: sequences in a forward, at most.
+        batch_tokens: tokens in a forward with its padding, at most (one sequence may have more). None: what a GPU is likely to
+            have memory for, up to 32,768; on the CPU 2,048, or `batch_size` whole sequences. Where memory runs out all the
+            same, batches are halved from there on, and every sample still counts once.
         max_tokens: stop after this many real tokens, exactly: the last sequence is cut. None: use all data.
         layers: profile these only (None: all).
         backend: "auto", "loop", "einsum", "factored" or "triton".
@@ -80,134 +111,551 @@ def profile(
         allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
         kv_groups: measure the contributions of KV groups too (`HookManager`).
         include: names of attention modules, as patterns, that are profiled though they are left out by default (`find_sites`).
-        field: of a JSON line, the one with the text.
+        field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
         progress: True shows a bar; or a function that is called with the tokens done and those in all, or None.
         dtype: of a model that is loaded: "auto", "float32", "bfloat16" or "float16".
         device: for a model that is loaded: "auto" or a torch device.
         trust_remote_code: let a model that is loaded bring its own code.
+        compile: run the decoder through `torch.compile`.
+        output: write the profile to this file; of several processes the first does.
+        checkpoint: a file that holds where the run stands. It is written every `checkpoint_every` seconds and when SIGINT or
+            SIGTERM stops the run (if this is the main thread), and deleted at the end, after `output` is written. Where it cannot
+            be written, a warning on stderr says so once, and the run goes on. None: no checkpoints.
+        checkpoint_every: seconds between checkpoints.
+        resume: go on from `checkpoint`, if the file is there. On the CPU the end is the same, bit for bit, as without the stop.
+        until_stable: end as soon as the ranking of heads by `RANKING_METRIC` has settled, by the rule given or, if True, the
+            default one (`fastheads.stable`, which says what it takes for granted). It is asked after each window of texts and
+            after each token batch; of several processes, when each has done one more window.
+        shard: (i, n): of the windows that texts are cut into (`Corpus`), run every n-th from the i-th on. n runs with another i
+            each do all, and `HeadProfile.merge` puts them together.
+        job: the processes that share the data out between them, each with this call. The profile of all is returned on all.
+            Token batches are not shared out: every process is given its own.
+        name: what the profile calls the model. None: the name that `model` is or has.
 
     Raises:
         DataError: the data cannot be read, hold no tokens, or skip_first leaves none of them.
         LoadError: the model or its tokenizer cannot be loaded.
         NoSitesError: the model has nothing to profile.
         ValueError: an option is out of range or unknown.
-        ProfileInterrupted: Ctrl-C; its `profile` is what was measured in the batches that were finished.
+        CheckpointError: `resume`, and the checkpoint is damaged or was made with another model, other data or other options; the
+            message says which.
+        RankLostError: another process of the job died or failed. The checkpoint is kept.
+        ProfileInterrupted: Ctrl-C, or SIGTERM where there are checkpoints; its `profile` is what was measured in the batches
+            that were finished.
     """
     sources.check_lengths(SEQ_LEN if seq_len is None else seq_len, max_tokens)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1 sequence, not {batch_size}")
-    source = _as_source(data, field)
-    is_text = isinstance(source, TextSource)
+    check_options(batch_size, batch_tokens, checkpoint_every, shard)
+    if until_stable is not False:
+        check_token_agg(token_agg)
+    job = Job(place=Place()) if job is None else job  # alone, whatever else runs beside this process
+    job.check_entered()
+    source = data if isinstance(data, Corpus) else _as_source(data, field)
+    is_text = isinstance(source, Source)
 
-    name = None
     if isinstance(model, nn.Module):
         module = unwrapped(model)
     else:
         found = loading.find_model(os.fspath(model))
-        name = found.name
+        name = found.name if name is None else name
         if is_text and tokenizer is None:
             tokenizer = loading.load_tokenizer(found, trust_remote_code=trust_remote_code)
-        module = loading.load_model(found, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        module = loading.load_model(
+            found,
+            dtype=dtype,
+            device=device if job.place.world == 1 else job.device,
+            trust_remote_code=trust_remote_code,
+            mesh=job.mesh,
+        )
     if is_text and tokenizer is None:
         raise ValueError("data of text need tokenizer=... where the model is a module")
-
-    about: dict[str, Any] = {"source": "token batches", "sha256": None}
-    total = max_tokens
-    batches: Iterable[dict[str, Any]]
-    if isinstance(source, TextSource):
-        seq_len = _fitting_seq_len(module, seq_len)
-        sequences = sources.tokenize(source, tokenizer, seq_len, max_tokens)
-        _check_vocabulary(module, sequences)
-        total = sum(map(len, sequences))
-        batches = sources.batches(sequences, batch_size, getattr(tokenizer, "pad_token_id", None) or 0)
-        about = {"source": source.name, "sha256": source.sha256, "seq_len": seq_len, "batch_size": batch_size}
-    else:
-        batches = _limited(source, max_tokens)
-
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"profile() runs decoders alone, and {type(module).__name__} has an encoder: run it yourself under a HookManager"
         )
-    hooks = HookManager(
-        module,
-        token_agg,
-        layers=layers,
-        backend=backend,
-        precision=precision,
-        skip_first=skip_first,
-        allow_skipped=allow_skipped,
-        kv_groups=kv_groups,
-        include=include,
-    )
-    with hooks, _progress(progress) as report:
-        run = _Run(hooks, about | {"max_tokens": max_tokens}, name)
+    corpus: Corpus | Iterable[dict[str, Any]]
+    if isinstance(source, Source):
+        part, parts = job.place.shard
+        corpus = Corpus(
+            source,
+            tokenizer,
+            cut=cut,
+            seq_len=_fitting_seq_len(module, seq_len),
+            max_tokens=max_tokens,
+            shard=(shard[0] + shard[1] * part, shard[1] * parts),
+        )
+    else:
+        corpus = source
+
+    ending = EarlyEnd(module, allowed=not compile)
+    how: dict[str, Any] = {"token_agg": token_agg, "backend": backend, "precision": precision}
+    how |= {"skip_first": skip_first, "allow_skipped": allow_skipped, "kv_groups": kv_groups}
+    how |= {
+        "layers": None if layers is None else list(layers),
+        "include": [include] if isinstance(include, str) else list(include),
+    }
+    with HookManager(module, **how) as hooks, _progress(progress, job) as report:
+        ending.follow(hooks, hooks.profiled_sites)
+        settings = _Settings(
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            max_tokens=max_tokens,
+            compile=compile,
+            every=checkpoint_every,
+            until_stable=StableRule() if until_stable is True else until_stable or None,
+            shard=shard,
+            options=how,
+            name=name,
+        )
+        file = None if checkpoint is None else Checkpoint(checkpoint, job.place.rank, job.place.world)
+        run = _Run(module, hooks, corpus, settings, job=job, checkpoint=file, ending=ending, report=report)
         try:
-            run.over(module, batches, lambda done: report(done, total))
-        except KeyboardInterrupt as interrupt:
-            raise ProfileInterrupted(run.result(complete=False)) from interrupt
-        measured = run.result(complete=True)
-        if not any(m.count.any() or m.nonfinite.any() for m in measured.moments.values()):
-            raise DataError(
-                f"nothing was measured: skip_first={skip_first} leaves none of the {run.tokens:,} tokens "
-                f"in {run.sequences:,} sequences"
-            )
-        return measured
+            if file is not None:
+                run.prepare(resume)
+            measured = run.whole()
+            _check_measured(measured, skip_first)
+        finally:
+            run.close()
+    if output is not None and job.place.rank == 0:
+        measured.save(output)
+    if file is not None:
+        job.finish("saved")  # the first process may fail to write: the others' files are needed then
+        file.remove()
+    return measured
+
+
+@dataclass(frozen=True)
+class _Settings:
+    batch_size: int | None
+    batch_tokens: int | None
+    max_tokens: int | None
+    compile: bool
+    every: float
+    until_stable: StableRule | None
+    shard: tuple[int, int]
+    options: dict[str, Any]  # of the HookManager
+    name: str | None
 
 
 class _Run:
-    """The forwards, and the count of what they finished."""
+    """The forwards, the count of what they finished, and the checkpoints of both."""
 
-    def __init__(self, hooks: HookManager, about: dict[str, Any], name: str | None) -> None:
-        self.hooks, self.about, self.name = hooks, about, name
-        self.tokens = self.sequences = 0
-        self.seconds = 0.0
-
-    def over(
-        self, model: nn.Module, batches: Iterable[dict[str, Any]], report: Callable[[int], None]
+    def __init__(
+        self,
+        model: nn.Module,
+        hooks: HookManager,
+        corpus: Corpus | Iterable[dict[str, Any]],
+        settings: _Settings,
+        *,
+        job: Job,
+        checkpoint: Checkpoint | None,
+        ending: EarlyEnd,
+        report: Callable[[Status], None],
     ) -> None:
-        """Run `model` over `batches`; raises DataError if they hold no tokens."""
-        decoder = decoder_of(model)
-        device = _input_device(model)
-        extra = {"use_cache": False} if _takes(decoder, "use_cache") else {}
-        report(0)
-        with _evaluation(model), torch.inference_mode():
-            start = time.monotonic()
-            for batch in batches:
-                lengths = sources.tokens_by_row(batch)
-                if not int(lengths.sum()):
-                    continue
-                decoder(**{key: _to(value, device) for key, value in batch.items()}, **extra)
-                self.tokens += int(lengths.sum())
-                self.sequences += int((lengths > 0).sum())
-                self.seconds = time.monotonic() - start
-                report(self.tokens)
-        if not self.tokens:
-            raise DataError("no tokens in the data")
+        self.model, self.hooks, self.corpus, self.settings = model, hooks, corpus, settings
+        self.job, self.checkpoint, self.ending, self.report = job, checkpoint, ending, report
+        self.device = _input_device(model)
+        self.tokens = self.sequences = self.area = self.batches = 0
+        self.seconds = 0.0  # of earlier runs that this one goes on from, and then of all
+        self.ended = False
+        self.looks = 0  # at whether the ranking has settled
+        self.known_looks = 0  # those that some process had before this run began, and what they found
+        self.settled_at: int | None = None
+        self._all_done = False
+        self.settled = False
+        self.feed: Feed | None = None
+        self.overhead = Overhead(self.device)
+        self.stopping = Stopping(patient=job.place.tp > 1)
+        self._takes_cache = _takes(ending.decoder, "use_cache")
+        self._due = 0.0
+        if settings.compile:
+            ending.decoder_call = torch.compile(ending.decoder, dynamic=True)
 
-    def result(self, *, complete: bool) -> HeadProfile:
-        """What the finished batches gave."""
+    # ------------------------------------------------------------------ position
+
+    def prepare(self, resume: bool) -> None:
+        """Go on from the checkpoint, where that is wanted and there is one."""
+        assert self.checkpoint is not None
+        self.checkpoint.tidy()
+        loaded = self.checkpoint.load() if resume else None
+        if self.job.place.tp > 1:  # one model between them: they stand at one place, or cannot go on
+            step = -1 if loaded is None else loaded[1].get("batches", -1)
+            if self.job.agree(step) != step or self.job.agree(-step) != -step:
+                raise CheckpointError(
+                    "cannot resume: the checkpoints of the processes that share a model are of different moments. "
+                    "Without --resume the run starts afresh"
+                )
+        if loaded is None:
+            return
+        tensors, document = loaded
+        self.checkpoint.check(document.get("configuration"), self.configuration())
+        counts = [document.get(key) for key in ("tokens", "sequences", "area", "batches", "looks")]
+        seconds, position, notes = (document.get(key) for key in ("seconds", "position", "notes"))
+        sound = all(type(n) is int and n >= 0 for n in counts)
+        if not (
+            sound and isinstance(seconds, float) and isinstance(position, dict) and isinstance(notes, dict)
+        ):
+            raise CheckpointError(
+                f"{self.checkpoint.path} is not a checkpoint: its counts or its position are missing"
+            )
+        names = [f"moments/{n}" for n in range(len(tensors))]
+        if set(names) != set(tensors):
+            raise CheckpointError(f"{self.checkpoint.path} is not a checkpoint: it has no moments")
+        try:
+            self.hooks.load_state([tensors[name] for name in names], notes)
+        except ValueError as error:
+            raise CheckpointError(f"cannot resume from {self.checkpoint.path}: {error}") from error
+        self.tokens, self.sequences, self.area, self.batches, self.looks = counts  # type: ignore[assignment]
+        self.seconds = seconds
+        self.ended, self.settled = (document.get(key) is True for key in ("ended", "settled"))
+        self.feed = self._make_feed(position)
+
+    def configuration(self) -> dict[str, Any]:
+        """Everything that the result depends on (JSON)."""
+        settings, place = self.settings, self.job.place
+        if isinstance(self.corpus, Corpus):
+            data = {f"data {key}": value for key, value in self.corpus.identity.items()}
+        else:
+            data = {"data source": "token batches", "max_tokens": settings.max_tokens}
+        return {
+            "model weights": fingerprint(self.model)["sha256"],
+            "model configuration": _digest_of_config(self.model),
+            **data,
+            **settings.options,
+            "batch_size": settings.batch_size,
+            "batch_tokens": settings.batch_tokens,
+            "compile": settings.compile,
+            "until_stable": None if settings.until_stable is None else asdict(settings.until_stable),
+            "process": [place.rank, place.world, place.tp],
+        }
+
+    def save(self) -> bool:
+        """Write the checkpoint, if there are any; False where that failed."""
+        if self.checkpoint is None or self.feed is None:
+            return False
+        buffers, notes = self.hooks.state()
+        document = {
+            "configuration": self.configuration(),
+            "position": self.feed.position(),
+            "notes": notes,
+            "tokens": self.tokens,
+            "sequences": self.sequences,
+            "area": self.area,
+            "batches": self.batches,
+            "looks": self.looks,
+            "seconds": self.seconds,
+            "ended": self.ended,
+            "settled": self.settled,
+        }
+        written = self.checkpoint.save({f"moments/{n}": buffer for n, buffer in enumerate(buffers)}, document)
+        self._due = time.monotonic() + self.settings.every
+        return written
+
+    def _make_feed(self, position: dict[str, Any] | None) -> Feed:
+        settings = self.settings
+        if not isinstance(self.corpus, Corpus):
+            return GivenFeed(
+                self.corpus,
+                max_tokens=settings.max_tokens,
+                digested=self.checkpoint is not None,
+                position=position,
+            )
+        seq_len = self.corpus.seq_len
+        budget = settings.batch_tokens
+        if budget is None:
+            config: Any = getattr(self.model, "config", None)
+            dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+            budget = automatic_budget(
+                config.get_text_config() if hasattr(config, "get_text_config") else config,
+                self.device,
+                dtype,
+                seq_len,
+            )
+            budget = -self.job.agree(-budget)
+            if self.device.type != "cuda" and settings.batch_size is not None:
+                budget = settings.batch_size * seq_len
+        return WindowFeed(
+            self.corpus,
+            budget=budget,
+            max_rows=settings.batch_size,
+            pad_token_id=getattr(self.corpus.tokenizer, "pad_token_id", None) or 0,
+            with_mask=not _looks_back_only(self.model, self.hooks.sites),
+            pinned=self.device.type == "cuda",
+            embeddings=getattr(_embedding(self.model), "num_embeddings", None),
+            position=position,
+        )
+
+    # ------------------------------------------------------------------ forwards
+
+    def whole(self) -> HeadProfile:
+        """What all batches of all processes give."""
+        handled = self.stopping.handling() if self.checkpoint is not None else nullcontext()
+        with handled:
+            try:
+                if self.settings.until_stable is not None:
+                    self._learn_of_looks()
+                if not self.ended:
+                    self._over()
+                if self.job.place.world > 1:
+                    self.save()  # others may fail yet
+                    self.job.finish("measured")
+            except KeyboardInterrupt as interrupt:
+                number = interrupt.number if isinstance(interrupt, Stopped) else None
+                with self.stopping.deaf():
+                    raise self._interrupted(number) from interrupt
+            except RankLostError:
+                with self.stopping.deaf():
+                    self.save()
+                raise
+        return self._merged()
+
+    def _interrupted(self, number: int | None) -> ProfileInterrupted:
+        # Broken off inside a batch nobody knows whether it counted: the checkpoint before is the one that holds.
+        written = number is not None and self.save()
+        exists = self.checkpoint is not None and (written or self.checkpoint.path.exists())
+        path = self.checkpoint.path if exists and self.checkpoint is not None else None
+        return ProfileInterrupted(
+            self.part(complete=False), signal.SIGINT if number is None else number, path
+        )
+
+    def _over(self) -> None:
+        """Run the model over the batches that are left."""
+        before, start = self.seconds, time.monotonic()
+        self._due = start + self.settings.every
+        with _evaluation(self.model), torch.inference_mode():
+            if self.feed is None:
+                self.feed = self._make_feed(None)
+            first = True
+            while (batch := self.feed.next()) is not None:
+                if first:
+                    self._tell()
+                    first = False
+                with self.stopping.guarded():
+                    fitted = self._forward(batch)
+                    if fitted:
+                        self.feed.done()
+                        self._count(batch)
+                        self.seconds = before + time.monotonic() - start
+                if not fitted:
+                    self._halve(batch)
+                    continue
+                self._tell()
+                self.job.check()
+                if self.feed.at_boundary and self._has_settled():
+                    break
+                self._heed()
+            while self.settings.until_stable is not None and not self._others_are_done():
+                if self._has_settled(done=True):
+                    break
+        if self.device.type == "cuda":  # the last batches may still run
+            torch.cuda.synchronize(self.device)
+        self.seconds = before + time.monotonic() - start
+        self.ended = True
+
+    def _learn_of_looks(self) -> None:
+        """What the processes had found when this run began: one of them may have gone further than another."""
+        told = self.job.told([self.looks, self.settled, self.ended])
+        self.known_looks = max(looks for looks, _, _ in told)
+        self.settled_at = next((looks for looks, settled, _ in told if settled), None)
+        # One that has ended, and has not settled, knew that all had run their windows.
+        self._all_done = any(ended for _, _, ended in told)
+
+    def _has_settled(self, *, done: bool = False) -> bool:
+        """Whether the ranking has settled, by the samples of all processes. All ask as often as the one with the most windows
+        does, and get one answer. `done`: this process has run all its windows.
+        """
+        rule = self.settings.until_stable
+        if rule is None:
+            return False
+        self.looks += 1
+        if self.looks <= self.known_looks:
+            self.settled = self.looks == self.settled_at
+            return self.settled
+        self.job.meet(self.looks)
+        self._all_done = all(self.job.told(done))
+        moments = {RANKING_METRIC: self.hooks.to_profile().moments[RANKING_METRIC]}
+        self.settled = judge(self.job.merged(moments)[RANKING_METRIC], rule).settled
+        return self.settled
+
+    def _others_are_done(self) -> bool:
+        return self.job.place.shard[1] == 1 or (self._all_done and self.looks >= self.known_looks)
+
+    def _heed(self) -> None:
+        """Between two batches: stop, or write a checkpoint. Processes that share a model do so together."""
+        wish = 2 if self.stopping.number is not None else 0
+        if self.checkpoint is not None and time.monotonic() >= self._due:
+            wish = max(wish, 1)
+        wish = self.job.agree(wish)
+        if wish == 2:
+            raise Stopped(self.stopping.number or signal.SIGTERM)
+        if wish == 1:
+            self.save()
+
+    def _forward(self, batch: Batch) -> bool:
+        """False where there was not enough memory; nothing is counted then."""
+        try:
+            arguments = {key: _to(value, self.device) for key, value in batch.arguments.items()}
+            real = None if batch.real is None else _to(batch.real, self.device) != 0
+            if self._takes_cache:
+                arguments["use_cache"] = False
+            with self.hooks.token_mask(real) if real is not None else nullcontext():
+                self.overhead.run(lambda: self.ending.call(arguments), self.hooks)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if self.job.place.tp > 1:
+                raise RuntimeError(
+                    f"out of memory with {batch.area:,} tokens in a batch: give --batch-tokens (batch_tokens=) less"
+                ) from error
+        else:
+            return True
+        return False
+
+    def _halve(self, batch: Batch) -> None:
+        assert self.feed is not None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if not self.feed.halve():
+            raise RuntimeError(
+                f"out of memory with one sequence of {batch.width:,} tokens: a shorter seq_len is needed"
+            )
+
+    def _count(self, batch: Batch) -> None:
+        self.tokens += batch.tokens
+        self.sequences += batch.sequences
+        self.area += batch.area
+        self.batches += 1
+
+    def _tell(self) -> None:
+        assert self.feed is not None
+        self.job.report(self.tokens)
+        everywhere, parts = self.job.tokens, self.job.place.shard[1] * self.settings.shard[1]
+        total, expected = self.feed.total, self.feed.expected
+        most = self.settings.max_tokens
+        if most is not None and expected is not None:
+            expected = min(expected, most // parts)
+        expected = total if total is not None else expected
+        if everywhere is not None:
+            total = None  # the others' are not known
+            expected = None if expected is None else expected * self.job.place.shard[1]
+        self.report(
+            Status(
+                tokens=self.tokens,
+                all_tokens=self.tokens if everywhere is None else max(everywhere, self.tokens),
+                total=total,
+                expected=expected,
+                padding=1 - self.tokens / self.area if self.area else 0.0,
+                overhead=self.overhead.share,
+            )
+        )
+
+    def close(self) -> None:
+        self.ending.remove()
+        if self.feed is not None:
+            self.feed.close()
+
+    # ------------------------------------------------------------------ results
+
+    def part(self, *, complete: bool) -> HeadProfile:
+        """What the finished batches of this process gave."""
         found = self.hooks.to_profile()
-        if self.name is not None:
-            found.metadata["model"] = self.name
-        found.metadata["data"] = self.about | {
+        if self.settings.name is not None:
+            found.metadata["model"] = self.settings.name
+        if isinstance(self.corpus, Corpus):
+            about = self.corpus.identity | {"shard": list(self.settings.shard)}
+            if self.settings.batch_size is not None:
+                about["batch_size"] = self.settings.batch_size
+        else:
+            about = {"source": "token batches", "sha256": None, "max_tokens": self.settings.max_tokens}
+        found.metadata["data"] = about | {
             "tokens": self.tokens,
             "sequences": self.sequences,
             "seconds": round(self.seconds, 3),
+            "padding": round(1 - self.tokens / self.area, 6) if self.area else 0.0,
             "complete": complete,
         }
+        if self.settings.until_stable is not None:
+            rule = asdict(self.settings.until_stable)
+            found.metadata["data"]["until_stable"] = rule | {"settled": self.settled}
+        share = self.overhead.share
+        if share is not None:
+            found.metadata["data"]["overhead"] = round(share, 5)
+        return found
+
+    def _merged(self) -> HeadProfile:
+        """The profile of all parts of the data, the same on every process."""
+        found = self.part(complete=True)
+        if self.job.place.shard[1] > 1:
+            data = self.job.told(found.metadata["data"])
+            used = self.job.told(found.metadata["backend"])
+            found.moments = self.job.merged(found.moments)
+            total = {key: sum(part[key] for part in data) for key in ("tokens", "sequences")}
+            area = sum(part["tokens"] / (1 - part["padding"]) for part in data)
+            found.metadata["data"] = data[0] | {
+                **total,
+                "seconds": max(part["seconds"] for part in data),
+                "padding": round(1 - total["tokens"] / area, 6) if area else 0.0,
+                "processes": self.job.place.world,
+            }
+            names = dict.fromkeys(name for part in used for name in part.split("+"))
+            found.metadata["backend"] = "+".join(names)
+        if not found.metadata["data"]["tokens"]:
+            raise DataError("no tokens in the data")
         return found
 
 
-def _as_source(data: Any, field: str) -> TextSource | Iterator[dict[str, Any]]:
+def check_options(
+    batch_size: int | None, batch_tokens: int | None, checkpoint_every: float, shard: tuple[int, int]
+) -> None:
+    """Raise ValueError for options of `profile()` that are out of range."""
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1 sequence, not {batch_size}")
+    if batch_tokens is not None and batch_tokens < 1:
+        raise ValueError(f"batch_tokens must be at least 1 token, not {batch_tokens}")
+    if not checkpoint_every > 0:
+        raise ValueError(f"checkpoint_every must be more than 0 seconds, not {checkpoint_every}")
+    if not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard must be (i, n) with i from 0 to n - 1, not {tuple(shard)}")
+
+
+def _digest_of_config(model: nn.Module) -> str:
+    """SHA-256 of the configuration, less what depends on how the model was loaded."""
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    config: dict[str, Any] = dict(to_dict()) if callable(to_dict) else {}
+    for key in ("_name_or_path", "transformers_version", "use_cache"):
+        config.pop(key, None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _check_measured(measured: HeadProfile, skip_first: int) -> None:
+    if not any(m.count.any() or m.nonfinite.any() for m in measured.moments.values()):
+        data = measured.metadata["data"]
+        raise DataError(
+            f"nothing was measured: skip_first={skip_first} leaves none of the {data['tokens']:,} tokens "
+            f"in {data['sequences']:,} sequences"
+        )
+
+
+def _looks_back_only(model: nn.Module, sites: list[HeadSite]) -> bool:
+    """Whether no token attends to those after it, in any layer: padding on the right then changes nothing before it."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+        return False
+    owners = [model.get_submodule(site.name.rpartition(".")[0]) for site in sites]
+    return all(getattr(owner, "is_causal", None) is True for owner in owners)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _as_source(data: Any, field: str | None) -> Source | Iterator[dict[str, Any]]:
     """Texts, or token batches."""
-    if isinstance(data, TextSource):
-        return data
-    if data is None:
-        return sources.default_text()
-    if isinstance(data, str | os.PathLike):
-        if isinstance(data, str) and ("\n" in data or not Path(data).exists()):
-            raise DataError(f"no data file {data[:80]!r}; to profile a text itself, pass it in a list")
-        return sources.text_file(data, field)
+    source = sources.open_source(data, field=field)
+    if source is not None:
+        return source
     if isinstance(data, Tensor | Mapping):
         data = [data]
     if not isinstance(data, Iterable):
@@ -218,20 +666,6 @@ def _as_source(data: Any, field: str) -> TextSource | Iterator[dict[str, Any]]:
         raise DataError("no data: nothing to iterate over")
     together = itertools.chain([first], items)
     return sources.held_texts(together) if isinstance(first, str) else map(sources.as_batch, together)
-
-
-def _limited(batches: Iterable[dict[str, Any]], max_tokens: int | None) -> Iterator[dict[str, Any]]:
-    """`batches` up to exactly `max_tokens` real tokens."""
-    left = max_tokens
-    for batch in batches:
-        if left is None:
-            yield batch
-            continue
-        tokens = int(sources.tokens_by_row(batch).sum())
-        yield batch if tokens <= left else sources.cut(batch, left)
-        left -= tokens
-        if left <= 0:
-            return
 
 
 def _fitting_seq_len(model: nn.Module, seq_len: int | None) -> int:
@@ -245,14 +679,6 @@ def _fitting_seq_len(model: nn.Module, seq_len: int | None) -> int:
     if limit and seq_len > limit:
         raise ValueError(f"seq_len {seq_len} is more than the model's max_position_embeddings, {limit}")
     return seq_len
-
-
-def _check_vocabulary(model: nn.Module, sequences: list[Tensor]) -> None:
-    """Raise ValueError for ids that the embedding does not have: on a GPU they would end the whole process."""
-    rows = getattr(_embedding(model), "num_embeddings", None)
-    largest = max(int(ids.max()) for ids in sequences)
-    if rows is not None and largest >= rows:
-        raise ValueError(f"the tokenizer is not the model's: it gave token {largest}, the model has {rows}")
 
 
 def _embedding(model: nn.Module) -> nn.Module | None:
@@ -274,7 +700,8 @@ def _takes(module: nn.Module, argument: str) -> bool:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
+    # Pinned memory is copied while the GPU computes; other memory as ever.
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 @contextmanager
@@ -290,12 +717,12 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _progress(progress: bool | Progress) -> Iterator[Progress]:
+def _progress(progress: bool | Progress, job: Job) -> Iterator[Callable[[Status], None]]:
     if callable(progress):
-        yield progress
+        yield lambda status: progress(status.all_tokens, status.total)
         return
-    if not progress:
-        yield lambda done, total: None
+    if not progress or job.place.rank:
+        yield lambda status: None
         return
     from fastheads.terminal import progress_bar
 

@@ -13,10 +13,13 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from fastheads.progress import Status
 from fastheads.results import HeadProfile
 
 LISTED = 10  # heads in each of the two tables
 BAR_FROM = 70  # columns from which on the numbers leave room for a bar
+NOTES_FROM = 110  # columns from which on padding and overhead are shown beside it
+SOON, A_MINUTE = 2.0, 60.0  # seconds to the first line where there is no terminal, and from one to the next
 SIDE_BY_SIDE = 72  # columns from which on the two tables stand beside each other
 
 # matplotlib's viridis at nine equal steps
@@ -30,38 +33,59 @@ LEGEND = 24  # columns of the scale below the heatmap, where there is room
 
 
 @contextmanager
-def progress_bar(console: Console | None = None) -> Iterator[Callable[[int, int | None], None]]:
-    """Yields what takes the tokens done and those in all: a bar on a terminal, a line every tenth elsewhere."""
-    console = console or Console(stderr=True)
+def progress_bar(console: Console | None = None) -> Iterator[Callable[[Status], None]]:
+    """Yields what takes the status of a run: a bar on a terminal, a line a minute elsewhere."""
+    console = console or Console(stderr=True, highlight=False)
     if not console.is_terminal:
         yield _PlainProgress(console)
         return
     bar_column = [BarColumn(bar_width=None)] if console.width >= BAR_FROM else []
-    columns = (*bar_column, _Tokens(), _Speed(), TextColumn("[dim]left"), TimeRemainingColumn())
+    notes = [_Notes()] if console.width >= NOTES_FROM else []
+    columns = (*bar_column, _Tokens(), _Speed(), *notes, TextColumn("[dim]left"), TimeRemainingColumn())
     with Progress(*columns, console=console, expand=bool(bar_column), speed_estimate_period=60) as bar:
         task = bar.add_task("tokens", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        begun = False
+
+        def report(status: Status) -> None:
+            nonlocal begun
+            if not begun:
+                # What an earlier run did tells nothing of the speed of this one.
+                bar.reset(task, completed=status.all_tokens, total=status.expected)
+                begun = True
+            bar.update(task, completed=status.all_tokens, total=status.expected, status=status)
+
+        yield report
 
 
 class _PlainProgress:
-    """A line for every tenth of the tokens."""
+    """A line soon after the start, and then one a minute."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.start = time.monotonic()
-        self.tenths = 0
+        self.start: float | None = None  # when the first status came, and the tokens done then
+        self.before = 0
+        self.next = SOON
 
-    def __call__(self, done: int, total: int | None) -> None:
-        if not done:
-            self.start = time.monotonic()
-        tenths = 10 * done // total if total else 0
-        if total is None or tenths <= self.tenths:
+    def __call__(self, status: Status) -> None:
+        now = time.monotonic()
+        if self.start is None:
+            self.start, self.before = now, status.all_tokens
+        elapsed = now - self.start
+        if elapsed < self.next or status.all_tokens <= self.before:
             return
-        self.tenths = tenths
-        speed = done / max(time.monotonic() - self.start, 1e-9)
-        left = (total - done) / speed
-        line = f"{done:,} of {total:,} tokens, {speed:,.0f} tokens/s, {left:,.0f} s left"
+        self.next = elapsed + A_MINUTE
+        speed = (status.all_tokens - self.before) / elapsed
+        about = "" if status.expected == status.total else "about "
+        of = "" if status.expected is None else f" of {about}{status.expected:,}"
+        line = f"{status.all_tokens:,}{of} tokens, {speed:,.0f} tokens/s, {_notes(status)}"
+        if status.expected is not None:
+            line += f", {max(status.expected - status.all_tokens, 0) / speed:,.0f} s left"
         self.console.print(line, soft_wrap=True, highlight=False)
+
+
+def _notes(status: Status) -> str:
+    cost = "" if status.overhead is None else f", profiling {status.overhead:+.1%}"
+    return f"{status.padding:.1%} padding{cost}"
 
 
 class _Tokens(ProgressColumn):
@@ -74,6 +98,14 @@ class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f} tokens/s" if speed else "- tokens/s", style="cyan", no_wrap=True)
+
+
+class _Notes(ProgressColumn):
+    """The padding's share, and what profiling costs where that is known."""
+
+    def render(self, task: Task) -> Text:
+        status = task.fields.get("status")
+        return Text("" if status is None else _notes(status), style="dim", no_wrap=True)
 
 
 def show(profile: HeadProfile, metric: str, console: Console) -> None:

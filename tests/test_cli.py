@@ -320,19 +320,25 @@ def interrupted(model: str, when: str, *arguments: str) -> tuple[int, str]:
 
 def test_ctrl_c_while_measuring_saves_what_there_is_and_says_so(here, model):
     code, err = interrupted(
-        model, "tokens/s", "--max-tokens", "100000", "--plot", "p.png", "--backend", "loop"
+        model, "tokens/s", "--max-tokens", "1000000", "--batch-size", "1", "--plot", "p.png"
     )
     assert code == 130
     found = HeadProfile.load(here / "head_profile.safetensors")
     data = found.metadata["data"]
     assert data["complete"] is False
-    assert 10_000 <= data["tokens"] < 100_000
+    assert 1_000 <= data["tokens"] < 1_000_000
     assert found.results()["head_output_norm"]["count"].unique().tolist() == [data["sequences"]]
     assert err.splitlines()[-1] == (
-        f"fastheads: interrupted: what {data['tokens']:,} tokens gave is saved in head_profile.safetensors"
+        f"fastheads: interrupted: what {data['tokens']:,} tokens gave is saved in head_profile.safetensors; "
+        "--resume goes on from head_profile.safetensors.checkpoint"
     )
     assert "Traceback" not in err
-    assert files(here) == {"text.txt", "head_profile.safetensors", "p.png"}
+    assert files(here) == {
+        "text.txt",
+        "head_profile.safetensors",
+        "p.png",
+        "head_profile.safetensors.checkpoint",
+    }
 
 
 def test_ctrl_c_while_loading_leaves_nothing(here, model):

@@ -12,7 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastheads.errors import ProfileFileError
+from fastheads.errors import MergeError, ProfileFileError
+from fastheads.metrics import UPDATE_METRIC
 from fastheads.moments import Moments
 from fastheads.results import FILE_KEY, RANKING_METRIC, STATS, HeadProfile
 
@@ -278,6 +279,17 @@ def set_site(key: str, value: object):
         (lambda d: d["metadata"].update(data=[]), "data in its metadata must be dict"),
         (lambda d: d["metadata"].update(data={"tokens": "many"}), "tokens in its metadata must be int"),
         (lambda d: d["metadata"].update(data={"parts": [1]}), "parts of its metadata"),
+        (
+            lambda d: d["metadata"].update(data={"parts": [{"tokens": "x"}]}),
+            "tokens in its metadata must be int",
+        ),
+        (lambda d: d["metadata"].update(layers="0"), "layers in its metadata must be list or null"),
+        (lambda d: d["metadata"].update(layers=[[0]]), "layers in its metadata are not whole numbers"),
+        (lambda d: d["metadata"].update(weights="same"), "weights in its metadata must be dict or null"),
+        (
+            lambda d: d["metadata"].update(residual_update={}),
+            "residual_update in its metadata must be str or list",
+        ),
     ],
 )
 def test_hostile_metadata_are_refused_in_one_line(tmp_path, document, says):
@@ -338,18 +350,149 @@ def test_merging_does_not_change_its_parts(samples):
     assert HeadProfile.merge([a]).metadata == a.metadata
 
 
+def weights(seed: str = "w", layout: str = "l", dtype: str = "float32", unseen: int = 0) -> dict:
+    return {"sha256": seed + layout, "layout": layout, "dtypes": [dtype], "tensors": 9, "unseen": unseen}
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model": "other"}, "differ in model: 'tiny' and 'other'"),
-        ({"token_agg": "last"}, "differ in token_agg: 'all' and 'last'"),
-        ({"skip_first": 1}, "differ in skip_first: 0 and 1"),
-        ({"sites": [site(0), site(6, 2)]}, "differ in sites"),
+        ({"model": "other", "weights": None}, "model: 'tiny' and 'other'$"),
+        (
+            {"model": "other", "weights": weights("v")},
+            r"model: 'tiny' and 'other' \(weights: names and shapes are",
+        ),
+        ({"weights": weights("v")}, "weights: names and shapes are the same, the numbers are not"),
+        (
+            {"weights": weights(layout="m", dtype="bfloat16")},
+            "weights: those of one are float32, of the other bfloat16",
+        ),
+        ({"weights": weights(layout="m")}, "weights: they have other names or shapes"),
+        ({"weights": weights(layout="m", unseen=3)}, "weights: they have other names or shapes"),
+        ({"token_agg": "last"}, "token_agg: 'all' and 'last'"),
+        ({"skip_first": 1}, "skip_first: 0 and 1"),
+        (
+            {"sites": [site(0), site(6, 2)]},
+            "sites: '.*5.*' with 2 heads of 8, and '.*6.*' with 2 heads of 8",
+        ),
+        ({"sites": [site(0), site(5, 2) | {"layer": 6}]}, "sites: '.*5.*' is layer 5 and 6"),
     ],
 )
 def test_profiles_of_different_things_do_not_merge(samples, changes, says):
-    with pytest.raises(ValueError, match=says):
-        HeadProfile.merge([make(samples), make(samples, **changes)])
+    a, b = make(samples[:3], weights=weights()), make(samples[3:], **({"weights": weights()} | changes))
+    with pytest.raises(MergeError, match=f"cannot merge profile 1 and profile 2: they differ in .*{says}"):
+        HeadProfile.merge([a, b])
+    with pytest.raises(MergeError, match="cannot merge c and b: "):  # wherever they stand
+        HeadProfile.merge([make(samples[:1], weights=weights()), a, b][1:], names=["c", "b"])
+
+
+def test_the_same_weights_merge_under_any_name_and_old_files_by_their_name(samples):
+    a = make(samples[:3], weights=weights())
+    for other in (
+        make(samples[3:], model="/elsewhere/tiny", weights=weights()),
+        make(samples[3:]),  # an older file
+        make(samples[3:], weights=None),
+        make(samples[3:], weights=weights("v", unseen=1)),
+    ):
+        merged = HeadProfile.merge([other, a])
+        assert merged.metadata["weights"] == weights()
+        assert merged.results()[METRIC]["count"][0, 0] == 7
+    for unsure in (weights(unseen=1), weights("v", unseen=1)):
+        with pytest.raises(MergeError, match="differ in model"):
+            HeadProfile.merge([a, make(samples[3:], model="other", weights=unsure)])
+
+
+def run_over(sha: str | None = "s", head: str | None = None, **more) -> dict:
+    data = {"source": "text.txt", "sha256": sha, "tokens": 9, "sequences": 3, "complete": True}
+    return data | ({} if head is None else {"head_sha256": head, "window_characters": 10}) | more
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "says"),
+    [
+        (run_over(), run_over(source="copy.txt"), "both hold 'text.txt', which would count twice"),
+        (run_over(), run_over("t"), None),
+        (run_over(None), run_over(None), None),  # token batches: nobody knows
+        (run_over(None, "h"), run_over(None, "h"), "both hold 'text.txt'"),
+        (run_over(None, "h"), run_over(None, "i"), None),
+        (run_over("s", "h"), run_over("t", "h"), None),
+        (run_over("s", "h", shard=[0, 2]), run_over("s", "h", shard=[1, 2]), None),
+        (run_over("s", "h", shard=[1, 2]), run_over("s", "h", shard=[1, 2]), r"a part of 'text.txt' \(2/2\)"),
+        (run_over("s", "h", shard=[0, 2]), run_over("s", "h", shard=[2, 4]), r"\(1/2 and 3/4\)"),
+        (run_over("s", "h", shard=[0, 2]), run_over("s", "h", shard=[1, 4]), None),
+        (run_over("s", "h", shard=[0, 2]), run_over("s", "h", shard=[1, 3]), r"\(1/2 and 2/3\)"),
+        (run_over("s", "h", shard=[0, 2]), run_over("s"), "both hold"),
+        (
+            run_over("s", "h", shard=[0, 2]),
+            run_over("s", "h", shard=[1, 2], window_characters=20),
+            "parts of 'text.txt' that were cut in windows of different sizes",
+        ),
+        (run_over("s", shard=["a", 2]), run_over("s", shard=[5, 2]), "both hold 'text.txt'"),
+        (run_over(3, [4]), run_over(3, [4]), None),
+    ],
+)
+def test_profiles_that_repeat_data_do_not_merge_unless_that_is_asked_for(samples, one, two, says):
+    parts = [make(samples[:3], data=one), make(samples[3:], data=two)]
+    if says is not None:
+        with pytest.raises(MergeError, match=f"cannot merge profile 1 and profile 2: .*{says}"):
+            HeadProfile.merge(parts)
+        third = make(samples[:1], data=run_over("third"))
+        with pytest.raises(MergeError, match="cannot merge a and b: "):  # inside a merged one too
+            HeadProfile.merge([HeadProfile.merge([third, parts[0]]), parts[1]], names=["a", "b"])
+    merged = HeadProfile.merge(parts, allow_repeated=says is not None)
+    assert merged.results()[METRIC]["count"][0, 0] == 7
+    assert merged.metadata["data"]["tokens"] == 18
+
+
+def test_the_same_profile_twice_is_found_without_any_data_to_tell(samples):
+    with pytest.raises(MergeError, match="both hold the very same samples"):
+        HeadProfile.merge([make(samples), make(samples[:2]), make(samples)])
+    twice = HeadProfile.merge([make(samples), make(samples)], allow_repeated=True)
+    assert twice.results()[METRIC]["count"][0, 0] == 14
+
+
+def without_row(samples: np.ndarray, row: int, **changes) -> HeadProfile:
+    profile = make(samples, **changes)
+    for moments in profile.moments.values():
+        for plane, empty in zip(moments, (0, 0, 0.0, 0.0, math.inf, -math.inf), strict=True):
+            plane[row] = empty
+    return profile
+
+
+def test_other_layers_over_the_same_data_are_no_repetition(samples):
+    lower = without_row(samples, 1, data=run_over(), layers=[0], residual_update=["as it is", ""])
+    upper = without_row(samples, 0, data=run_over(), layers=[5], residual_update=["", "normed (N)"])
+    merged = HeadProfile.merge([lower, upper])
+    assert merged.results()[METRIC]["count"].tolist() == [[7, 7, 7], [7, 7, 0]]
+    assert merged.metadata["layers"] == [0, 5]
+    assert merged.metadata["residual_update"] == ["as it is", "normed (N)"]
+    alike = without_row(samples, 0, data=run_over(), layers=[5], residual_update=["", "as it is"])
+    assert HeadProfile.merge([lower, alike]).metadata["residual_update"] == "as it is"
+    with pytest.raises(MergeError, match=r"cannot merge profile 1 and profile 3: both hold 'text\.txt'"):
+        HeadProfile.merge([lower, upper, without_row(samples[:3], 1, data=run_over())])
+
+
+def test_updates_that_were_measured_differently_do_not_merge(samples):
+    def part(chosen: np.ndarray, told: object, measured: bool = True) -> HeadProfile:
+        profile = make(chosen, residual_update=told)
+        moments = moments_of(chosen)
+        if not measured:
+            moments = without_row(chosen, slice(None)).moments[METRIC]
+        return HeadProfile({**profile.moments, UPDATE_METRIC: moments}, profile.metadata)
+
+    scaled, plain = part(samples[:3], "as it is, times 0.5"), part(samples[3:], "as it is")
+    with pytest.raises(
+        MergeError, match="differ in what layer 0 adds.*: 'as it is, times 0.5' and 'as it is'"
+    ):
+        HeadProfile.merge([scaled, plain])
+    unknown = part(samples[3:], "not measured: why", measured=False)
+    for order in ([unknown, scaled], [scaled, unknown]):
+        assert HeadProfile.merge(order).metadata["residual_update"] == "as it is, times 0.5"
+    for odd in (["one"], [3, None], None):
+        assert (
+            HeadProfile.merge([part(samples[3:], odd), scaled]).metadata["residual_update"]
+            == "as it is, times 0.5"
+        )
 
 
 def test_profiles_with_different_metrics_do_not_merge(samples):
@@ -365,9 +508,9 @@ def test_merged_metadata_sum_the_data_and_unite_the_layers(samples):
     def part(source: str, tokens: int, complete: bool) -> dict:
         return {"source": source, "tokens": tokens, "sequences": 2, "complete": complete}
 
-    a = make(samples, data=part("a.txt", 10, True), layers=[0], backend="loop")
-    b = make(samples, data=part("b.txt", 5, True), layers=[5])
-    c = make(samples, data=part("c.txt", 1, False), layers=[5])
+    a = make(samples[:2], data=part("a.txt", 10, True), layers=[0], backend="loop")
+    b = make(samples[2:4], data=part("b.txt", 5, True), layers=[5])
+    c = make(samples[4:], data=part("c.txt", 1, False), layers=[5])
     merged = HeadProfile.merge([HeadProfile.merge([a, b]), c]).metadata
     assert merged["data"]["tokens"] == 16
     assert merged["data"]["sequences"] == 6

@@ -3,14 +3,19 @@
 import contextlib
 import copy
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from checkpoints import LAYERS, POSITIONS, ascii_tokenizer, save_checkpoint, tiny_llama
 from oracle import METRICS, assert_results, captured_inputs
+from whole_profiles import some_texts
 
 import fastheads
 from fastheads import HeadProfile, find_sites
+from fastheads.corpus import Corpus
+from fastheads.data import held_texts
 from fastheads.errors import DataError, LoadError, ProfileInterrupted
 from fastheads.runner import profile
 
@@ -98,6 +103,7 @@ def test_the_budget_is_met_exactly(model, tokenizer):
         "tokens": 13,
         "sequences": 2,
         "seconds": 0,
+        "padding": 0.1875,
         "complete": True,
     }
 
@@ -304,3 +310,182 @@ def test_layers_that_are_skipped_by_design(model):
 def test_a_skip_that_leaves_nothing_is_an_error(model, tokenizer):
     with pytest.raises(DataError, match="skip_first=20 leaves none of the 9 tokens in 2 sequences"):
         profile(model, ["abcde", "abcd"], tokenizer=tokenizer, skip_first=20)
+
+
+def corpus_of(texts, tokenizer, **options):
+    options = {"seq_len": 48, "window_characters": 600, "workers": 0} | options
+    return Corpus(held_texts(texts), tokenizer, **options)
+
+
+def test_rows_of_about_equal_length_share_a_batch_under_the_budget(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("fastheads.overhead.FIRST", 10**6)  # no batch is run twice
+    shapes = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append((kwargs["input_ids"].shape, "attention_mask" in kwargs)),
+        with_kwargs=True,
+    )
+    texts = some_texts(80)
+    found = profile(model, corpus_of(texts, tokenizer), batch_tokens=200)
+    handle.remove()
+    sequences = [ids_of(text)[i : i + 48] for text in texts for i in range(0, len(text), 48)]
+    assert_agrees(found, model, sequences)
+    area = sum(shape.numel() for shape, _ in shapes)
+    assert all(shape.numel() <= 200 for shape, _ in shapes)
+    assert found.metadata["data"]["padding"] == pytest.approx(1 - sum(map(len, sequences)) / area, abs=1e-6)
+    # Attention is causal: padding on the right needs no mask.
+    assert not any(masked for _, masked in shapes)
+
+
+def test_padding_has_a_mask_where_attention_looks_ahead(model, tokenizer):
+    masks = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: masks.append(kwargs["attention_mask"].sum(1).tolist()), with_kwargs=True
+    )
+    model.model.layers[1].self_attn.is_causal = False
+    profile(model, ["abc", "abcdef"], tokenizer=tokenizer)
+    handle.remove()
+    assert masks == [[6, 3]]
+
+
+@pytest.mark.parametrize("layers", [None, [0, 1], [1]])
+def test_nothing_behind_the_last_profiled_projection_is_computed(model, tokenizer, layers):
+    """Counted by a function and not by a hook: where others have hooks, forwards run to their end."""
+    ran = []
+    modules = {f"mlp {n}": layer.mlp for n, layer in enumerate(model.model.layers)} | {
+        "norm": model.model.norm
+    }
+    for name, module in modules.items():
+
+        def counted(*args, forward=module.forward, name=name, **kwargs):
+            ran.append(name)
+            return forward(*args, **kwargs)
+
+        module.forward = counted
+    options = {"tokenizer": tokenizer, "seq_len": 10, "batch_size": 2, "layers": layers, "token_agg": "token"}
+    found = profile(model, [TEXT], **options)
+    last = 2 if layers is None else layers[-1]
+    batches = 7
+    for name in modules:
+        runs = batches if name.startswith("mlp") and int(name[-1]) < last else 1  # the first shows the order
+        assert ran.count(name) == runs, name
+    model.model.norm.register_forward_hook(lambda *_: None)
+    whole = profile(model, [TEXT], **options)
+    assert ran.count("norm") == 1 + batches
+    for metric in found.metrics:
+        for a, b in zip(found.moments[metric], whole.moments[metric], strict=True):
+            assert torch.equal(a, b)
+    assert not any(m._forward_hooks for m in model.modules() if m is not model.model.norm)
+
+
+def test_skipped_and_repeated_layers_run_to_the_end(model, tokenizer):
+    """Where the projections do not each run once, which is the last cannot be said."""
+    layer = model.model.layers[1]
+    model.model.layers.append(layer)
+    model.config.num_hidden_layers += 1
+    model.config.layer_types = None
+    ids = torch.ones(1, 4, dtype=torch.long)
+    found = profile(model, [ids] * 5, token_agg="last")
+    assert found.moments["head_output_norm"].count.tolist() == [[5] * 4, [10] * 4, [5] * 4]
+
+
+@contextlib.contextmanager
+def memory_for(module, tokens: int):
+    """A model that runs out of memory in the middle of larger batches."""
+
+    def hook(module, args):
+        if args[0].shape[0] * args[0].shape[1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = module.register_forward_pre_hook(hook)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize("token_agg", ["all", "token"])
+def test_batches_are_halved_where_memory_runs_out(model, tokenizer, token_agg):
+    texts = some_texts(60)
+    shapes = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    with memory_for(model.model.layers[2].mlp, 110):
+        found = profile(model, corpus_of(texts, tokenizer), batch_tokens=800, token_agg=token_agg)
+        batches = [torch.tensor([ids_of("abcdefghij")] * 20), torch.tensor([ids_of("xyz")] * 30)]
+        given = profile(model, batches, token_agg=token_agg)
+    handle.remove()
+    sequences = [ids_of(text)[i : i + 48] for text in texts for i in range(0, len(text), 48)]
+    assert_agrees(found, model, sequences, token_agg)
+    assert found.metadata["data"]["sequences"] == len(sequences)
+    # One try each on the way down, not one a batch.
+    assert len([n for n in shapes if n > 110]) <= 8
+    assert_agrees(given, model, [ids_of("abcdefghij")] * 20 + [ids_of("xyz")] * 30, token_agg)
+
+
+def test_a_sequence_that_does_not_fit_is_an_error(model, tokenizer):
+    with memory_for(model.model.layers[2].mlp, 20):
+        with pytest.raises(RuntimeError, match="out of memory with one sequence of 48 tokens"):
+            profile(model, corpus_of(some_texts(20), tokenizer), batch_tokens=200)
+        with pytest.raises(RuntimeError, match="out of memory with one sequence of 30 tokens"):
+            profile(model, torch.ones(4, 30, dtype=torch.long))
+
+
+def test_what_profiling_costs_is_measured_on_some_batches(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("fastheads.overhead.FIRST", 2)
+    monkeypatch.setattr("fastheads.overhead.EVERY", 3)
+    options = {"tokenizer": tokenizer, "seq_len": 10, "batch_size": 2, "token_agg": "token"}
+    forwards = []
+    model.model.embed_tokens.register_forward_hook(lambda *_: forwards.append(1))
+    found = profile(model, [TEXT], **options)
+    assert len(forwards) == 7 + 2  # batches 2 and 5 once more
+    assert isinstance(found.metadata["data"]["overhead"], float)
+    assert (found.moments["head_output_norm"].count == len(TEXT)).all()
+
+
+def test_shards_are_disjoint_and_merge_to_everything(model, tokenizer):
+    texts = some_texts(80)
+    options = {"batch_tokens": 200}
+    whole = profile(model, corpus_of(texts, tokenizer), **options)
+    parts = [
+        profile(model, corpus_of(texts, tokenizer, shard=(i, 3)), shard=(i, 3), **options) for i in range(3)
+    ]
+    merged = HeadProfile.merge(parts)
+    for metric in whole.metrics:
+        for plane, value in whole.moments[metric]._asdict().items():
+            torch.testing.assert_close(getattr(merged.moments[metric], plane), value, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="cannot merge"):
+        HeadProfile.merge([parts[0], parts[0]])
+
+
+@pytest.mark.slow
+def test_a_compiled_decoder_gives_the_same(model, tokenizer, monkeypatch):
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiler(*a, **k, backend="aot_eager"))
+    texts = some_texts(40)
+    want = profile(model, corpus_of(texts, tokenizer), batch_tokens=200)
+    torch._dynamo.reset()
+    found = profile(model, corpus_of(texts, tokenizer), batch_tokens=200, compile=True)
+    for metric in want.metrics:
+        assert torch.equal(found.moments[metric].count, want.moments[metric].count)
+        torch.testing.assert_close(found.moments[metric].mean, want.moments[metric].mean, rtol=2e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """Resident memory after 100 batches and after 2,000, in a process of its own."""
+    save_checkpoint(tmp_path / "tiny")
+    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 5_000)
+    code = (
+        "import os, sys, fastheads, torch; torch.set_num_threads(1)\n"
+        "calls, rss = 0, []\n"
+        "def seen(done, total):\n"
+        "    global calls; calls += 1\n"
+        "    if calls in (101, 2001): rss.append(int(open('/proc/self/statm').read().split()[1]))\n"
+        "fastheads.profile('tiny', 'a.txt', batch_tokens=96, seq_len=48, device='cpu', progress=seen,\n"
+        "    checkpoint='c', checkpoint_every=0.2)\n"
+        "print(*rss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    early, late = map(int, done.stdout.split())
+    assert late < 1.02 * early

@@ -1,0 +1,117 @@
+"""Checkpoints: what a run needs to go on where it stood, in one safetensors file for each process.
+
+The file holds the moments as they are in memory, bit for bit, and as JSON the position in the data, the counts so far and the
+configuration. It may come from anywhere, so all of it is checked; a run goes on only with its own configuration.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from fastheads.errors import CheckpointError
+from fastheads.files import write_atomic
+
+FILE_KEY = "fastheads_checkpoint"
+FORMAT_VERSION = 1
+LARGEST = 2**30  # bytes; more than any run writes
+
+
+class Checkpoint:
+    """One process's file."""
+
+    def __init__(self, path: str | os.PathLike[str], rank: int = 0, world: int = 1) -> None:
+        """`path`: the file; of several processes, each adds its number."""
+        path = Path(path)
+        self.path = path if world == 1 else path.with_name(f"{path.name}-{rank + 1}-of-{world}")
+        self._warned = False
+
+    def save(self, tensors: dict[str, Tensor], document: dict[str, Any]) -> bool:
+        """Write the file whole. Where that fails the one before stays, a warning on stderr says so once, and it returns False."""
+        text = json.dumps({"format": FORMAT_VERSION, **document}, allow_nan=False)
+        try:
+            write_atomic(self.path, safetensors.torch.save(tensors, {FILE_KEY: text}))
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                kept = "the one before is kept" if self.path.exists() else "there is none yet"
+                reason = error.strerror or str(error)
+                print(
+                    f"fastheads: warning: cannot write the checkpoint {self.path}: {reason}; {kept}, and the run goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return False
+        self._warned = False
+        return True
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the document of the file; None where there is no file.
+
+        Raises:
+            CheckpointError: if it is no checkpoint, or a damaged one.
+            OSError: if it cannot be read.
+        """
+        if not self.path.exists():
+            return None
+        if self.path.stat().st_size > LARGEST:
+            raise CheckpointError(f"{self.path} is not a checkpoint: it is too large for one")
+        try:
+            with safetensors.safe_open(self.path, framework="pt") as file:
+                document = _parsed((file.metadata() or {}).get(FILE_KEY))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, ValueError) as error:
+            line = " ".join(str(error).split())
+            raise CheckpointError(f"{self.path} is not a checkpoint: {line}") from error
+        return tensors, document
+
+    def remove(self) -> None:
+        """Delete the file, and what a process that was killed while it wrote left beside it."""
+        self.path.unlink(missing_ok=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Delete what a process that was killed while it wrote left."""
+        if self.path.parent.is_dir():
+            for rest in self.path.parent.glob(f".{_escaped(self.path.name)}.*.tmp"):
+                rest.unlink(missing_ok=True)
+
+    def check(self, then: Any, now: dict[str, Any]) -> None:
+        """Raise CheckpointError, naming what differs, unless the configurations are equal."""
+        if not isinstance(then, dict):
+            raise CheckpointError(f"{self.path} is not a checkpoint: it has no configuration")
+        for key in dict.fromkeys((*now, *then)):
+            if then.get(key) != now.get(key):
+                told = f": {_shown(then.get(key))} then and {_shown(now.get(key))} now"
+                raise CheckpointError(
+                    f"cannot resume from {self.path}: {key.replace('_', ' ')} is not what it was{told}. "
+                    "Without --resume the run starts afresh"
+                )
+
+
+def _parsed(text: str | None) -> dict[str, Any]:
+    if text is None:
+        raise ValueError("it has no fastheads metadata")
+    try:
+        document = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its metadata are nested too deeply") from error
+    if not isinstance(document, dict):
+        raise ValueError("its metadata are not an object")
+    if document.get("format") != FORMAT_VERSION:
+        raise ValueError(f"its format is {document.get('format')!r}; this version reads {FORMAT_VERSION}")
+    return document
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,0 +1,17 @@
+"""How far a run is."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is done so far; of several processes, `all_tokens` counts those of all, the rest is this one's."""
+
+    tokens: int = 0  # real ones
+    all_tokens: int = 0
+    total: int | None = None  # of `all_tokens`, where that is known
+    expected: int | None = None  # the same, by what was read of the corpus so far
+    padding: float = 0.0  # share of the tokens run that were padding
+    overhead: float | None = (
+        None  # what profiling adds to a forward, as a share of it, on the batches that were sampled
+    )

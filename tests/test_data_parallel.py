@@ -1,0 +1,170 @@
+"""Two processes share a corpus out: the same result as one; where one of them dies the other says so, and both go on later."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import save_checkpoint
+from whole_profiles import assert_same, some_texts
+
+from fastheads import HeadProfile, distributed
+from fastheads.distributed import Job, Place, place_in_environment
+
+SUPPORT = Path(__file__).parent / "support"
+SCENARIOS = ("two", "lost", "failed", "tensor_parallel", "stable")
+RESUME = "Ended; its last checkpoint is kept, and the same command with --resume goes on from it"
+
+processes = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this torch has no distributed package"
+)
+
+
+@pytest.fixture(scope="module")
+def happened(tmp_path_factory):
+    """What became of a scenario, and the folder with what it left."""
+    folder = tmp_path_factory.mktemp("ranks")
+    save_checkpoint(folder / "tiny")
+    lines = [json.dumps({"text": text}) + "\n" for text in some_texts(2500)]
+    (folder / "text.jsonl").write_text("".join(lines))
+    environment = os.environ | {
+        **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]),
+    }
+
+    command = [sys.executable, "-W", "ignore", str(SUPPORT / "runs.py"), str(folder), *SCENARIOS]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+
+    def result(name):
+        found = json.loads((folder / f"{name}.json").read_text())
+        assert "error" not in found, found["error"]
+        return found, folder
+
+    return result
+
+
+def assert_close(found: HeadProfile, want: HeadProfile, rtol: float) -> None:
+    for metric in want.metrics:
+        for plane, value in want.moments[metric]._asdict().items():
+            other = getattr(found.moments[metric], plane)
+            if plane in ("count", "nonfinite", "min", "max") and rtol <= 1e-12:
+                assert torch.equal(other, value), (metric, plane)
+            else:
+                torch.testing.assert_close(other, value, rtol=rtol, atol=0)
+
+
+@processes
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(happened):
+    found, folder = happened("two")
+    assert (found["codes"], found["said"]) == ([0, 0], ["", ""])
+    first, second, file = (
+        HeadProfile.load(folder / f"{name}.safetensors") for name in ("two.0", "two.1", "two")
+    )
+    assert_same(second, first)
+    assert_same(file, first)
+    one = HeadProfile.load(folder / "one.safetensors")
+    assert_close(file, one, 1e-12)
+    data = file.metadata["data"]
+    for key in ("source", "sha256", "tokens", "sequences", "shard", "complete"):
+        assert data[key] == one.metadata["data"][key]
+    assert data["processes"] == 2
+    assert data["padding"] == pytest.approx(one.metadata["data"]["padding"], abs=1e-4)
+    assert not list(folder.glob("*two.checkpoint*"))
+
+
+@processes
+@pytest.mark.slow
+def test_where_one_is_killed_the_other_ends_and_says_so_and_both_go_on(happened):
+    found, folder = happened("lost")
+    assert found["codes"] == [1, -9]
+    assert f"rank 0: nothing was heard of rank 1 for 2 s. {RESUME}" in found["said"][0]
+    assert found["left"] == ["lost.checkpoint-1-of-2", "lost.checkpoint-2-of-2"]
+    assert (found["again"], found["at_last"], found["rests"]) == ([0, 0], ["", ""], [])
+    assert_same(
+        *(HeadProfile.load(folder / f"{name}.safetensors") for name in ("lost", "two")),
+    )
+
+
+@processes
+@pytest.mark.slow
+def test_an_error_of_one_is_told_by_the_other(happened):
+    found, _ = happened("failed")
+    assert found["codes"] == [1, 1]
+    assert f"rank 0: rank 1 failed: 'NoneType' object is not callable. {RESUME}" in found["said"][0]
+
+
+def test_a_loss_is_noticed_within_a_minute():
+    """By the times that the test above shortens."""
+    assert distributed.PATIENCE + distributed.GRACE + 5 * distributed.PULSE <= 45
+
+
+@processes
+@pytest.mark.slow
+def test_processes_that_share_a_model_stop_and_go_on_together(happened):
+    found, folder = happened("tensor_parallel")
+    assert found["codes"] == [43, 43]
+    assert found["said"][0] == found["said"][1]  # as many tokens
+    assert (found["again"], found["at_last"]) == ([0, 0], ["", ""])
+    first, second = (HeadProfile.load(folder / f"tensor.{rank}.safetensors") for rank in range(2))
+    assert_same(second, first)
+    # The model itself sums in another order over two processes.
+    assert_close(first, HeadProfile.load(folder / "one.safetensors"), 2e-5)
+
+
+@processes
+@pytest.mark.slow
+def test_all_processes_find_together_that_the_ranking_has_settled(happened):
+    found, folder = happened("stable")
+    assert (found["codes"], found["again"]) == ([0, 0], [0, 0])
+    one, two, lost = (
+        HeadProfile.load(folder / f"{name}.safetensors") for name in ("one-stable", "stable", "stable-lost")
+    )
+    assert_same(lost, two)
+    assert_same(HeadProfile.load(folder / "stable.1.safetensors"), two)
+    everything = HeadProfile.load(folder / "one.safetensors").metadata["data"]["sequences"]
+    for found in (one, two):
+        assert found.metadata["data"]["until_stable"]["settled"]
+        assert found.metadata["data"]["sequences"] < everything
+    # Two begin two windows at a time.
+    assert two.metadata["data"]["sequences"] >= one.metadata["data"]["sequences"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "tp", "place", "shard"),
+    [
+        ({}, 1, Place(0, 1, 0, 1), (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, 1, Place(3, 4, 1, 1), (3, 4)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, 2, Place(3, 4, 1, 2), (1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, 4, Place(1, 4, 0, 4), (0, 1)),
+    ],
+)
+def test_the_environment_says_who_a_process_is(monkeypatch, environment, tp, place, shard):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert place_in_environment(tp) == place
+    assert place.shard == shard
+
+
+@pytest.mark.parametrize(
+    ("environment", "tp", "says"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, 1, "RANK=x, WORLD_SIZE=2, LOCAL_RANK=None are not whole numbers"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, 1, "contradict each other"),
+        ({"RANK": "0", "WORLD_SIZE": "3"}, 2, "tp=2 does not divide the number of processes, 3"),
+        ({}, 2, "tp=2 does not divide the number of processes, 1: start them with torchrun"),
+        ({}, 0, "tp=0 does not divide"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, environment, tp, says):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=says):
+        Job(tp)

@@ -1,0 +1,401 @@
+"""A run that is stopped, killed or runs out of disk goes on from its checkpoint and ends as if nothing had been, bit for bit."""
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import ascii_tokenizer, save_checkpoint, tiny_llama
+from whole_profiles import assert_same, some_texts
+
+from fastheads import HeadProfile
+from fastheads.checkpoint import Checkpoint
+from fastheads.corpus import Corpus
+from fastheads.data import held_texts
+from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
+from fastheads.runner import profile
+from fastheads.stable import StableRule
+
+SUPPORT = Path(__file__).parent / "support"
+SCENARIOS = ("killed", "full_disk", "ended")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ascii_tokenizer()
+
+
+def corpus_of(texts, tokenizer, **options):
+    options = {"seq_len": 48, "window_characters": 500, "workers": 0} | options
+    return Corpus(held_texts(texts), tokenizer, **options)
+
+
+class Stop(Exception):
+    """What a test breaks a run off with."""
+
+
+def stopped(model, data, path, after: int, how=signal.SIGTERM, **options) -> ProfileInterrupted:
+    """A run that a signal stops after that many batches."""
+    batches = 0
+
+    def progress(done, total):
+        nonlocal batches
+        batches += 1
+        if batches == after + 1:
+            os.kill(os.getpid(), how)
+
+    with pytest.raises(ProfileInterrupted) as interrupted:
+        profile(model, data, checkpoint=path, progress=progress, **options)
+    return interrupted.value
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on_where_it_stood(model, tokenizer, tmp_path, how):
+    path = tmp_path / "c"
+    texts = some_texts()
+    options = {"batch_tokens": 200, "token_agg": "token", "kv_groups": True}
+    want = profile(model, corpus_of(texts, tokenizer), **options)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    for after in (1, 2, 3, 5, 8):  # in the middle of a window and between two
+        stop = stopped(model, corpus_of(texts, tokenizer), path, after, how, resume=True, **options)
+        assert (stop.number, stop.checkpoint) == (how, path)
+        assert stop.profile.metadata["data"]["complete"] is False
+    calls = []
+    found = profile(
+        model,
+        corpus_of(texts, tokenizer),
+        checkpoint=path,
+        resume=True,
+        progress=lambda *c: calls.append(c),
+        output=tmp_path / "p.safetensors",
+        **options,
+    )
+    assert calls[0][0] == stop.profile.metadata["data"]["tokens"]
+    assert calls[-1] == (found.metadata["data"]["tokens"],) * 2
+    assert_same(found, want)
+    assert_same(HeadProfile.load(tmp_path / "p.safetensors"), want)
+    assert os.listdir(tmp_path) == ["p.safetensors"]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_token_batches_go_on_too(model, tmp_path):
+    path = tmp_path / "c"
+    torch.manual_seed(0)
+    batches = [torch.randint(0, 130, (3, n)) for n in (7, 9, 5, 7, 8)]
+    want = profile(model, batches, max_tokens=100)
+    stopped(model, batches, path, 2, max_tokens=100)
+    found = profile(model, (b for b in batches), checkpoint=path, resume=True, max_tokens=100)
+    assert_same(found, want)
+
+    stopped(model, batches, path, 2)
+    with pytest.raises(CheckpointError, match="the token batches are not those of the checkpoint$"):
+        profile(model, [batches[0] + 0, batches[1].flip(0)], checkpoint=path, resume=True)
+    with pytest.raises(CheckpointError, match="there are fewer"):
+        profile(model, batches[:1], checkpoint=path, resume=True)
+
+
+def test_a_run_until_stable_ends_at_the_same_window(model, tokenizer, tmp_path):
+    path = tmp_path / "c"
+    texts = some_texts(400)
+    options = {"batch_tokens": 400, "until_stable": StableRule(tolerance=0.3)}
+    want = profile(model, corpus_of(texts, tokenizer), **options)
+    data = want.metadata["data"]
+    assert data["until_stable"]["settled"]
+    assert 100 <= data["sequences"] < 400
+    for after in (3, 8):
+        stopped(model, corpus_of(texts, tokenizer), path, after, resume=True, **options)
+    found = profile(model, corpus_of(texts, tokenizer), checkpoint=path, resume=True, **options)
+    assert_same(found, want)
+    never = options | {"until_stable": StableRule(tolerance=0.0)}
+    data = profile(model, corpus_of(texts[:150], tokenizer), **never).metadata["data"]
+    assert data["sequences"] == sum(-(-len(text) // 48) for text in texts[:150])
+    assert not data["until_stable"]["settled"]
+    with pytest.raises(ValueError, match="until_stable cannot be used with token_agg 'token'"):
+        profile(model, texts, tokenizer=tokenizer, token_agg="token", until_stable=True)
+
+
+def test_where_nothing_is_to_be_resumed_the_run_starts(model, tmp_path):
+    found = profile(model, torch.ones(2, 4, dtype=torch.long), checkpoint=tmp_path / "c", resume=True)
+    assert found.metadata["data"]["tokens"] == 8
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_resume_an_old_checkpoint_is_no_matter(model, tokenizer, tmp_path):
+    texts = some_texts(20)
+    options = {"batch_tokens": 200}
+    stopped(model, corpus_of(texts, tokenizer), tmp_path / "c", 3, **options)
+    found = profile(model, corpus_of(texts, tokenizer), checkpoint=tmp_path / "c", **options)
+    assert_same(found, profile(model, corpus_of(texts, tokenizer), **options))
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_model_data_or_option_is_refused(model, tokenizer, tmp_path):
+    path = tmp_path / "c"
+    texts = some_texts(20)
+    options = {"batch_tokens": 200}
+    stopped(model, corpus_of(texts, tokenizer), path, 3, **options)
+    before = path.read_bytes()
+    changed = tiny_llama()
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight.mul_(2)
+    rotary = tiny_llama()
+    rotary.config.rope_parameters["rope_theta"] = 77.0
+    same = corpus_of(texts, tokenizer)
+    for what, other, data, more in (
+        ("model weights", changed, same, {}),
+        ("model configuration", rotary, same, {}),
+        ("data sha256", model, corpus_of([*texts[:-1], "x"], tokenizer), {}),
+        ("data seq len", model, corpus_of(texts, tokenizer, seq_len=47), {}),
+        ("data max tokens", model, corpus_of(texts, tokenizer, max_tokens=300), {}),
+        ("data shard", model, corpus_of(texts, tokenizer, shard=(0, 2)), {}),
+        ("data cut", model, corpus_of(texts, tokenizer, cut="stream"), {}),
+        ("data source", model, torch.ones(1, 4, dtype=torch.long), {}),
+        ("token agg", model, same, {"token_agg": "last"}),
+        ("skip first", model, same, {"skip_first": 1}),
+        ("layers", model, same, {"layers": [0]}),
+        ("backend", model, same, {"backend": "loop"}),
+        ("kv groups", model, same, {"kv_groups": True}),
+        ("batch size", model, same, {"batch_size": 2}),
+        ("batch tokens", model, same, {"batch_tokens": 100}),
+    ):
+        with pytest.raises(CheckpointError, match=f"cannot resume from .*: {what} is not what it was") as no:
+            profile(other, data, checkpoint=path, resume=True, **{**options, **more})
+        assert "\n" not in str(no.value)
+    assert path.read_bytes() == before
+
+
+def edited(path: Path, edit) -> bytes:
+    """The file with its JSON changed by `edit`."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    document = json.loads(header["__metadata__"]["fastheads_checkpoint"])
+    edit(document)
+    header["__metadata__"]["fastheads_checkpoint"] = json.dumps(document)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+def set_in(document, keys, value):
+    for key in keys[:-1]:
+        document = document[key]
+    document[keys[-1]] = value
+
+
+def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path):
+    path = tmp_path / "c"
+    texts = some_texts(20)
+
+    def resume():
+        profile(model, corpus_of(texts, tokenizer), checkpoint=path, resume=True, batch_tokens=200)
+
+    stopped(model, corpus_of(texts, tokenizer), path, 2, batch_tokens=200)
+    good = path.read_bytes()
+    bad = [b"", b"hello", good[:-1], good[:100], good + b"\0"]
+    for keys, value in (
+        (["format"], 99),
+        (["configuration"], None),
+        (["configuration"], []),
+        (["tokens"], "1"),
+        (["tokens"], -1),
+        (["batches"], True),
+        (["seconds"], None),
+        (["notes"], {}),
+        (["notes"], {"used": [[]] * 9, "missed": []}),
+        (["position"], None),
+        (["position"], {}),
+        (["position", "budget"], 0),
+        (["position", "todo"], [[0], "x"]),
+        (["position", "todo"], [[]]),
+        (["position", "todo"], [[0, 0]]),
+        (["position", "todo"], [[-1]]),
+        (["position", "todo"], [[10**6]]),
+        (["position", "tokens"], 1.5),
+        (["position", "window"], 3),
+        (["position", "window"], {}),
+    ):
+        bad.append(edited(path, lambda document, k=keys, v=value: set_in(document, k, v)))
+    HeadProfile.merge([profile(model, torch.ones(1, 4, dtype=torch.long))]).save(tmp_path / "p.safetensors")
+    bad.append((tmp_path / "p.safetensors").read_bytes())
+    bad.append(good.replace(b"moments/0", b"moments/1"))
+    bad.append(edited(path, lambda document: None).replace(b'"F64"', b'"I64"'))
+    for content in bad:
+        path.write_bytes(content)
+        with pytest.raises((CheckpointError, DataError)) as no:
+            resume()
+        assert "\n" not in str(no.value)
+        assert path.read_bytes() == content
+    path.write_bytes(good)
+    resume()
+
+
+@contextlib.contextmanager
+def memory_for(module, tokens: int):
+    """A model that runs out of memory with larger batches."""
+
+    def hook(module, args, kwargs):
+        ids = kwargs["input_ids"]
+        if ids.numel() > tokens:
+            raise torch.OutOfMemoryError("out of memory")
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    yield
+    handle.remove()
+
+
+def test_a_run_that_halved_its_batches_goes_on_with_them(model, tokenizer, tmp_path):
+    path = tmp_path / "c"
+    texts = some_texts()
+    with memory_for(model.model, 130):
+        want = profile(model, corpus_of(texts, tokenizer), batch_tokens=400, token_agg="token")
+        for after in (1, 4):
+            options = {"resume": True, "batch_tokens": 400, "token_agg": "token"}
+            stopped(model, corpus_of(texts, tokenizer), path, after, **options)
+        found = profile(model, corpus_of(texts, tokenizer), checkpoint=path, **options)
+    assert_same(found, want)
+    assert int(want.moments["head_output_norm"].count.max()) == sum(map(len, texts))
+
+
+def test_a_second_ctrl_c_breaks_into_a_forward(model, tokenizer, tmp_path, monkeypatch):
+    """The batch may or may not have counted: no checkpoint is written then, and the one before stays."""
+    monkeypatch.setattr("fastheads.stopping.AGAIN", -1.0)
+    path = tmp_path / "c"
+    texts = some_texts()
+    want = profile(model, corpus_of(texts, tokenizer), batch_tokens=200)
+    stopped(model, corpus_of(texts, tokenizer), path, 3, batch_tokens=200)
+    before = path.read_bytes()
+    calls = 0
+
+    def hook(*_):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(1)
+
+    handle = model.model.layers[1].register_forward_pre_hook(hook)
+    options = {"checkpoint": path, "resume": True, "batch_tokens": 200}
+    with pytest.raises(ProfileInterrupted) as interrupted:
+        profile(model, corpus_of(texts, tokenizer), **options)
+    handle.remove()
+    assert interrupted.value.checkpoint == path
+    assert path.read_bytes() == before
+    assert_same(profile(model, corpus_of(texts, tokenizer), **options), want)
+
+
+def test_elsewhere_than_in_the_main_thread_signals_are_left_alone(model, tmp_path):
+    found = []
+    data = torch.ones(2, 4, dtype=torch.long)
+    thread = threading.Thread(target=lambda: found.append(profile(model, data, checkpoint=tmp_path / "c")))
+    thread.start()
+    thread.join()
+    assert found[0].metadata["data"]["tokens"] == 8
+
+
+def test_an_error_keeps_the_checkpoint(model, tokenizer, tmp_path):
+    path = tmp_path / "c"
+    texts = some_texts()
+
+    def progress(done, total):
+        if done > 1500:
+            raise Stop
+
+    with pytest.raises(Stop):
+        profile(
+            model,
+            corpus_of(texts, tokenizer),
+            checkpoint=path,
+            checkpoint_every=1e-9,
+            progress=progress,
+            batch_tokens=200,
+        )
+    options = {"checkpoint": path, "resume": True, "batch_tokens": 200}
+    found = profile(model, corpus_of(texts, tokenizer), **options)
+    assert_same(found, profile(model, corpus_of(texts, tokenizer), batch_tokens=200))
+
+
+def test_what_a_killed_writer_left_is_swept_up(tmp_path):
+    checkpoint = Checkpoint(tmp_path / "a[1].checkpoint")
+    (tmp_path / ".a[1].checkpoint.x7.tmp").touch()
+    (tmp_path / ".a1.checkpoint.x7.tmp").touch()
+    checkpoint.save({}, {})
+    checkpoint.remove()
+    assert os.listdir(tmp_path) == [".a1.checkpoint.x7.tmp"]
+
+
+@pytest.fixture(scope="module")
+def happened(tmp_path_factory):
+    """What became of the scenarios of real processes, all in one go: each start of Python takes seconds."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_checkpoint(folder / "tiny")
+    lines = [json.dumps({"text": text}) + "\n" for text in some_texts(2500)]
+    (folder / "text.jsonl").write_text("".join(lines))
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]),
+    }
+    command = [sys.executable, "-W", "ignore", str(SUPPORT / "runs.py"), str(folder), *SCENARIOS]
+    subprocess.run(command, env=environment, check=True, timeout=300)
+
+    def result(name):
+        found = json.loads((folder / f"{name}.json").read_text())
+        assert "error" not in found, found["error"]
+        return found, folder
+
+    return result
+
+
+def saved(folder: Path, name: str) -> HeadProfile:
+    assert not list(folder.glob(f"*{name}.checkpoint*"))
+    return HeadProfile.load(folder / f"{name}.safetensors")
+
+
+@pytest.mark.slow
+def test_sigkill_at_ten_moments_loses_an_interval_each_and_nothing_at_the_end(happened):
+    found, folder = happened("killed")
+    assert found["kills"] == 10
+    assert_same(saved(folder, "killed"), saved(folder, "uninterrupted"))
+    tracks = [track for track in found["tracks"] if track]
+    assert tracks[-1][0][1] > 0  # it did not start afresh
+    for before, after in itertools.pairwise(tracks):
+        resumed = after[0][1]
+        assert resumed <= before[-1][1]
+        # A batch and the writing of a checkpoint take their time on a busy machine.
+        late = before[-1][0] - found["every"] - 0.5
+        assert all(tokens <= resumed for at, tokens in before if at < late)
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_so_once(happened):
+    found, folder = happened("full_disk")
+    assert found["code"] == -signal.SIGKILL  # it went on until then
+    assert found["kept"]
+    assert found["said"].splitlines() == [
+        "fastheads: warning: cannot write the checkpoint full.checkpoint: File too large; the one before is kept, "
+        "and the run goes on"
+    ]
+    assert_same(saved(folder, "full"), saved(folder, "uninterrupted"))
+
+
+@pytest.mark.slow
+def test_sigterm_writes_a_checkpoint_and_hands_over_what_there_is(happened):
+    found, folder = happened("ended")
+    assert found["code"] == 43
+    number, tokens = json.loads(found["said"])
+    assert number == signal.SIGTERM
+    assert 20_000 < tokens < 21_000
+    assert_same(saved(folder, "ended"), saved(folder, "uninterrupted"))
