@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastheads.errors import DataError
+from fastheads.errors import DataError, OptionError
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
@@ -128,9 +128,9 @@ def tokenize(source: TextSource, tokenizer: Any, seq_len: int, max_tokens: int |
 def check_lengths(seq_len: int, max_tokens: int | None) -> None:
     """Raise ValueError if `seq_len` or `max_tokens` is below 1."""
     if seq_len < 1:
-        raise ValueError(f"seq_len must be at least 1 token, not {seq_len}")
+        raise OptionError(f"seq_len must be at least 1 token, not {seq_len}")
     if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}: nothing would be measured")
+        raise OptionError(f"max_tokens must be at least 1, not {max_tokens}: nothing would be measured")
 
 
 def _blocks(source: TextSource, tokenizer: Any, seq_len: int) -> Iterator[Tensor]:
