@@ -10,13 +10,14 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastheads import data as sources
+from fastheads import readers
 from fastheads.corpus import Corpus, Window, plan
 from fastheads.errors import CheckpointError
 
@@ -30,15 +31,14 @@ GPU_SHARE = 0.5  # of the free memory that a batch may take, as far as that can 
 class Batch:
     """What one forward is given.
 
-    `arguments` go to the decoder as they are, with their tensors on the CPU. `real`, bool `[rows, tokens]`, says which tokens
-    are real where the arguments do not; None: all of them, or a mask among the arguments says.
+    `arguments` go to the decoder, with their tensors on the CPU. `real` `[rows, tokens]` is 0 where a token is padding; None:
+    there is none, or a mask among the arguments says.
     """
 
     arguments: dict[str, Any]
     real: Tensor | None
     lengths: list[int]  # real tokens by row
     width: int
-    rows: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -58,6 +58,11 @@ class Feed(Protocol):
     """Batches in order. After `next()` comes `done()`, or `halve()` where the batch did not fit into memory."""
 
     total: int | None  # tokens in all, where that is known
+    expected: int | None  # the same, by what was read so far
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the run stands between two windows: what is done is then a fair part of the data."""
 
     def next(self) -> Batch | None:
         """The next batch; None behind the last."""
@@ -93,15 +98,18 @@ class WindowFeed:
         pad_token_id: int,
         with_mask: bool,
         pinned: bool,
+        embeddings: int | None,
         position: dict[str, Any] | None = None,
     ) -> None:
         """`budget`: tokens in a batch, padding included. `with_mask`: whether padded batches get an attention mask.
+        `embeddings`: how many tokens the model knows.
 
         Raises:
             CheckpointError: if `position` is none that `position()` gives.
         """
         self._budget, self._max_rows = budget, max_rows
         self._pad, self._with_mask, self._pinned = pad_token_id, with_mask, pinned
+        self._embeddings = embeddings
         self._planned: deque[_Planned] = deque()
         self._made: deque[Future[Batch]] = deque()  # of the first batches in `_planned`
         self._position: dict[str, Any] = {"window": None, "todo": None, "budget": budget, "tokens": 0}
@@ -114,6 +122,8 @@ class WindowFeed:
             self._position = copy.deepcopy(position)
             self._finished = position["tokens"]
         self.total: int | None = None
+        self.expected: int | None = None
+        self._corpus = corpus
         self._windows = corpus.windows(resume)
 
     def next(self) -> Batch | None:
@@ -153,6 +163,10 @@ class WindowFeed:
             later.todo = deque(self._plan(later.window))
         return True
 
+    @property
+    def at_boundary(self) -> bool:
+        return self._position["todo"] is None and self._position["window"] is not None
+
     def position(self) -> dict[str, Any]:
         # The budget of now, also where no batch is done since it was halved.
         return self._position | {"budget": self._budget}
@@ -182,6 +196,16 @@ class WindowFeed:
         if window is None:
             self.total = self._finished + sum(planned.window.tokens for planned in self._planned)
             return False
+        if self._embeddings is not None and window.largest_token >= self._embeddings:
+            # On a GPU it would end the whole process.
+            raise ValueError(
+                f"the tokenizer is not the model's: it gave token {window.largest_token}, the model has {self._embeddings}"
+            )
+        share = _share_read(self._corpus, window)
+        if share:
+            self.expected = round(
+                (self._finished + window.tokens + sum(p.window.tokens for p in self._planned)) / share
+            )
         todo, self._todo = self._todo, None
         if todo is None:
             self._planned.append(_Planned(window, deque(self._plan(window))))
@@ -200,21 +224,10 @@ class WindowFeed:
     def _make(self, window: Window, rows: list[int]) -> Batch:
         """The rows as a batch, padded on the right."""
         sequences = [window.sequences[row] for row in rows]
+        arguments = sources.collate(sequences, self._pad, pin_memory=self._pinned)
+        real = arguments.get("attention_mask") if self._with_mask else arguments.pop("attention_mask", None)
         lengths = [len(sequence) for sequence in sequences]
-        width = max(lengths)
-        pin, shape = self._pinned, (len(rows), width)
-        ids = torch.full(shape, self._pad, dtype=torch.int64, pin_memory=pin)
-        for target, sequence in zip(ids, sequences, strict=True):
-            target[: len(sequence)] = sequence
-        arguments = {"input_ids": ids}
-        real = None
-        if min(lengths) < width:
-            real = torch.empty(shape, dtype=torch.bool, pin_memory=pin)
-            torch.lt(torch.arange(width), torch.tensor(lengths).view(-1, 1), out=real)
-            if self._with_mask:
-                mask = torch.empty(shape, dtype=torch.int64, pin_memory=pin)
-                arguments["attention_mask"] = mask.copy_(real)
-        return Batch(arguments, real, lengths, width, rows)
+        return Batch(arguments, real, lengths, max(lengths))
 
 
 class GivenFeed:
@@ -233,7 +246,7 @@ class GivenFeed:
         Raises:
             CheckpointError: if `position` is none that `position()` gives, or not of these batches.
         """
-        self.total = max_tokens
+        self.total = self.expected = max_tokens
         self._batches: Iterator[dict[str, Any]] = _limited(batches, max_tokens)
         self._digest = hashlib.sha256() if digested else None
         self._count = self._row = 0  # batches done, and rows of the one under way
@@ -264,6 +277,10 @@ class GivenFeed:
         self._rows = rows // 2
         self._parts = deque(part for whole in self._parts for part in self._split(whole))
         return True
+
+    @property
+    def at_boundary(self) -> bool:
+        return not self._parts
 
     def position(self) -> dict[str, Any]:
         return {
@@ -326,6 +343,16 @@ def _limited(batches: Iterable[dict[str, Any]], max_tokens: int | None) -> Itera
         left -= tokens
         if left <= 0:
             return
+
+
+def _share_read(corpus: Corpus, window: Window) -> float | None:
+    """How much of the corpus lies before the end of the window, where the source's size tells."""
+    size, position = corpus.source.size, window.after["position"]
+    path = getattr(corpus.source, "path", None)
+    if not size or not isinstance(position, dict) or (path is not None and path.suffix in readers.OPENERS):
+        return None
+    read = position.get("byte", window.after["characters"] if "item" in position else None)
+    return None if not read else min(read / size, 1.0)
 
 
 def _checked_position(

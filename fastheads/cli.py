@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -72,6 +72,11 @@ Heads = Annotated[
 ]
 
 
+class Cut(StrEnum):
+    documents = "documents"
+    stream = "stream"
+
+
 class TokenAgg(StrEnum):
     last = "last"
     all = "all"
@@ -118,6 +123,7 @@ def options(
 
 @app.command()
 def profile(
+    context: typer.Context,
     *,
     model: Annotated[
         str | None,
@@ -127,14 +133,39 @@ def profile(
         ),
     ] = None,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="A text file, or JSON lines (.jsonl, .ndjson, .json). Without it: the English text that "
-            "comes with Python (pydoc_data.topics).",
+            help="A text file, JSON lines (.jsonl, .ndjson, .json), CSV, TSV or Parquet; or a data set of the Hub, "
+            "owner/name. Without it: the English text that comes with Python (pydoc_data.topics).",
             show_default=False,
         ),
     ] = None,
-    field: Annotated[str, typer.Option(help="The field of a JSON line that holds its text.")] = "text",
+    field: Annotated[
+        str | None,
+        typer.Option(
+            help="The field or column that holds the documents.",
+            show_default="text, else messages or conversations",
+        ),
+    ] = None,
+    cut: Annotated[
+        Cut | None,
+        typer.Option(
+            help="documents: each is a sequence of its own, cut at --seq-len. stream: blocks of --seq-len tokens, no padding.",
+            show_default="stream for a text file, else documents",
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Whether the documents are chats, which the tokenizer's template makes texts of.",
+            show_default="as they look",
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "train",
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read a data set of the Hub as it arrives.")
+    ] = False,
     token_agg: Annotated[
         TokenAgg,
         typer.Option(
@@ -162,6 +193,7 @@ def profile(
             parser=_number_or_all,
             metavar="N|all",
             help="Stop after this many tokens; all: at the end of the data.",
+            show_default=f"{MAX_TOKENS}, all with --until-stable",
         ),
     ] = MAX_TOKENS,
     skip_first: Annotated[int, typer.Option(help="Leave the first tokens of each sequence out.")] = 0,
@@ -179,6 +211,14 @@ def profile(
     precision: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
     dtype: Dtype = "auto",
     device: Device = "auto",
+    until_stable: Annotated[
+        bool,
+        typer.Option(
+            "--until-stable",
+            help="End as soon as the ranking of heads has settled, by the standard errors over sequences. "
+            "Not with --token-agg token.",
+        ),
+    ] = False,
     compile: Annotated[
         bool, typer.Option("--compile", help="Run the decoder through torch.compile.")
     ] = False,
@@ -216,7 +256,12 @@ def profile(
             from fastheads import data as sources
             from fastheads import loading
             from fastheads.distributed import Job
+            from fastheads.stable import check_token_agg
 
+            if until_stable and context.get_parameter_source("max_tokens").name == "DEFAULT":  # type: ignore[union-attr]
+                max_tokens = None
+            if until_stable:
+                check_token_agg(str(token_agg))
             chosen_layers = _parse_layers(layers)
             part = _parse_shard(shard)
             _check_options(
@@ -233,7 +278,11 @@ def profile(
             job = Job(tp, device)
             first = job.place.rank == 0
             _check_files(output, plot)
-            text = sources.default_text() if data is None else sources.text_file(data, field)
+            kind: bool | Literal["auto"] = "auto" if chat is None else chat
+            if data is None or "/" in data:
+                text = sources.open_source(data, field=field, chat=kind, split=split, streaming=streaming)
+            else:  # whatever is wrong with it, it is no data set of the Hub
+                text = sources.text_file(data, field, kind)
             found = loading.find_model(model)
         with job:
             with _doing(f"loading {found.name}", terminal) if first else nullcontext():
@@ -253,6 +302,7 @@ def profile(
                 tokenizer=tokenizer,
                 token_agg=str(token_agg),
                 seq_len=seq_len,
+                cut=None if cut is None else str(cut),
                 batch_size=batch_size,
                 batch_tokens=batch_tokens,
                 max_tokens=max_tokens,
@@ -262,6 +312,7 @@ def profile(
                 backend=backend,
                 precision=precision,
                 skip_first=skip_first,
+                until_stable=until_stable,
                 compile=compile,
                 output=output,
                 checkpoint=checkpoint,

@@ -1,31 +1,57 @@
 """A corpus as windows of tokenised sequences, and the batches of a window.
 
 A *window* is a stretch of the corpus, some millions of characters of it, that is tokenised, sorted and batched
-together. Which texts are in which window is decided before anything is tokenised, from the texts' own lengths:
+together. Which documents are in which window is decided before anything is tokenised, from the texts' own lengths:
 with the cut `documents` a rank tokenises only its own windows. With `stream`, where a block begins where the last
 one ended, and with `max_tokens`, which counts tokens in the corpus' order, every rank tokenises everything and
 keeps its own.
+
+Neither the windows nor what is in them depend on timing, on the number of workers or on where reading began.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+import math
+import os
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastheads.data import TextSource, check_lengths
+from fastheads.data import Cut, Source, check_lengths
 from fastheads.errors import DataError
+from fastheads.readers import Item, characters
+from fastheads.tokenising import Tokenising, encoder_of
 
+# A window of a large corpus: about a million tokens, a few dozen batches of a large GPU.
 WINDOW_CHARACTERS = 2**22
+# Of a small one: enough sequences to sort, few enough that the first is soon ready and several ranks get some.
+SMALLEST_WINDOW = 2**16
+WINDOWS = 32  # of a corpus between the two
+WINDOW_DOCUMENTS = 2**16  # at most, for those that hold hardly anything
+
+TASK_CHARACTERS = 2**18  # tokenised by one worker at a time
+PADDING = 0.045  # a little below the most that is wanted, 5 %
+AHEAD = 2  # windows that are read and tokenised while one is in use
+HEAD_CHARACTERS = 2**16  # whose hash names a corpus
+# Below it, tokenising takes less time than starting processes for it.
+WORTH_PROCESSES = 2**24
 
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of the corpus. `index` counts the windows of all ranks; `sequences` are int32 `[tokens]`, in order.
+    """A stretch of the corpus; `sequences` are int32 `[tokens]`, in the corpus' order, none of them empty.
 
-    `resume`, given to `Corpus.windows()` of the same corpus and options, makes this window the first again;
-    `after` the one behind it. Both can be written as JSON.
+    `index` counts the windows of all ranks. `resume`, given to `Corpus.windows()` of the same corpus and options,
+    makes this window the first again, `after` the one behind it; both can be written as JSON. `after` also says
+    what was read until then, by all ranks together: windows (`index`), `documents`, `characters` and a running hash
+    of them (`sha256`).
     """
 
     index: int
@@ -39,109 +65,378 @@ class Window:
     def tokens(self) -> int:
         return sum(map(len, self.sequences))
 
+    @property
+    def largest_token(self) -> int:
+        """The largest id: a model must have more embeddings than that."""
+        return max(int(ids.max()) for ids in self.sequences)
+
+
+@dataclass
+class _Draft:
+    """A window whose documents have been read, and are being tokenised if they are wanted."""
+
+    before: dict[str, Any]
+    after: dict[str, Any]
+    ended: bool  # with the corpus
+    futures: "list[Future[list[Tensor]]]"
+    wanted: bool  # else another rank's
+
 
 class Corpus:
-    """The windows of `source`, of which this rank gives those with `index % shard[1] == shard[0]`."""
+    """The windows of `source`; of them this rank gives those with `index % shard[1] == shard[0]`.
+
+    Args:
+        source: what `fastheads.data.open_source` returns.
+        tokenizer: of transformers, or a function with the same signature.
+        cut: "documents": each is a sequence of its own, cut at `seq_len`; of a text file, each line.
+            "stream": contiguous blocks of `seq_len` tokens that run on from one document to the next, between
+            which there is the tokenizer's EOS token if it has one; only the last block can be shorter. None: a text
+            file is a stream, all else documents.
+        seq_len: tokens in a sequence, at most.
+        max_tokens: stop after so many tokens of the corpus, all ranks together; the last sequence is cut.
+        shard: this rank and the number of ranks.
+        workers: processes that tokenise; 0: a thread. None: by the size of the corpus and the number of cores.
+        window_characters: a window ends with the document that makes it as long. None: by the size of the corpus.
+
+    Raises:
+        DataError: the source cannot be read.
+        ValueError: an option is out of range.
+    """
 
     def __init__(
         self,
-        source: TextSource,
+        source: Source,
         tokenizer: Any,
         *,
-        cut: Literal["documents", "stream"] | None = None,
+        cut: Cut | None = None,
         seq_len: int,
         max_tokens: int | None = None,
         shard: tuple[int, int] = (0, 1),
         workers: int | None = None,
-        window_characters: int = WINDOW_CHARACTERS,
+        window_characters: int | None = None,
     ) -> None:
         check_lengths(seq_len, max_tokens)
+        if cut not in (None, "documents", "stream"):
+            raise ValueError(f"unknown cut {cut!r}: choose documents or stream")
+        if not 0 <= shard[0] < shard[1]:
+            raise ValueError(f"shard {shard} must be a number below that of the shards, and that")
+        if window_characters is not None and window_characters < 1:
+            raise ValueError(f"window_characters must be at least 1, not {window_characters}")
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers must be 0 or more, not {workers}")
         self.source, self.tokenizer = source, tokenizer
-        self.cut, self.seq_len, self.max_tokens, self.shard = cut or source.kind, seq_len, max_tokens, shard
-        self.window_characters = window_characters
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {
-            "source": self.source.name,
-            "sha256": self.source.sha256,
+        self.cut: Cut = source.kind if cut is None else cut
+        self.seq_len, self.max_tokens, self.shard = seq_len, max_tokens, shard
+        # In characters, if a token is four of them; None where nobody knows.
+        sizes = [size for size in (source.size, max_tokens and 4 * max_tokens) if size is not None]
+        expected = min(sizes, default=None)
+        if workers is None:
+            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            small = expected is not None and expected < WORTH_PROCESSES
+            workers = 0 if small else max(1, min(4, cores - 1))
+        self.workers = workers
+        self.window_characters = window_characters or _window_characters(expected)
+        head, probe, chat = _head(source)
+        self._encoder = encoder_of(tokenizer, probe, chat)
+        # A stream of one text is no sequence of documents: nothing comes between its pieces.
+        self._pieces = source.kind == self.cut == "stream"
+        self._separator = None if self.cut == "documents" or self._pieces else self._eos(chat)
+        self._tokenises_all = self.cut == "stream" or max_tokens is not None
+        self.identity: dict[str, Any] = {
+            "source": source.name,
+            "sha256": source.sha256,
+            "bytes": source.size,
+            "head_sha256": head,
             "cut": self.cut,
-            "seq_len": self.seq_len,
-            "max_tokens": self.max_tokens,
-            "shard": list(self.shard),
+            "seq_len": seq_len,
+            "max_tokens": max_tokens,
+            "tokenizer": fingerprint(tokenizer, chat),
+            "shard": list(shard),
             "window_characters": self.window_characters,
         }
+        # The same for all shards, and for all names of the same content.
+        named = {key: value for key, value in self.identity.items() if key not in ("source", "shard")}
+        self._mark = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
 
-    def windows(self, resume: dict[str, Any] | None = None) -> Iterator[Window]:
-        """This rank's windows, from the first or from the one that `resume` belongs to."""
-        at = resume or {"index": 0, "item": 0, "tokens": 0, "rest": []}
-        fresh = not at["index"]
-        any_text = False
-        texts = self.source.texts()
-        for _ in range(at["item"]):
-            next(texts)
-        ended = False
-        while not ended and (self.max_tokens is None or at["tokens"] < self.max_tokens):
-            held: list[str] = []
-            while sum(map(len, held)) < self.window_characters:
-                text = next(texts, None)
-                if text is None:
-                    ended = True
-                    break
-                held.append(text)
-            sequences, rest = self._cut(held, at, ended)
-            any_text |= bool(sequences)
-            tokens = sum(map(len, sequences))
-            after = {
-                "index": at["index"] + 1,
-                "item": at["item"] + len(held),
-                "tokens": at["tokens"] + tokens,
-            }
-            after["rest"] = rest
-            if sequences and at["index"] % self.shard[1] == self.shard[0]:
-                yield Window(at["index"], sequences, at, after, len(held), sum(map(len, held)))
-            at = after
-        if fresh and not any_text:
+    def windows(self, resume: Mapping[str, Any] | None = None) -> Iterator[Window]:
+        """The windows of this rank that hold tokens, from the first on or from where `resume` says.
+
+        The next ones are read and tokenised meanwhile; closing the iterator ends that.
+
+        Raises:
+            DataError: the source cannot be read any further, holds no tokens, or `resume` is of another corpus.
+            RuntimeError: a tokenising process has ended, or the tokenizer failed.
+        """
+        return self._windows(self._start() if resume is None else self._checked(resume))
+
+    def _windows(self, start: dict[str, Any]) -> Iterator[Window]:
+        rest = torch.tensor(start["rest"], dtype=torch.int32)
+        total = start["tokens"]
+        seen = bool(start["index"])
+        with (
+            closing(Tokenising(self._encoder, self.workers)) as tokenising,
+            _ahead(self._drafts(start, tokenising)) as drafts,
+        ):
+            for draft in drafts:
+                before, after = draft.before, draft.after
+                if self._tokenises_all:
+                    before |= {"tokens": total, "rest": rest.tolist()}
+                try:
+                    documents = [ids for future in draft.futures for ids in future.result()]
+                except DataError as error:
+                    raise DataError(f"{self.source.name}: {error}") from error
+                sequences, rest = self._sequences(documents, rest, draft.ended)
+                if self.max_tokens is not None:
+                    sequences = _limited(sequences, self.max_tokens - total)
+                total += sum(map(len, sequences))
+                if self._tokenises_all:
+                    after |= {"tokens": total, "rest": rest.tolist()}
+                # Another rank's window that was not tokenised here counts by what can be seen of it.
+                seen |= bool(sequences) or (not draft.wanted and after["characters"] > before["characters"])
+                if sequences and before["index"] % self.shard[1] == self.shard[0]:
+                    yield Window(
+                        index=before["index"],
+                        sequences=sequences,
+                        resume=before,
+                        after=after,
+                        documents=after["documents"] - before["documents"],
+                        characters=after["characters"] - before["characters"],
+                    )
+                if total == self.max_tokens:
+                    return
+        if not seen:
             raise DataError(f"no tokens in {self.source.name}: every text in it is empty")
 
-    def _cut(self, texts: list[str], at: dict[str, Any], ended: bool) -> tuple[list[Tensor], list[int]]:
-        from fastheads.data import _ids
+    def _drafts(self, at: dict[str, Any], tokenising: Tokenising) -> Iterator[_Draft]:
+        """The windows from `at` on, of all ranks."""
+        try:
+            reader = self.source.read(self.cut, at["position"])
+        except KeyError as error:
+            raise DataError("this is no position in a corpus") from error
+        try:
+            ended = False
+            while not ended:
+                wanted = self._tokenises_all or at["index"] % self.shard[1] == self.shard[0]
+                futures: list[Future[list[Tensor]]] = []
+                task: list[Item] = []
+                held = length = count = 0  # characters of the task; characters and documents of the window
+                digest = hashlib.sha256(at["sha256"].encode())
+                while not ended and length < self.window_characters and count < WINDOW_DOCUMENTS:
+                    item = next(reader, None)  # type: ignore[call-overload]
+                    if item is None:
+                        ended = True
+                        break
+                    size = characters(item)
+                    digest.update(_bytes(item) + (b"" if self._pieces else b"\0"))
+                    length, count = length + size, count + 1
+                    if not wanted or not item:
+                        continue
+                    task.append(item)
+                    held += size
+                    # The first piece of a stream is alone: it has the BOS token.
+                    if held >= TASK_CHARACTERS or self._pieces:
+                        special = not self._pieces or at["documents"] + count == 1
+                        futures.append(tokenising.submit(task, special, at["documents"] + count - len(task)))
+                        task, held = [], 0
+                if task:
+                    futures.append(tokenising.submit(task, True, at["documents"] + count - len(task)))
+                after = at | {
+                    "index": at["index"] + 1,
+                    "documents": at["documents"] + count,
+                    "characters": at["characters"] + length,
+                    "sha256": digest.hexdigest(),
+                    "position": reader.position(),
+                }
+                yield _Draft(dict(at), dict(after), ended, futures, wanted)
+                at = after
+        finally:
+            reader.close()
 
-        sequences: list[Tensor] = []
-        rest = torch.tensor(at["rest"], dtype=torch.int32)
-        for number, text in enumerate(texts, start=at["item"]):
-            if self.cut == "documents":
-                sequences += _ids(self.tokenizer, text).split(self.seq_len) if text else ()
-            else:
-                ids = torch.cat([rest, _ids(self.tokenizer, text, special=number == 0)])
-                whole = len(ids) // self.seq_len * self.seq_len
-                sequences += ids[:whole].split(self.seq_len) if whole else ()
-                rest = ids[whole:]
-        if ended and len(rest):
-            sequences.append(rest)
-            rest = rest[:0]
-        if self.max_tokens is not None:
-            room = self.max_tokens - at["tokens"]
-            kept = []
-            for ids in sequences:
-                if room > 0:
-                    kept.append(ids[:room])
-                room -= len(ids)
-            sequences = kept
-        return sequences, rest.tolist()
+    def _sequences(self, documents: list[Tensor], rest: Tensor, ended: bool) -> tuple[list[Tensor], Tensor]:
+        """The sequences of a window, and the tokens that are left for the next."""
+        if self.cut == "documents":
+            return [block for ids in documents if len(ids) for block in ids.split(self.seq_len)], rest
+        parts = [rest]
+        for ids in documents:
+            parts.append(ids)
+            if self._separator is not None and len(ids) and int(ids[-1]) != self._separator:
+                parts.append(torch.tensor([self._separator], dtype=torch.int32))
+        stream = torch.cat(parts)
+        whole = len(stream) if ended else len(stream) // self.seq_len * self.seq_len
+        # A copy, else the few tokens would keep the whole window in memory.
+        return list(stream[:whole].split(self.seq_len)) if whole else [], stream[whole:].clone()
+
+    def _eos(self, chat: bool) -> int | None:
+        """The token between documents, unless the tokenizer puts it in front of each (OPT's BOS is its EOS)."""
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        if not isinstance(eos, int):
+            return None
+        (ids,) = self._encoder(["a"], special=True)
+        return None if not chat and ids and ids[0] == eos else eos
+
+    def _start(self) -> dict[str, Any]:
+        zero = dict.fromkeys(("index", "documents", "characters", "tokens"), 0)
+        return zero | {"position": None, "rest": [], "sha256": "", "corpus": self._mark}
+
+    def _checked(self, resume: Mapping[str, Any]) -> dict[str, Any]:
+        """`resume`, which may come from a file, if it is what `windows` made for this corpus; else DataError."""
+        start = self._start()
+        if not isinstance(resume, Mapping) or resume.keys() != start.keys():
+            raise DataError("this is no position in a corpus")
+        rest, position = resume["rest"], resume["position"]
+        counts = [resume[key] for key in ("index", "documents", "characters", "tokens")]
+        if isinstance(position, dict):
+            counts += [count for key, count in position.items() if key != "state"]
+        if (
+            not isinstance(rest, list)
+            or not isinstance(position, dict | None)
+            or not isinstance(resume["sha256"], str)
+            or len(rest) >= self.seq_len
+            or not all(type(count) is int and 0 <= count < 2**63 for count in counts)
+            or not all(type(token) is int and 0 <= token < 2**31 for token in rest)
+        ):
+            raise DataError("this is no position in a corpus")
+        if resume["corpus"] != self._mark:
+            raise DataError(
+                f"the position is one in another corpus than {self.source.name}, or it was cut or tokenised otherwise"
+            )
+        return dict(resume)
 
 
 def plan(lengths: Sequence[int], budget: int, max_rows: int | None = None) -> list[list[int]]:
-    """The rows of each batch: longest first, rows × longest ≤ `budget` and rows ≤ `max_rows`, but at least one row.
+    """The rows of each batch: longest first, rows × longest ≤ `budget` and rows ≤ `max_rows`, but one at least.
 
-    Equal lengths keep their order.
+    The longest come first: what does not fit into the memory shows at once. Equal lengths keep their order.
+    Where full batches would be padded by more than `PADDING`, they end earlier, when they come to hold that much
+    padding of their own: from a half, a quarter or an eighth of the budget on, whatever it takes.
     """
+    if budget < 1 or (max_rows is not None and max_rows < 1):
+        raise ValueError(f"a batch needs room: budget {budget} tokens, max_rows {max_rows}")
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
-    width = 0
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        full = not batches or (len(batches[-1]) + 1) * width > budget or len(batches[-1]) == max_rows
-        if full:
-            batches.append([])
-            width = lengths[row]
-        batches[-1].append(row)
+    for least in (budget, budget // 2, budget // 4, budget // 8):
+        batches, width, real = [], 0, 0
+        for row in order:
+            rows = len(batches[-1]) + 1 if batches else 0
+            full = not batches or rows * width > budget or rows - 1 == max_rows
+            loose = real + lengths[row] < (1 - PADDING) * rows * width and (rows - 1) * width >= least
+            if full or loose:
+                batches.append([])
+                width, real = lengths[row], 0
+            batches[-1].append(row)
+            real += lengths[row]
+        if sum(lengths) >= (1 - PADDING) * sum(len(batch) * lengths[batch[0]] for batch in batches):
+            break
     return batches
+
+
+def fingerprint(tokenizer: Any, chat: bool = False) -> str:
+    """A hash of what makes tokens of texts, with the template where there are chats."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        state = json.loads(backend.to_str())
+        # Set by whoever called it last, and of no effect here.
+        facts: Any = [{key: value for key, value in state.items() if key not in ("truncation", "padding")}]
+    else:
+        vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
+        facts = [type(tokenizer).__qualname__, vocabulary]
+    facts.append(getattr(tokenizer, "eos_token_id", None))
+    if chat:
+        facts.append(getattr(tokenizer, "chat_template", None))
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs went over the same windows, or may have: by their `Corpus.identity`.
+
+    Where an identity also has `windows`, the index behind the last window that was run, only those before it count.
+    Different content is what begins differently, or files whose hashes are known and differ.
+    """
+    if one["head_sha256"] != other["head_sha256"]:
+        return False
+    if None not in (one["sha256"], other["sha256"]) and one["sha256"] != other["sha256"]:
+        return False
+    if one["window_characters"] != other["window_characters"]:
+        return True  # their windows cannot be compared
+    (i, n), (j, m) = one["shard"], other["shard"]
+    if (i - j) % math.gcd(n, m):
+        return False
+    first = next(k for k in range(i, i + n * m, n) if k % m == j)  # in both shards
+    ends = [end for end in (one.get("windows"), other.get("windows")) if end is not None]
+    return not ends or first < min(ends)
+
+
+def _window_characters(expected: int | None) -> int:
+    """How long a window is, for as many characters."""
+    if expected is None:
+        return WINDOW_CHARACTERS
+    return min(WINDOW_CHARACTERS, max(SMALLEST_WINDOW, expected // WINDOWS))
+
+
+def _head(source: Source) -> tuple[str, str, bool]:
+    """The hash of how the corpus begins, the first texts of it, and whether there are chats among them."""
+    digest, taken, texts, chat = hashlib.sha256(), 0, "", False
+    for item in source.items():
+        content = _bytes(item)[: HEAD_CHARACTERS - taken]
+        digest.update(content + (b"" if source.kind == "stream" else b"\0"))
+        taken += len(content) + 1
+        if isinstance(item, str):
+            texts += item[: 2**12 - len(texts)]
+        chat |= not isinstance(item, str)
+        if taken >= HEAD_CHARACTERS:
+            break
+    return digest.hexdigest(), texts, chat
+
+
+def _bytes(item: Item) -> bytes:
+    return item.encode() if isinstance(item, str) else json.dumps(item).encode()
+
+
+def _limited(sequences: list[Tensor], room: int) -> list[Tensor]:
+    """`sequences` up to `room` tokens, the last one cut."""
+    kept = []
+    for ids in sequences:
+        if room <= 0:
+            break
+        kept.append(ids[:room])
+        room -= len(ids)
+    return kept
+
+
+@contextmanager
+def _ahead(drafts: Iterator[_Draft]) -> Iterator[Iterator[_Draft]]:
+    """`drafts`, `AHEAD` of which a thread has ready."""
+    ready: queue.SimpleQueue[_Draft | BaseException | None] = queue.SimpleQueue()
+    room = threading.Semaphore(AHEAD)
+    stop = threading.Event()
+
+    def read() -> None:
+        try:
+            room.acquire()
+            while not stop.is_set():
+                draft = next(drafts, None)
+                ready.put(draft)
+                if draft is None:
+                    return
+                room.acquire()
+        except BaseException as error:  # raised below, in its place
+            ready.put(error)
+        finally:
+            drafts.close()  # type: ignore[attr-defined]
+
+    def taken() -> Iterator[_Draft]:
+        while (draft := ready.get()) is not None:
+            if isinstance(draft, BaseException):
+                raise draft
+            room.release()
+            yield draft
+
+    # A daemon: one that waits for the network would hold up the end of the program.
+    thread = threading.Thread(target=read, name="fastheads-reading", daemon=True)
+    thread.start()
+    try:
+        yield taken()
+    finally:
+        stop.set()
+        room.release()
+        thread.join(timeout=1)

@@ -8,10 +8,11 @@ default: where it begins a text with a BOS token, a stream has one at its start,
 
 import hashlib
 import io
-import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,62 +20,190 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastheads import readers, tables
 from fastheads.errors import DataError, OptionError
+from fastheads.readers import Chat, Item, Reader
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
+CELLS = {".csv": ",", ".tsv": "\t"}
+PARQUET = ".parquet"
+Cut = Literal["documents", "stream"]
 
-# A longer stream is tokenised in pieces that end with a line: no more is read than the budget asks for.
-PIECE_CHARACTERS = 2**20
+# Reading a larger file once more for its hash would take long.
+HASHED_BYTES = 2**30
+
+
+class Source:
+    """Documents that can be read as often as wanted, and from any position that a reader gave."""
+
+    name: str  # a path, or what else says where the documents come from
+    kind: Cut  # how it is cut where nothing is said
+    sha256: str | None  # of the file's bytes, or of the texts as UTF-8; None where that would take long
+    size: int | None  # in bytes, where it is known
+
+    def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
+        """The documents; for the cut `stream` of a text, its pieces."""
+        raise NotImplementedError
+
+    def items(self, cut: Cut | None = None) -> Iterator[Item]:
+        """All that `read` gives."""
+        reader = self.read(cut)
+        try:
+            while (item := next(reader, None)) is not None:  # type: ignore[call-overload]
+                yield item
+        finally:
+            reader.close()
 
 
 @dataclass(frozen=True)
-class TextSource:
-    """Texts that can be read once more each time `texts()` is called."""
+class TextSource(Source):
+    """A text file, JSON lines, CSV, or texts in memory."""
 
-    name: str  # a path, or what else says where the text comes from
-    kind: Literal["stream", "documents"]
-    sha256: str  # of the file's bytes, or of the texts as UTF-8
+    name: str
+    kind: Cut
+    sha256: str | None
+    size: int
     path: Path | None = None
-    field: str = "text"  # of a JSON line
+    field: str | None = None  # of JSON lines and CSV; None: `readers.choose_field`
+    chat: Chat = "auto"
     held: tuple[str, ...] = ()  # the texts, where there is no file
 
-    def texts(self) -> Iterator[str]:
-        """The documents, or the pieces of the stream."""
-        if self.path is None:
-            yield from self.held if self.kind == "documents" else _pieces(io.StringIO(self.held[0]))
-            return
-        with _open_text(self.path) as file:
-            try:
-                yield from (
-                    _pieces(file) if self.kind == "stream" else _json_texts(file, self.path, self.field)
-                )
-            except UnicodeDecodeError as error:
-                raise DataError(f"{self.path} is not UTF-8 text: {error.reason}") from error
+    def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
+        if self.path is None and self.kind == "documents":
+            return readers.Held(self.held, position)
+        raw = io.BytesIO(self.held[0].encode()) if self.path is None else readers.open_bytes(self.path)
+        try:
+            return self._reader(raw, cut, position)
+        except BaseException:
+            raw.close()
+            raise
+
+    def _reader(self, raw: Any, cut: Cut | None, position: Mapping[str, Any] | None) -> Reader:
+        if self.kind == "stream":
+            return (readers.Lines if cut == "documents" else readers.Pieces)(raw, self.name, position)
+        assert self.path is not None
+        delimiter = CELLS.get(readers.plain_suffix(self.path))
+        if delimiter is not None:
+            return readers.Cells(raw, self.name, position, self.field, delimiter)
+        return readers.JsonLines(raw, self.name, position, self.field, self.chat)
 
 
-def text_file(path: str | os.PathLike[str], field: str = "text") -> TextSource:
-    """A text file as a stream; a file named .jsonl, .ndjson or .json as JSON lines with the text in `field`.
+@dataclass(frozen=True)
+class TableSource(Source):
+    """What Hugging Face `datasets` reads."""
+
+    name: str
+    sha256: str | None
+    size: int | None
+    table: tables.Table
+    kind: Cut = "documents"
+
+    def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
+        return self.table.read(position)
+
+
+def open_source(
+    data: Any,
+    *,
+    field: str | None = None,
+    chat: Chat = "auto",
+    split: str = "train",
+    streaming: bool = False,
+) -> Source | None:
+    """The source that `data` is; None if it is none (token batches, say).
+
+    Args:
+        data: None (the text of every Python); a path, by its name's end: .jsonl, .ndjson or .json (JSON lines),
+            .csv, .tsv, .parquet, anything else a text, all but Parquet also compressed (.gz, .bz2, .xz);
+            a data set of the Hub as `owner/name` or `owner/name:configuration`; a `datasets.Dataset` or
+            `IterableDataset`; a list or tuple of texts.
+        field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
+        chat: whether the documents are chats, lists of messages with `role` and `content`, which the tokenizer's
+            template makes texts of. "auto": those that are such lists.
+        split: of a data set of the Hub.
+        streaming: read a data set of the Hub as it arrives, instead of keeping it in the cache.
+
+    Raises:
+        DataError: the data cannot be read; most faults show here, before a model is loaded.
+        MissingExtraError: `datasets` is needed and not installed.
+    """
+    if data is None:
+        return default_text()
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, str | os.PathLike):
+        if not isinstance(data, str) or ("\n" not in data and _exists(data)):
+            return text_file(data, field, chat)
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", data) and not _names_a_file(Path(data)):
+            table = tables.hub_table(data, field, chat, split=split, streaming=streaming)
+            return TableSource(table.name, None, None, table)
+        raise DataError(
+            f"no data file {data[:80]!r}; to profile a text itself, pass it in a list "
+            "(a data set of the Hub is named owner/name)"
+        )
+    library = sys.modules.get("datasets")
+    if library is not None and isinstance(data, library.Dataset | library.IterableDataset):
+        if "input_ids" in (data.column_names or ()):
+            return None
+        table = tables.object_table(data, field, chat)
+        return TableSource(table.name, None, None, table)
+    if isinstance(data, list | tuple) and data and isinstance(data[0], str):
+        return held_texts(data)
+    return None
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte
+        return False
+
+
+def _names_a_file(path: Path) -> bool:
+    return readers.plain_suffix(path) in (".txt", PARQUET, *JSON_LINES_SUFFIXES, *CELLS)
+
+
+def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat = "auto") -> Source:
+    """A file as the source that its name's end says (`open_source`): a text is a stream, all else documents.
 
     Raises:
         DataError: if there is no such file, it cannot be read, is empty or starts with no text.
+        MissingExtraError: if reading it needs `datasets` and that is not installed.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # a pipe cannot be read twice, as it is here
         raise DataError(f"the data file {path} is not a regular file")
     try:
         with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            empty = file.tell() == 0
+            size = os.fstat(file.fileno()).st_size
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest() if size <= HASHED_BYTES else None
     except OSError as error:
         raise DataError(f"cannot read the data file {path}: {error.strerror}") from error
-    if empty:
+    if not size:
         raise DataError(f"the data file {path} is empty")
-    kind: Literal["stream", "documents"] = "stream"
-    if path.suffix.lower() in JSON_LINES_SUFFIXES:
-        kind = "documents"
-    source = TextSource(str(path), kind, sha256, path=path, field=field)
-    next(source.texts(), None)  # most faults show at once, before a model is loaded
+    source: Source
+    suffix = readers.plain_suffix(path)
+    if path.suffix.lower() == PARQUET:
+        source = TableSource(str(path), sha256, size, tables.parquet_table(path, field, chat))
+    elif suffix in JSON_LINES_SUFFIXES or suffix in CELLS:
+        if suffix in JSON_LINES_SUFFIXES:
+            field = field or _first_field(path, chat)
+        source = TextSource(str(path), "documents", sha256, size, path=path, field=field, chat=chat)
+    else:
+        source = TextSource(str(path), "stream", sha256, size, path=path)
+    next(source.items(), None)  # most faults show at once, before a model is loaded
     return source
+
+
+def _first_field(path: Path, chat: Chat) -> str | None:
+    """Which field of the first of JSON lines holds the documents; None where there is no line."""
+    lines = readers.JsonLines(readers.open_bytes(path), str(path), None, None, chat)
+    try:
+        return readers.choose_field(list(lines.record()), None, chat, lines.where)
+    except StopIteration:
+        return None
+    finally:
+        lines.close()
 
 
 def held_texts(texts: Iterable[str]) -> TextSource:
@@ -84,12 +213,14 @@ def held_texts(texts: Iterable[str]) -> TextSource:
         DataError: if one of them is no text.
     """
     held = tuple(texts)
-    digest = hashlib.sha256()
+    digest, size = hashlib.sha256(), 0
     for number, text in enumerate(held):
-        if not isinstance(text, str) or not _is_unicode(text):
+        if not isinstance(text, str) or not readers.is_unicode(text):
             raise DataError(f"text {number} of the data is not a text: {str(text)[:40]!a}")
-        digest.update(text.encode() + b"\0")
-    return TextSource("texts", "documents", digest.hexdigest(), held=held)
+        content = text.encode()
+        digest.update(content + b"\0")
+        size += len(content)
+    return TextSource("texts", "documents", digest.hexdigest(), size, held=held)
 
 
 def default_text() -> TextSource:
@@ -101,28 +232,8 @@ def default_text() -> TextSource:
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
     name = f"pydoc_data.topics of Python {platform.python_version()}"
-    return TextSource(name, "stream", hashlib.sha256(text.encode()).hexdigest(), held=(text,))
-
-
-def tokenize(source: TextSource, tokenizer: Any, seq_len: int, max_tokens: int | None = None) -> list[Tensor]:
-    """The sequences of `source`: int32 tensors of 1 to `seq_len` tokens, in all `max_tokens` tokens or fewer.
-
-    Raises:
-        DataError: if the source holds no tokens, is not UTF-8 or not JSON lines.
-        ValueError: if `seq_len` or `max_tokens` is below 1.
-    """
-    check_lengths(seq_len, max_tokens)
-    sequences: list[Tensor] = []
-    total = 0
-    for block in _blocks(source, tokenizer, seq_len):
-        kept = block if max_tokens is None else block[: max_tokens - total]
-        sequences.append(kept)
-        total += len(kept)
-        if total == max_tokens:
-            break
-    if not sequences:
-        raise DataError(f"no tokens in {source.name}: every text in it is empty")
-    return sequences
+    content = text.encode()
+    return TextSource(name, "stream", hashlib.sha256(content).hexdigest(), len(content), held=(text,))
 
 
 def check_lengths(seq_len: int, max_tokens: int | None) -> None:
@@ -133,45 +244,28 @@ def check_lengths(seq_len: int, max_tokens: int | None) -> None:
         raise OptionError(f"max_tokens must be at least 1, not {max_tokens}: nothing would be measured")
 
 
-def _blocks(source: TextSource, tokenizer: Any, seq_len: int) -> Iterator[Tensor]:
-    """The sequences, in order."""
-    if source.kind == "documents":
-        for text in source.texts():
-            yield from _ids(tokenizer, text).split(seq_len) if text else ()
-        return
-    rest = torch.empty(0, dtype=torch.int32)
-    for number, text in enumerate(source.texts()):
-        ids = torch.cat([rest, _ids(tokenizer, text, special=number == 0)])
-        whole = len(ids) // seq_len * seq_len
-        yield from ids[:whole].split(seq_len) if whole else ()
-        rest = ids[whole:]
-    if len(rest):
-        yield rest
-
-
-def _ids(tokenizer: Any, text: str, *, special: bool = True) -> Tensor:
-    """The tokens of `text`, int32 `[tokens]`."""
-    # verbose: else a text longer than the model's window draws a warning, and every stream is.
-    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int32)
-
-
 def batches(sequences: list[Tensor], batch_size: int, pad_token_id: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Arguments for the model: `input_ids` `[rows, tokens]` int64, `batch_size` rows or fewer, in order.
-
-    Where the rows are unequal they are padded on the right and `attention_mask`, of the same shape, says so.
-    """
+    """Arguments for the model, of `batch_size` sequences or fewer each, in order."""
     for start in range(0, len(sequences), batch_size):
-        rows = sequences[start : start + batch_size]
-        lengths = torch.tensor([len(row) for row in rows])
-        width = int(lengths.max())
-        input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64)
-        for target, row in zip(input_ids, rows, strict=True):
-            target[: len(row)] = row
-        batch = {"input_ids": input_ids}
-        if int(lengths.min()) < width:
-            batch["attention_mask"] = (torch.arange(width) < lengths.view(-1, 1)).long()
-        yield batch
+        yield collate(sequences[start : start + batch_size], pad_token_id)
+
+
+def collate(rows: Sequence[Tensor], pad_token_id: int = 0, *, pin_memory: bool = False) -> dict[str, Tensor]:
+    """Arguments for the model: `input_ids` int64 `[rows, tokens]`.
+
+    Where the rows are unequal they are padded on the right, and `attention_mask`, of the same shape, says so.
+    `pin_memory` puts them into page-locked memory, from where `.to("cuda", non_blocking=True)` does not wait.
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    width = int(lengths.max())
+    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64, pin_memory=pin_memory)
+    for target, row in zip(input_ids, rows, strict=True):
+        target[: len(row)] = row
+    batch = {"input_ids": input_ids}
+    if int(lengths.min()) < width:
+        mask = torch.empty_like(input_ids, pin_memory=pin_memory)
+        batch["attention_mask"] = mask.copy_(torch.arange(width) < lengths.view(-1, 1))
+    return batch
 
 
 def as_batch(item: Any) -> dict[str, Any]:
@@ -222,46 +316,3 @@ def cut(batch: dict[str, Any], max_tokens: int) -> dict[str, Any]:
     room = max_tokens - int(before[keep - 1])
     mask[-1] *= ((mask[-1] != 0).cumsum(0) <= room).to(mask.dtype)
     return batch | {"attention_mask": mask}
-
-
-def _is_unicode(text: str) -> bool:
-    """False for a lone surrogate, which JSON can spell and no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _open_text(path: Path) -> io.TextIOWrapper:
-    # utf-8-sig: a byte-order mark is no text. newline="": the text as it is in the file.
-    return path.open(encoding="utf-8-sig", newline="")
-
-
-def _pieces(file: io.TextIOBase) -> Iterator[str]:
-    """The text in pieces of about `PIECE_CHARACTERS`, each but the last ending with a line."""
-    while piece := file.read(PIECE_CHARACTERS):
-        yield piece + file.readline() if len(piece) == PIECE_CHARACTERS else piece
-
-
-def _json_texts(file: Iterable[str], path: Path, field: str) -> Iterator[str]:
-    """The texts of JSON lines; blank lines are passed over."""
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
-            raise DataError(f"{where} is not JSON: {reason}") from error
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{where} is not a JSON object: one object a line is expected, its text in {field!r}"
-            )
-        if field not in record:
-            names = ", ".join(map(repr, list(record)[:8])) or "none"
-            raise DataError(f"{where} has no field {field!r} (its fields: {names})")
-        if not isinstance(record[field], str) or not _is_unicode(record[field]):
-            raise DataError(f"{where}: field {field!r} is not a text")
-        yield record[field]

@@ -191,6 +191,19 @@ class Job:
             self.check()
             time.sleep(0.05)  # and no collective: a signal must get through
 
+    def meet(self, number: int) -> None:
+        """Wait until every process has come to its `number`-th meeting, or has none left.
+
+        Raises:
+            RankLostError: if one is lost meanwhile.
+        """
+        if self._pulse is None:
+            return
+        self._pulse.arrive(number)
+        while not self._pulse.all_arrived(number):
+            self.check()
+            time.sleep(0.02)  # and no collective: a signal must get through
+
     def agree(self, wish: int) -> int:
         """The greatest wish of the processes that hold a part of the same model. Collective among them."""
         if self._tp_group is None:
@@ -269,6 +282,7 @@ class _Pulse:
         self._state, self._reason = STAGES[0], ""
         self._seen: dict[int, tuple[str, float]] = {}
         self._signs: dict[int, dict[str, Any]] = {}
+        self._meeting = 0
         self.tokens = 0
         self.total = 0
         self.lost: str | None = None
@@ -292,7 +306,10 @@ class _Pulse:
             self._thread.join(timeout=2 * PULSE)
 
     def _leave(self) -> None:
-        sign = {"time": time.time(), "tokens": self.tokens, "state": self._state, "reason": self._reason}
+        sign = {
+            **{"time": time.time(), "tokens": self.tokens, "meeting": self._meeting},
+            **{"state": self._state, "reason": self._reason},
+        }
         self._store.set(f"pulse/{self._place.rank}", json.dumps(sign))
 
     def all_reached(self, stage: str) -> bool:
@@ -303,12 +320,25 @@ class _Pulse:
             state in STAGES and STAGES.index(state) >= STAGES.index(stage) for state in states
         )
 
+    def arrive(self, number: int) -> None:
+        """Say at once that this process has come to that meeting."""
+        self._meeting = number
+        self.tell(self._state, self._reason)
+
+    def all_arrived(self, number: int) -> bool:
+        """Whether the others have come to that meeting, or beyond, by what they say now."""
+        with self._lock, suppress(RuntimeError):  # the thread says what is the matter
+            self._look()
+        return len(self._signs) == self._place.world - 1 and all(
+            sign.get("meeting", 0) >= number for sign in list(self._signs.values())
+        )
+
     def _beat(self) -> None:
         while not self._stopped.is_set():
             try:
                 with self._lock:
                     self._leave()
-                self._look()
+                    self._look()
             except RuntimeError as error:
                 if self._state == STAGES[-2]:  # all have what they need, and the first is gone with its store
                     self._signs = {rank: {"state": STAGES[-1]} for rank in self._seen}

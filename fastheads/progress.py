@@ -10,6 +10,7 @@ class Status:
     tokens: int = 0  # real ones
     all_tokens: int = 0
     total: int | None = None  # of `all_tokens`, where that is known
+    expected: int | None = None  # the same, by what was read of the corpus so far
     padding: float = 0.0  # share of the tokens run that were padding
     overhead: float | None = (
         None  # what profiling adds to a forward, as a share of it, on the batches that were sampled

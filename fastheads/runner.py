@@ -9,8 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from fastheads import loading
 from fastheads.batching import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
 from fastheads.checkpoint import Checkpoint
 from fastheads.corpus import Corpus
-from fastheads.data import TextSource
+from fastheads.data import Cut, Source
 from fastheads.distributed import Job
 from fastheads.ending import EarlyEnd
 from fastheads.errors import CheckpointError, DataError, OptionError, ProfileInterrupted, RankLostError
@@ -29,8 +28,9 @@ from fastheads.fingerprint import fingerprint
 from fastheads.manager import HookManager
 from fastheads.overhead import Overhead
 from fastheads.progress import Status
-from fastheads.results import HeadProfile
+from fastheads.results import RANKING_METRIC, HeadProfile
 from fastheads.sites import HeadSite, unwrapped
+from fastheads.stable import StableRule, check_token_agg, judge
 from fastheads.stopping import Stopped, Stopping
 
 SEQ_LEN = 512
@@ -47,7 +47,7 @@ def profile(
     tokenizer: Any = None,
     token_agg: Literal["last", "all", "token"] = "all",
     seq_len: int | None = None,
-    cut: Literal["documents", "stream"] | None = None,
+    cut: Cut | None = None,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
     max_tokens: int | None = None,
@@ -58,7 +58,7 @@ def profile(
     allow_skipped: bool = False,
     kv_groups: bool = False,
     include: str | Iterable[str] = (),
-    field: str = "text",
+    field: str | None = None,
     progress: bool | Progress = False,
     dtype: str = "auto",
     device: str = "auto",
@@ -68,6 +68,7 @@ def profile(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = CHECKPOINT_EVERY,
     resume: bool = False,
+    until_stable: StableRule | bool = False,
     shard: tuple[int, int] = (0, 1),
     job: Job | None = None,
     name: str | None = None,
@@ -85,14 +86,14 @@ def profile(
             or a Hub id.
         data: what to run over:
 
-            - a `str` or path: a file. Text is one stream, cut to contiguous blocks of `seq_len` tokens; .jsonl,
-              .ndjson and .json are JSON lines, each a document of its own with its text in `field`.
-              (To profile a text that is at hand, pass it in a list: `[text]`.)
+            - a `str` or path: a file. Text is one stream, cut to contiguous blocks of `seq_len` tokens; JSON lines, CSV and
+              Parquet are documents (`fastheads.data.open_source`). A `str` such as owner/name that is no file: a data set of
+              the Hub. (To profile a text that is at hand, pass it in a list: `[text]`.)
             - an iterable of `str`: documents. Read to its end before the model runs.
             - a tensor of token ids `[rows, tokens]`, a mapping with `input_ids` and perhaps `attention_mask`
               (all of it goes to the model), or an iterable of these: token batches, run as they are.
             - None: the English text that every CPython carries (`pydoc_data.topics`).
-            - what `fastheads.data.text_file` and its kin return, or a `fastheads.corpus.Corpus`.
+            - what `fastheads.data.open_source` returns, or a `fastheads.corpus.Corpus`.
         tokenizer: needed for texts where `model` is a module.
         token_agg: what one sample is: "last", the value at a sequence's last real token; "all", the mean
             over its real tokens; "token", each real token.
@@ -110,7 +111,7 @@ def profile(
         allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
         kv_groups: measure the contributions of KV groups too (`HookManager`).
         include: names of attention modules, as patterns, that are profiled though they are left out by default (`find_sites`).
-        field: of a JSON line, the one with the text.
+        field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
         progress: True shows a bar; or a function that is called with the tokens done and those in all, or None.
         dtype: of a model that is loaded: "auto", "float32", "bfloat16" or "float16".
         device: for a model that is loaded: "auto" or a torch device.
@@ -122,6 +123,9 @@ def profile(
             be written, a warning on stderr says so once, and the run goes on. None: no checkpoints.
         checkpoint_every: seconds between checkpoints.
         resume: go on from `checkpoint`, if the file is there. On the CPU the end is the same, bit for bit, as without the stop.
+        until_stable: end as soon as the ranking of heads by `RANKING_METRIC` has settled, by the rule given or, if True, the
+            default one (`fastheads.stable`, which says what it takes for granted). It is asked after each window of texts and
+            after each token batch; of several processes, when each has done one more window.
         shard: (i, n): of the windows that texts are cut into (`Corpus`), run every n-th from the i-th on. n runs with another i
             each do all, and `HeadProfile.merge` puts them together.
         job: the processes that share the data out between them, each with this call. The profile of all is returned on all.
@@ -141,9 +145,11 @@ def profile(
     """
     sources.check_lengths(SEQ_LEN if seq_len is None else seq_len, max_tokens)
     check_options(batch_size, batch_tokens, checkpoint_every, shard)
+    if until_stable is not False:
+        check_token_agg(token_agg)
     job = Job() if job is None else job
     source = data if isinstance(data, Corpus) else _as_source(data, field)
-    is_text = isinstance(source, TextSource)
+    is_text = isinstance(source, Source)
 
     if isinstance(model, nn.Module):
         module = unwrapped(model)
@@ -166,7 +172,7 @@ def profile(
             f"profile() runs decoders alone, and {type(module).__name__} has an encoder: run it yourself under a HookManager"
         )
     corpus: Corpus | Iterable[dict[str, Any]]
-    if isinstance(source, TextSource):
+    if isinstance(source, Source):
         part, parts = job.place.shard
         corpus = Corpus(
             source,
@@ -194,6 +200,7 @@ def profile(
             max_tokens=max_tokens,
             compile=compile,
             every=checkpoint_every,
+            until_stable=StableRule() if until_stable is True else until_stable or None,
             shard=shard,
             options=how,
             name=name,
@@ -222,6 +229,7 @@ class _Settings:
     max_tokens: int | None
     compile: bool
     every: float
+    until_stable: StableRule | None
     shard: tuple[int, int]
     options: dict[str, Any]  # of the HookManager
     name: str | None
@@ -248,10 +256,14 @@ class _Run:
         self.tokens = self.sequences = self.area = self.batches = 0
         self.seconds = 0.0  # of earlier runs that this one goes on from, and then of all
         self.ended = False
+        self.looks = 0  # at whether the ranking has settled
+        self.known_looks = 0  # those that some process had before this run began, and what they found
+        self.settled_at: int | None = None
+        self._all_done = False
+        self.settled = False
         self.feed: Feed | None = None
         self.overhead = Overhead(self.device)
         self.stopping = Stopping(patient=job.place.tp > 1)
-        self._embeddings = getattr(_embedding(model), "num_embeddings", None)
         self._takes_cache = _takes(ending.decoder, "use_cache")
         self._due = 0.0
         if settings.compile:
@@ -275,7 +287,7 @@ class _Run:
             return
         tensors, document = loaded
         self.checkpoint.check(document.get("configuration"), self.configuration())
-        counts = [document.get(key) for key in ("tokens", "sequences", "area", "batches")]
+        counts = [document.get(key) for key in ("tokens", "sequences", "area", "batches", "looks")]
         seconds, position, notes = (document.get(key) for key in ("seconds", "position", "notes"))
         sound = all(type(n) is int and n >= 0 for n in counts)
         if not (
@@ -291,9 +303,9 @@ class _Run:
             self.hooks.load_state([tensors[name] for name in names], notes)
         except ValueError as error:
             raise CheckpointError(f"cannot resume from {self.checkpoint.path}: {error}") from error
-        self.tokens, self.sequences, self.area, self.batches = counts  # type: ignore[assignment]
+        self.tokens, self.sequences, self.area, self.batches, self.looks = counts  # type: ignore[assignment]
         self.seconds = seconds
-        self.ended = document.get("ended") is True
+        self.ended, self.settled = (document.get(key) is True for key in ("ended", "settled"))
         self.feed = self._make_feed(position)
 
     def configuration(self) -> dict[str, Any]:
@@ -311,6 +323,7 @@ class _Run:
             "batch_size": settings.batch_size,
             "batch_tokens": settings.batch_tokens,
             "compile": settings.compile,
+            "until_stable": None if settings.until_stable is None else asdict(settings.until_stable),
             "process": [place.rank, place.world, place.tp],
         }
 
@@ -327,8 +340,10 @@ class _Run:
             "sequences": self.sequences,
             "area": self.area,
             "batches": self.batches,
+            "looks": self.looks,
             "seconds": self.seconds,
             "ended": self.ended,
+            "settled": self.settled,
         }
         written = self.checkpoint.save({f"moments/{n}": buffer for n, buffer in enumerate(buffers)}, document)
         self._due = time.monotonic() + self.settings.every
@@ -364,6 +379,7 @@ class _Run:
             pad_token_id=getattr(self.corpus.tokenizer, "pad_token_id", None) or 0,
             with_mask=not _looks_back_only(self.model, self.hooks.sites),
             pinned=self.device.type == "cuda",
+            embeddings=getattr(_embedding(self.model), "num_embeddings", None),
             position=position,
         )
 
@@ -374,6 +390,8 @@ class _Run:
         handled = self.stopping.handling() if self.checkpoint is not None else nullcontext()
         with handled:
             try:
+                if self.settings.until_stable is not None:
+                    self._learn_of_looks()
                 if not self.ended:
                     self._over()
                 if self.job.place.world > 1:
@@ -421,8 +439,41 @@ class _Run:
                     continue
                 self._tell()
                 self.job.check()
+                if self.feed.at_boundary and self._has_settled():
+                    break
                 self._heed()
+            while self.settings.until_stable is not None and not self._others_are_done():
+                if self._has_settled(done=True):
+                    break
         self.ended = True
+
+    def _learn_of_looks(self) -> None:
+        """What the processes had found when this run began: one of them may have gone further than another."""
+        told = self.job.told([self.looks, self.settled, self.ended])
+        self.known_looks = max(looks for looks, _, _ in told)
+        self.settled_at = next((looks for looks, settled, _ in told if settled), None)
+        # One that has ended, and has not settled, knew that all had run their windows.
+        self._all_done = any(ended for _, _, ended in told)
+
+    def _has_settled(self, *, done: bool = False) -> bool:
+        """Whether the ranking has settled, by the samples of all processes. All ask as often as the one with the most windows
+        does, and get one answer. `done`: this process has run all its windows.
+        """
+        rule = self.settings.until_stable
+        if rule is None:
+            return False
+        self.looks += 1
+        if self.looks <= self.known_looks:
+            self.settled = self.looks == self.settled_at
+            return self.settled
+        self.job.meet(self.looks)
+        self._all_done = all(self.job.told(done))
+        moments = {RANKING_METRIC: self.hooks.to_profile().moments[RANKING_METRIC]}
+        self.settled = judge(self.job.merged(moments)[RANKING_METRIC], rule).settled
+        return self.settled
+
+    def _others_are_done(self) -> bool:
+        return self.job.place.shard[1] == 1 or self._all_done
 
     def _heed(self) -> None:
         """Between two batches: stop, or write a checkpoint. Processes that share a model do so together."""
@@ -437,11 +488,9 @@ class _Run:
 
     def _forward(self, batch: Batch) -> bool:
         """False where there was not enough memory; nothing is counted then."""
-        if self._embeddings is not None and batch.rows:
-            _check_vocabulary(batch.arguments["input_ids"], self._embeddings)
         try:
             arguments = {key: _to(value, self.device) for key, value in batch.arguments.items()}
-            real = None if batch.real is None else _to(batch.real, self.device)
+            real = None if batch.real is None else _to(batch.real, self.device) != 0
             if self._takes_cache:
                 arguments["use_cache"] = False
             with self.hooks.token_mask(real) if real is not None else nullcontext():
@@ -476,16 +525,20 @@ class _Run:
         assert self.feed is not None
         self.job.report(self.tokens)
         everywhere, parts = self.job.tokens, self.job.place.shard[1] * self.settings.shard[1]
-        total = self.feed.total
-        if total is not None:
-            total *= self.job.place.shard[1] if everywhere is not None else 1
-        elif self.settings.max_tokens is not None and parts == 1:
-            total = self.settings.max_tokens
+        total, expected = self.feed.total, self.feed.expected
+        most = self.settings.max_tokens
+        if most is not None and expected is not None:
+            expected = min(expected, most // parts)
+        expected = total if total is not None else expected
+        if everywhere is not None:
+            total = None  # the others' are not known
+            expected = None if expected is None else expected * self.job.place.shard[1]
         self.report(
             Status(
                 tokens=self.tokens,
                 all_tokens=self.tokens if everywhere is None else max(everywhere, self.tokens),
                 total=total,
+                expected=expected,
                 padding=1 - self.tokens / self.area if self.area else 0.0,
                 overhead=self.overhead.share,
             )
@@ -516,6 +569,9 @@ class _Run:
             "padding": round(1 - self.tokens / self.area, 6) if self.area else 0.0,
             "complete": complete,
         }
+        if self.settings.until_stable is not None:
+            rule = asdict(self.settings.until_stable)
+            found.metadata["data"]["until_stable"] = rule | {"settled": self.settled}
         share = self.overhead.share
         if share is not None:
             found.metadata["data"]["overhead"] = round(share, 5)
@@ -591,16 +647,11 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _as_source(data: Any, field: str) -> TextSource | Iterator[dict[str, Any]]:
+def _as_source(data: Any, field: str | None) -> Source | Iterator[dict[str, Any]]:
     """Texts, or token batches."""
-    if isinstance(data, TextSource):
-        return data
-    if data is None:
-        return sources.default_text()
-    if isinstance(data, str | os.PathLike):
-        if isinstance(data, str) and ("\n" in data or not Path(data).exists()):
-            raise DataError(f"no data file {data[:80]!r}; to profile a text itself, pass it in a list")
-        return sources.text_file(data, field)
+    source = sources.open_source(data, field=field)
+    if source is not None:
+        return source
     if isinstance(data, Tensor | Mapping):
         data = [data]
     if not isinstance(data, Iterable):
@@ -624,13 +675,6 @@ def _fitting_seq_len(model: nn.Module, seq_len: int | None) -> int:
     if limit and seq_len > limit:
         raise OptionError(f"seq_len {seq_len} is more than the model's max_position_embeddings, {limit}")
     return seq_len
-
-
-def _check_vocabulary(ids: Tensor, rows: int) -> None:
-    """Raise ValueError for ids that the embedding does not have: on a GPU they would end the whole process."""
-    largest = int(ids.max())
-    if largest >= rows:
-        raise ValueError(f"the tokenizer is not the model's: it gave token {largest}, the model has {rows}")
 
 
 def _embedding(model: nn.Module) -> nn.Module | None:

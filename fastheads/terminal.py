@@ -49,9 +49,9 @@ def progress_bar(console: Console | None = None) -> Iterator[Callable[[Status], 
             nonlocal begun
             if not begun:
                 # What an earlier run did tells nothing of the speed of this one.
-                bar.reset(task, completed=status.all_tokens, total=status.total)
+                bar.reset(task, completed=status.all_tokens, total=status.expected)
                 begun = True
-            bar.update(task, completed=status.all_tokens, total=status.total, status=status)
+            bar.update(task, completed=status.all_tokens, total=status.expected, status=status)
 
         yield report
 
@@ -74,10 +74,11 @@ class _PlainProgress:
             return
         self.next = elapsed + A_MINUTE
         speed = (status.all_tokens - self.before) / elapsed
-        of = "" if status.total is None else f" of {status.total:,}"
+        about = "" if status.expected == status.total else "about "
+        of = "" if status.expected is None else f" of {about}{status.expected:,}"
         line = f"{status.all_tokens:,}{of} tokens, {speed:,.0f} tokens/s, {_notes(status)}"
-        if status.total is not None:
-            line += f", {max(status.total - status.all_tokens, 0) / speed:,.0f} s left"
+        if status.expected is not None:
+            line += f", {max(status.expected - status.all_tokens, 0) / speed:,.0f} s left"
         self.console.print(line, soft_wrap=True, highlight=False)
 
 

@@ -172,6 +172,17 @@ def test_merging_leaves_other_files_alone(run, here, model):
     assert not (here / "new.safetensors").exists()
 
 
+def test_until_stable_takes_all_the_data_unless_it_is_told(run, here, model):
+    assert run("profile", model, "--data", "text.txt", "--until-stable")[0] == 0
+    found = HeadProfile.load("head_profile.safetensors").metadata["data"]
+    assert (found["max_tokens"], found["until_stable"]["settled"]) == (None, False)
+    assert run("profile", model, "--data", "text.txt", "--until-stable", "--max-tokens", "40")[0] == 0
+    assert HeadProfile.load("head_profile.safetensors").metadata["data"]["tokens"] == 40
+    code, out, err = run("profile", model, "--until-stable", "--token-agg", "token")
+    assert (code, out) == (2, "")
+    assert err.startswith("fastheads: until_stable cannot be used with token_agg 'token': ")
+
+
 def test_all_the_data_can_be_asked_for(run, here, model):
     (here / "long.txt").write_text(TEXT * 200)  # more than the default's tokens
     assert run("profile", model, "--data", "long.txt", "--max-tokens", "all", "--layers", "0")[0] == 0

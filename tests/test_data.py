@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from fastheads import data
+from fastheads import data, readers
+from fastheads.corpus import Corpus
 from fastheads.errors import DataError
 
 
@@ -20,8 +21,9 @@ class Characters:
         return {"input_ids": [1] * (self.bos and add_special_tokens) + [ord(c) for c in text]}
 
 
-def sequences(source: data.TextSource, seq_len: int = 4, max_tokens=None, bos: bool = False) -> list[str]:
-    found = data.tokenize(source, Characters(bos), seq_len, max_tokens)
+def sequences(source: data.Source, seq_len: int = 4, max_tokens=None, bos: bool = False) -> list[str]:
+    corpus = Corpus(source, Characters(bos), seq_len=seq_len, max_tokens=max_tokens)
+    found = [ids for window in corpus.windows() for ids in window.sequences]
     assert all(ids.dtype == torch.int32 for ids in found)
     return ["".join(map(chr, ids.tolist())) for ids in found]
 
@@ -49,19 +51,18 @@ def test_a_stream_has_one_bos_at_its_start(write):
     assert sequences(data.text_file(write("a.txt", "abcdef")), bos=True) == ["\x01abc", "def"]
 
 
-def test_a_long_stream_is_read_in_pieces_that_end_with_a_line(write, monkeypatch):
+def test_a_long_stream_is_read_in_pieces_that_end_where_a_line_starts(write, monkeypatch):
     text = "ab\ncdefg\n\nhij\nklmnopqrstuvw\nx"
     source = data.text_file(write("a.txt", text))
     whole = sequences(source, 5, bos=True)
-    monkeypatch.setattr(data, "PIECE_CHARACTERS", 4)
-    assert all(piece.endswith("\n") for piece in list(source.texts())[:-1])
-    assert "".join(source.texts()) == text
+    monkeypatch.setattr(readers, "PIECE_BYTES", 8)
+    # behind the blank line; then there is no end of a line within twice the size
+    assert list(source.items()) == ["ab\ncdefg\n\n", "hij\nklmnopqrstuv", "w\nx"]
     assert sequences(source, 5, bos=True) == whole  # blocks run on across pieces, no second BOS
 
 
-def test_no_more_is_read_than_the_budget_asks_for(write, monkeypatch):
-    monkeypatch.setattr(data, "PIECE_CHARACTERS", 4)
-    source = data.text_file(write("a.txt", b"abc\n" * 4000 + b"\xff"))  # a fault far behind
+def test_no_more_is_read_than_the_budget_asks_for(write):
+    source = data.text_file(write("a.txt", b"abc\n" * 2**18 + b"\xff"))  # a fault far behind
     assert sequences(source, 4, max_tokens=6) == ["abc\n", "ab"]
 
 
@@ -126,7 +127,7 @@ def test_text_that_is_not_utf8_is_refused(write, name):
 
 
 def test_text_that_is_not_utf8_further_on_is_refused(write, monkeypatch):
-    monkeypatch.setattr(data, "PIECE_CHARACTERS", 4)
+    monkeypatch.setattr(readers, "PIECE_BYTES", 4)
     source = data.text_file(write("a.txt", b"abc\n" * 4000 + b"\xff"))
     with pytest.raises(DataError, match=r"a\.txt is not UTF-8 text"):
         sequences(source)
@@ -183,7 +184,7 @@ def test_what_is_no_text_is_refused(item):
 
 def test_the_default_text_is_the_same_each_time_and_named_with_its_python():
     source = data.default_text()
-    (text,) = source.texts()
+    text = "".join(source.items())
     assert len(text) > 300_000
     assert "\n\n" in text
     assert source.sha256 == hashlib.sha256(text.encode()).hexdigest() == data.default_text().sha256

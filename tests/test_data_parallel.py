@@ -15,7 +15,7 @@ from fastheads import HeadProfile, distributed
 from fastheads.distributed import Job, Place, place_in_environment
 
 SUPPORT = Path(__file__).parent / "support"
-SCENARIOS = ("two", "lost", "failed", "tensor_parallel")
+SCENARIOS = ("two", "lost", "failed", "tensor_parallel", "stable")
 RESUME = "Ended; its last checkpoint is kept, and the same command with --resume goes on from it"
 
 processes = pytest.mark.skipif(
@@ -113,6 +113,24 @@ def test_processes_that_share_a_model_stop_and_go_on_together(happened):
     assert_same(second, first)
     # The model itself sums in another order over two processes.
     assert_close(first, HeadProfile.load(folder / "one.safetensors"), 2e-5)
+
+
+@processes
+@pytest.mark.slow
+def test_all_processes_find_together_that_the_ranking_has_settled(happened):
+    found, folder = happened("stable")
+    assert (found["codes"], found["again"]) == ([0, 0], [0, 0])
+    one, two, lost = (
+        HeadProfile.load(folder / f"{name}.safetensors") for name in ("one-stable", "stable", "stable-lost")
+    )
+    assert_same(lost, two)
+    assert_same(HeadProfile.load(folder / "stable.1.safetensors"), two)
+    everything = HeadProfile.load(folder / "one.safetensors").metadata["data"]["sequences"]
+    for found in (one, two):
+        assert found.metadata["data"]["until_stable"]["settled"]
+        assert found.metadata["data"]["sequences"] < everything
+    # Two begin two windows at a time.
+    assert two.metadata["data"]["sequences"] >= one.metadata["data"]["sequences"]
 
 
 @pytest.mark.parametrize(

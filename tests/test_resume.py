@@ -22,6 +22,7 @@ from fastheads.corpus import Corpus
 from fastheads.data import held_texts
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
 from fastheads.runner import profile
+from fastheads.stable import StableRule
 
 SUPPORT = Path(__file__).parent / "support"
 SCENARIOS = ("killed", "full_disk", "ended")
@@ -104,6 +105,26 @@ def test_token_batches_go_on_too(model, tmp_path):
         profile(model, [batches[0] + 0, batches[1].flip(0)], checkpoint=path, resume=True)
     with pytest.raises(CheckpointError, match="there are fewer"):
         profile(model, batches[:1], checkpoint=path, resume=True)
+
+
+def test_a_run_until_stable_ends_at_the_same_window(model, tokenizer, tmp_path):
+    path = tmp_path / "c"
+    texts = some_texts(400)
+    options = {"batch_tokens": 400, "until_stable": StableRule(tolerance=0.3)}
+    want = profile(model, corpus_of(texts, tokenizer), **options)
+    data = want.metadata["data"]
+    assert data["until_stable"]["settled"]
+    assert 100 <= data["sequences"] < 400
+    for after in (3, 8):
+        stopped(model, corpus_of(texts, tokenizer), path, after, resume=True, **options)
+    found = profile(model, corpus_of(texts, tokenizer), checkpoint=path, resume=True, **options)
+    assert_same(found, want)
+    never = options | {"until_stable": StableRule(tolerance=0.0)}
+    data = profile(model, corpus_of(texts[:150], tokenizer), **never).metadata["data"]
+    assert data["sequences"] == sum(-(-len(text) // 48) for text in texts[:150])
+    assert not data["until_stable"]["settled"]
+    with pytest.raises(ValueError, match="until_stable cannot be used with token_agg 'token'"):
+        profile(model, texts, tokenizer=tokenizer, token_agg="token", until_stable=True)
 
 
 def test_where_nothing_is_to_be_resumed_the_run_starts(model, tmp_path):

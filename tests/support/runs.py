@@ -23,6 +23,7 @@ from fastheads import distributed, files
 from fastheads.corpus import Corpus
 from fastheads.data import text_file
 from fastheads.loading import find_model, load_model, load_tokenizer
+from fastheads.stable import StableRule
 
 EVERY = 0.1  # seconds between checkpoints
 KILLS = 10
@@ -210,9 +211,21 @@ class Runs:
         codes = [self.wait(child) for child in self.ranks("two", self.shared)]
         return {"codes": codes, "said": [self.said(f"two.{rank}") for rank in range(2)]}
 
+    def stable(self):
+        """Until the ranking has settled: two processes, two of which one is killed on the way, and one."""
+        rule = StableRule(tolerance=0.03)
+        self.alone("one-stable", until_stable=rule)
+        codes = [self.wait(child) for child in self.ranks("stable", self.shared, until_stable=rule)]
+        children = self.ranks("stable-lost", self.shared, until_stable=rule)
+        self.until(lambda: len(self.track("stable-lost.0")) > 60)
+        os.kill(children[0], signal.SIGKILL)
+        for child in children:
+            self.wait(child)
+        again = self.ranks("stable-lost", self.shared, until_stable=rule, resume=True)
+        return {"codes": codes, "again": [self.wait(child) for child in again]}
+
     def lost(self):
         """One of two is killed."""
-        distributed.PATIENCE, distributed.GRACE = 2.0, 2.0
         children = self.ranks("lost", self.shared)
         self.until(lambda: len(self.track("lost.1")) > 20)
         os.kill(children[1], signal.SIGKILL)
@@ -264,6 +277,7 @@ class Runs:
 
 def main():
     torch.set_num_threads(1)
+    distributed.PATIENCE, distributed.GRACE = 2.0, 2.0
     folder, *scenarios = sys.argv[1:]
     load_model(
         find_model(str(Path(folder, "tiny"))), device="cpu"
