@@ -147,7 +147,7 @@ def _summary(profile: HeadProfile, metric: str) -> RenderableType:
     )
     if nonfinite := int(profile.moments[metric].nonfinite.sum()):
         table.add_row("", Text(f"{nonfinite:,} samples were NaN or infinite and are left out", style="red"))
-    relative = " (1 is the layer's average head)" if metric.startswith("relative_") else ""
+    relative = " (1 is the layer's average)" if metric.startswith("relative_") else ""
     table.add_row("metric", Text(f"{metric}{relative}"))
     return table
 
