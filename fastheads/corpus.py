@@ -11,7 +11,6 @@ Neither the windows nor what is in them depend on timing, on the number of worke
 
 import hashlib
 import json
-import math
 import os
 import queue
 import threading
@@ -344,26 +343,6 @@ def fingerprint(tokenizer: Any, chat: bool = False) -> str:
     if chat:
         facts.append(getattr(tokenizer, "chat_template", None))
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs went over the same windows, or may have: by their `Corpus.identity`.
-
-    Where an identity also has `windows`, the index behind the last window that was run, only those before it count.
-    Different content is what begins differently, or files whose hashes are known and differ.
-    """
-    if one["head_sha256"] != other["head_sha256"]:
-        return False
-    if None not in (one["sha256"], other["sha256"]) and one["sha256"] != other["sha256"]:
-        return False
-    if one["window_characters"] != other["window_characters"]:
-        return True  # their windows cannot be compared
-    (i, n), (j, m) = one["shard"], other["shard"]
-    if (i - j) % math.gcd(n, m):
-        return False
-    first = next(k for k in range(i, i + n * m, n) if k % m == j)  # in both shards
-    ends = [end for end in (one.get("windows"), other.get("windows")) if end is not None]
-    return not ends or first < min(ends)
 
 
 def _window_characters(expected: int | None) -> int:

@@ -20,12 +20,12 @@ import pyarrow.parquet
 import pytest
 import torch
 from checkpoints import ascii_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from fastheads import corpus as corpora
 from fastheads import data, encoding, readers
-from fastheads.corpus import Corpus, Window, plan, same_data
+from fastheads.corpus import Corpus, Window, plan
 from fastheads.errors import DataError, MissingExtraError
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -161,6 +161,30 @@ def test_a_text_file_is_one_stream_and_resumes_anywhere(tmp_path, monkeypatch):
     windows = list(found.windows())
     assert all_ids(windows) == split(tokenizer(text[1:])["input_ids"])  # one BOS, no EOS
     assert_resumes(found, windows)
+
+
+@pytest.mark.parametrize("pattern", [
+    None,  # as GPT-2
+    # as Llama 3
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+])  # fmt: skip
+def test_the_pieces_of_a_text_have_the_tokens_of_the_whole(pattern, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 2**12)
+    source = data.default_text()
+    text = "".join(source.items())
+    backend = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    split = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        [text[:50_000]], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    found = chain.from_iterable(
+        all_ids(corpus(source, tokenizer, seq_len=512, window_characters=2**16).windows())
+    )
+    assert list(found) == tokenizer(text, verbose=False)["input_ids"]
 
 
 def facts(window: Window) -> tuple:
@@ -548,22 +572,17 @@ def test_positions_of_other_corpora_and_damaged_ones_are_refused():
 
 
 def test_the_identity_names_the_data_and_tells_it_from_others(write):
-    jsonl = corpus(write("a.jsonl"))
-    assert json.loads(json.dumps(jsonl.identity)) == jsonl.identity
-    assert jsonl.identity["sha256"] == data.open_source(write("a.jsonl")).sha256
-    ranks = [corpus(write("a.jsonl"), shard=(rank, 2)).identity for rank in (0, 1)]
-    assert not same_data(*ranks) and same_data(ranks[0], ranks[0]) and same_data(ranks[1], jsonl.identity)
-    quarters = [corpus(write("a.jsonl"), shard=(rank, 4)).identity for rank in range(4)]
-    assert [same_data(ranks[0], quarter) for quarter in quarters] == [True, False, True, False]
-    # only windows 0 to 2 were run: those of shard (3, 4) begin behind them
-    assert not same_data(ranks[1] | {"windows": 3}, quarters[3])
-    assert same_data(ranks[1] | {"windows": 4}, quarters[3])
-    assert same_data(ranks[0], corpus(write("a.jsonl"), shard=(1, 2), window_characters=400).identity)
-    # the same texts in another file cannot be told by the file's hash; in two Hub streams they can
-    assert not same_data(jsonl.identity, corpus(some_texts(60, seed=1)).identity)
-    unnamed = jsonl.identity | {"sha256": None}
-    assert same_data(unnamed, corpus(write("a.parquet")).identity)
-    assert not same_data(unnamed, corpus(some_texts(60, seed=1)).identity)
+    whole = corpus(write("a.jsonl")).identity
+    assert json.loads(json.dumps(whole)) == whole
+    assert whole["sha256"] == data.open_source(write("a.jsonl")).sha256
+    parts = [corpus(write("a.jsonl"), shard=(rank, 2)).identity for rank in (0, 1)]
+    assert [part | {"shard": [0, 1]} for part in parts] == [whole, whole]
+    # the hash of how it begins is of the texts, whatever the file, the cut or the windows
+    heads = {corpus(given).identity["head_sha256"] for given in (*map(write, FILES), TEXTS)}
+    heads |= {corpus(TEXTS, cut="stream", seq_len=5, window_characters=99).identity["head_sha256"]}
+    assert heads == {whole["head_sha256"]}
+    others = [corpus(given).identity["head_sha256"] for given in (some_texts(60, seed=1), TEXTS[:-1])]
+    assert len({whole["head_sha256"], *others}) == 3
 
 
 def test_the_running_hash_is_of_what_was_read():
