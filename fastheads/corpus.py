@@ -89,8 +89,8 @@ class Corpus:
         tokenizer: of transformers, or a function with the same signature.
         cut: "documents": each is a sequence of its own, cut at `seq_len`; of a text file, each line.
             "stream": contiguous blocks of `seq_len` tokens that run on from one document to the next, between
-            which there is the tokenizer's EOS token if it has one; only the last block can be shorter. None: a text
-            file is a stream, all else documents.
+            which there is the tokenizer's EOS token if it has one (between chats, what their template writes); only
+            the last block can be shorter. None: a text file is a stream, all else documents.
         seq_len: tokens in a sequence, at most.
         max_tokens: stop after so many tokens of the corpus, all ranks together; the last sequence is cut.
         shard: this rank and the number of ranks.
@@ -130,7 +130,7 @@ class Corpus:
         sizes = [size for size in (source.size, max_tokens and 4 * max_tokens) if size is not None]
         expected = min(sizes, default=None)
         if workers is None:
-            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            cores = _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             small = expected is not None and expected < WORTH_PROCESSES
             workers = 0 if small else max(1, min(4, cores - 1))
         self.workers = workers
@@ -139,7 +139,9 @@ class Corpus:
         self._encoder = encoder_of(tokenizer, probe, chat)
         # A stream of one text is no sequence of documents: nothing comes between its pieces.
         self._pieces = source.kind == self.cut == "stream"
-        self._separator = None if self.cut == "documents" or self._pieces else self._eos(chat)
+        # Chats have the marks of their template.
+        self._chat = chat
+        self._separator = None if self.cut == "documents" or self._pieces or chat else self._eos()
         self._tokenises_all = self.cut == "stream" or max_tokens is not None
         self.identity: dict[str, Any] = {
             "source": source.name,
@@ -225,6 +227,9 @@ class Corpus:
                     if item is None:
                         ended = True
                         break
+                    if not isinstance(item, str) and not self._chat:
+                        where = f"{self.source.name}, document {at['documents'] + count}"
+                        raise DataError(f"{where} is a chat where the first ones are texts")
                     size = characters(item)
                     digest.update(_bytes(item) + (b"" if self._pieces else b"\0"))
                     length, count = length + size, count + 1
@@ -265,13 +270,13 @@ class Corpus:
         # A copy, else the few tokens would keep the whole window in memory.
         return list(stream[:whole].split(self.seq_len)) if whole else [], stream[whole:].clone()
 
-    def _eos(self, chat: bool) -> int | None:
+    def _eos(self) -> int | None:
         """The token between documents, unless the tokenizer puts it in front of each (OPT's BOS is its EOS)."""
         eos = getattr(self.tokenizer, "eos_token_id", None)
         if not isinstance(eos, int):
             return None
         (ids,) = self._encoder(["a"], special=True)
-        return None if not chat and ids and ids[0] == eos else eos
+        return None if ids and ids[0] == eos else eos
 
     def _start(self) -> dict[str, Any]:
         zero = dict.fromkeys(("index", "documents", "characters", "tokens"), 0)
@@ -350,6 +355,13 @@ def _window_characters(expected: int | None) -> int:
     if expected is None:
         return WINDOW_CHARACTERS
     return min(WINDOW_CHARACTERS, max(SMALLEST_WINDOW, expected // WINDOWS))
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _head(source: Source) -> tuple[str, str, bool]:

@@ -427,6 +427,20 @@ def test_what_is_no_chat_is_refused(write, chat):
         data.open_source(write("a.jsonl", [chat], "messages"), chat=True)
 
 
+def test_between_chats_there_is_what_the_template_writes(write):
+    found = corpus(
+        write("a.jsonl", CHATS, "messages"), chat_tokenizer("{{ messages[0].content }} ten"), cut="stream"
+    )
+    assert all_ids(found.windows()) == [[3, 4, 12, 3, 4, 12, 3, 4], [12]]
+
+
+def test_a_chat_among_texts_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": item}) + "\n" for item in ["one " * 20_000, CHATS[0]]))
+    with pytest.raises(DataError, match=r"a\.jsonl, document 1 is a chat where the first ones are texts"):
+        list(corpus(path).windows())
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("template", "says"),
@@ -629,7 +643,7 @@ def test_the_largest_token_of_a_window():
 def test_the_memory_does_not_grow_with_the_corpus(tmp_path):
     path = tmp_path / "a.jsonl"
     with path.open("w") as file:
-        for number in range(40_000):
+        for number in range(24_000):
             file.write(json.dumps({"text": f"{number} one two three " * 5}) + "\n")
     windows = corpus(path, ascii_tokenizer(), seq_len=64, window_characters=2**16).windows()
     alive: list[weakref.ref] = []
@@ -639,7 +653,7 @@ def test_the_memory_does_not_grow_with_the_corpus(tmp_path):
         alive = [ref for ref in alive if ref() is not None]
         alive.append(weakref.ref(window.sequences[0]))
         assert len(alive) <= 3
-        if number % 20 == 19:
+        if number % 12 == 11:
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.reset_peak()
     tracemalloc.stop()
@@ -707,12 +721,18 @@ def test_a_tokenizer_that_cannot_be_given_away_is_refused_for_processes():
 
 SCRIPT = """
 import sys, time
-sys.path[:0] = {path!r}
 import psutil
-from checkpoints import ascii_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from fastheads.corpus import Corpus
 from fastheads.data import held_texts
-corpus = Corpus(held_texts(["one two three"] * 100_000), ascii_tokenizer(), seq_len=8, window_characters=1000, workers=2)
+
+class Words:
+    backend_tokenizer = Tokenizer(models.WordLevel({"one": 0, "two": 1, "three": 2}, unk_token="one"))
+    backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        return {"input_ids": self.backend_tokenizer.encode(text).ids}
+
+corpus = Corpus(held_texts(["one two three"] * 100_000), Words(), seq_len=8, window_characters=1000, workers=2)
 try:
     for number, window in enumerate(corpus.windows()):
         if number == 10:
@@ -727,7 +747,7 @@ except KeyboardInterrupt:
 def test_no_process_and_no_word_is_left_behind_by_a_signal(number):
     """No `if __name__ == "__main__"` in the script, either. Ctrl-C goes to the whole group."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(path=[p for p in sys.path if p.endswith("support")])],
+        [sys.executable, "-c", SCRIPT],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
