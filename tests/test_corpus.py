@@ -468,6 +468,8 @@ def test_documents_are_put_together_with_the_eos_that_the_tokenizer_has():
         found = corpus(["one two", "", "three"], tokenizer, cut="stream", seq_len=100)
         b, e = [1] * bos, [2] * eos
         assert all_ids(found.windows()) == [[*b, 3, 4, *e, *b, 5, *e]]
+    found = corpus(["one </s>", "two"], special_tokenizer(), cut="stream", seq_len=100)
+    assert all_ids(found.windows()) == [[1, 3, 2, 1, 4, 2]]  # no second EOS
     tokenizer = special_tokenizer()
     tokenizer.eos_token = "<s>"  # as OPT's, which is in front of each document already
     found = corpus(["one two", "three"], tokenizer, cut="stream", seq_len=100)
@@ -542,6 +544,24 @@ def test_windows_follow_the_size_of_the_corpus():
              for n, m in ((10, None), (2**21, None), (2**21, 2**20), (10, 100))]  # fmt: skip
     assert sizes == [2**16, 2**18, 2**17, 2**16]
     assert corpora._window_characters(None) == corpora._window_characters(2**40) == 2**22
+
+
+def test_no_more_windows_are_read_ahead_than_wanted():
+    read = []
+
+    class Counting(readers.Held):
+        def __next__(self):
+            read.append(self.next)
+            return super().__next__()
+
+    source = data.held_texts(["one two"] * 1000)
+    object.__setattr__(source, "read", lambda cut=None, position=None: Counting(source.held, position))
+    windows = corpus(source, window_characters=21).windows()
+    read.clear()  # what the hash of the beginning took
+    next(windows)
+    time.sleep(0.1)  # as long as it likes
+    assert 3 <= len(read) <= 3 * (1 + corpora.AHEAD + 1)
+    windows.close()
 
 
 def test_empty_data_are_an_error_on_every_rank_and_an_idle_rank_is_none():
@@ -619,7 +639,9 @@ def test_the_fingerprint_is_of_the_tokenizer_and_not_of_who_used_it():
 def test_a_tokenizer_that_cuts_or_pads_is_used_whole():
     tokenizer = special_tokenizer()
     tokenizer("one two three four", truncation=True, max_length=2)
-    assert all_ids(corpus(["one two three four"], tokenizer).windows()) == [[1, 3, 4, 5, 6]]
+    found = corpus(["one two three four"], tokenizer)
+    assert found._encoder.backend is not None
+    assert all_ids(found.windows()) == [[1, 3, 4, 5, 6]]
 
 
 def test_a_tokenizer_whose_backend_is_not_all_of_it_is_asked_itself():
