@@ -1,7 +1,8 @@
 """What one device holds for a manager: its moments, and the inputs that wait for one launch.
 
 With small batches the time goes to launches, not to the GPU. So the hook of a small input only keeps a reference to it, and one
-launch at the end of the decoder's call serves all layers. A byte budget bounds what is kept.
+launch at the end of the decoder's call serves all layers; of the smallest, one launch serves several forwards. A byte budget
+bounds what is kept.
 """
 
 import contextlib
@@ -171,7 +172,11 @@ class Backlog:
 
     def watch(self, kept: list[Kept], budget: int) -> None:
         """`kept` was just measured: the next forward's inputs, if they are like these, may wait if they lie elsewhere."""
-        if not self.is_safe and MOST_OF_BACKLOG * sum(x.nbytes for _, x, _ in kept) <= budget:
+        # What a view keeps from being freed counts in full.
+        if (
+            not self.is_safe
+            and MOST_OF_BACKLOG * sum(x.untyped_storage().nbytes() for _, x, _ in kept) <= budget
+        ):
             self.probe = kept
 
     def is_full(self, budget: int) -> bool:

@@ -1,7 +1,8 @@
 """The HookManager: attach, the life of one forward, detach.
 
 A forward counts once or not at all. Its start copies the committed moments to pending ones, its samples go there, its normal end
-copies them back; what an exception leaves in the pending moments, the next start overwrites.
+copies them back; what an exception leaves in the pending moments, the next start overwrites. A small forward only leaves its
+inputs, and once it has ended normally they wait for the next ones' (`grouping.Backlog`).
 
 Under torch.compile the hooks are traced: `is_compiling` is then True, and they make one operator of each group of inputs.
 """
@@ -74,7 +75,8 @@ class HookManager:
         precision: "exact" or "fast"; only "triton" has a faster way to be less exact.
         skip_first: leave out the first real tokens of each sequence (1 leaves the attention sink out).
         group_bytes: inputs of up to so many bytes a device are kept until one launch at the end of the decoder's call serves them
-            all; larger ones are measured at once. 0 measures every input at once, for models that reuse their memory.
+            all; larger ones are measured at once. Where the kernel serves forwards of an eighth of that or less, one launch
+            serves several of them. 0 measures every input at once, for models that reuse their memory.
         allow_skipped: accept that a site does not run in every forward (layer dropout, early exit); else `get_results` raises.
         kv_groups: measure `kv_group_residual_contribution_norm` too: the norm of what the query heads that share keys and values
             contribute together. In the results a "head" of that metric is a KV head.
@@ -222,11 +224,14 @@ class HookManager:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._catch_up_all()
         operator.release(self._handle)
-        for queue in self._queues.values():
-            queue.close()
-            queue.moments.freeze()
+        try:
+            self._catch_up_all()
+        finally:
+            for queue in self._queues.values():
+                queue.close()
+                queue.backlog.clear()
+                queue.moments.freeze()
 
     def __enter__(self) -> Self:
         return self
@@ -683,9 +688,13 @@ class HookManager:
         """Measure what waits of forwards that ended: into the committed moments, and into the pending ones of a forward that may
         be under way.
         """
-        forwards = queue.backlog.take()
-        if not forwards:
+        if not queue.backlog.forwards:
             return
+        if self._is_capturing():
+            raise RuntimeError(
+                "forwards before this CUDA graph's are not measured yet: call get_results() before its capture"
+            )
+        forwards = queue.backlog.take()
         every = [item for forward in forwards for item in forward]
         check_unchanged(every)
         for profiled, x, _ in every:

@@ -240,10 +240,11 @@ def test_a_layer_on_a_side_stream():
 
 
 @pytest.mark.parametrize("where", ["in a layer", "in the logits"])
-def test_out_of_memory_and_then_the_batch_in_halves(where):
+@pytest.mark.parametrize("group_bytes", [0, 64 << 20])
+def test_out_of_memory_and_then_the_batch_in_halves(where, group_bytes):
     model = gpu_model()
     ids = tokens(8, 64, seed=3).cuda()
-    with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
+    with fastheads.HookManager(model, "all", group_bytes=group_bytes) as hooks, torch.no_grad():
         for part in ids.split(4):
             model(input_ids=part, use_cache=False)
         want = hooks.get_results()
@@ -253,14 +254,17 @@ def test_out_of_memory_and_then_the_batch_in_halves(where):
         if args[0].shape[0] == 8:
             torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
 
-    with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
+    with fastheads.HookManager(model, "all", group_bytes=group_bytes) as hooks, torch.no_grad():
         handle = module.register_forward_pre_hook(exhaust)
         with pytest.raises(torch.OutOfMemoryError):
             model(input_ids=ids, use_cache=False)
         for part in ids.split(4):
             model(input_ids=part, use_cache=False)
         handle.remove()
-        assert equal_results(hooks.get_results(), want)
+        results = hooks.get_results()
+    # Of forwards that wait for one launch, which ones are measured together depends on what came before: rounding of float64.
+    assert_same(results, want, rtol=1e-12)
+    assert group_bytes or equal_results(results, want)
 
 
 def test_the_same_moments_as_factored_after_1000_batches():

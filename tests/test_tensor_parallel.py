@@ -39,7 +39,7 @@ CHECKPOINTS = {
 }
 REFUSED = {
     "triton": "RuntimeError: backend 'triton' cannot be used with tensor parallelism",
-    "verify": "ValueError: verify=True cannot check tensor-parallel",
+    "verify": "verify=True cannot check tensor-parallel",
     "other-options": "RuntimeError: the ranks of a tensor-parallel model must attach with the same options",
     "other-layers": "RuntimeError: the ranks of a tensor-parallel model must attach with the same options",
     "cut-heads": "UnsupportedWeightError: model.layers.0.self_attn.o_proj has 3 heads of 24 over 2 ranks",

@@ -4,6 +4,7 @@
 saw is left in FOLDER/CASE.RANK.pt. An error that no case expected ends the process, so that the other rank does not wait for it.
 """
 
+import inspect
 import os
 import sys
 import traceback
@@ -166,7 +167,11 @@ class Rank:
         layers = range(3)
         names = [f"model.layers.{n}.self_attn.o_proj" for n in layers]
         plan = {f"{name}.weight": "rowwise" for name in names} | dict.fromkeys(names, "rowwise")
-        apply_tensor_parallelism(model, mesh["tp"], plan)
+        if len(inspect.signature(apply_tensor_parallelism).parameters) == 2:  # transformers 5.17
+            model.tp_plan = plan
+            apply_tensor_parallelism(model, mesh["tp"])
+        else:
+            apply_tensor_parallelism(model, mesh["tp"], plan)
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh["fsdp"])
         return self.refusal(model)
