@@ -267,8 +267,8 @@ class _Run:
         self.stopping = Stopping(patient=job.place.tp > 1)
         self._takes_cache = _takes(ending.decoder, "use_cache")
         self._due = 0.0
-        if settings.compile:
-            ending.decoder_call = torch.compile(ending.decoder, dynamic=True)
+        # The mask must be an argument of what is compiled: elsewhere it would be taken to have one shape.
+        self._compiled = torch.compile(self._call, dynamic=True) if settings.compile else self._call
 
     # ------------------------------------------------------------------ position
 
@@ -497,8 +497,14 @@ class _Run:
             real = None if batch.real is None else _to(batch.real, self.device) != 0
             if self._takes_cache:
                 arguments["use_cache"] = False
-            with self.hooks.token_mask(real) if real is not None else nullcontext():
-                self.overhead.run(lambda: self.ending.call(arguments), self.hooks)
+            if self.settings.compile:
+                if real is None and "attention_mask" not in arguments:
+                    # With and without a mask there would be two graphs.
+                    real = torch.ones_like(arguments["input_ids"], dtype=torch.bool)
+                self._compiled(real, arguments)
+            else:
+                with self.hooks.token_mask(real) if real is not None else nullcontext():
+                    self.overhead.run(lambda: self.ending.call(arguments), self.hooks)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -509,6 +515,10 @@ class _Run:
         else:
             return True
         return False
+
+    def _call(self, real: Tensor | None, arguments: dict[str, Any]) -> None:
+        with self.hooks.token_mask(real) if real is not None else nullcontext():
+            self.ending.decoder(**arguments)
 
     def _halve(self, batch: Batch) -> None:
         assert self.feed is not None
