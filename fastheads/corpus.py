@@ -11,7 +11,6 @@ Neither the windows nor what is in them depend on timing, on the number of worke
 
 import hashlib
 import json
-import math
 import os
 import queue
 import threading
@@ -90,8 +89,8 @@ class Corpus:
         tokenizer: of transformers, or a function with the same signature.
         cut: "documents": each is a sequence of its own, cut at `seq_len`; of a text file, each line.
             "stream": contiguous blocks of `seq_len` tokens that run on from one document to the next, between
-            which there is the tokenizer's EOS token if it has one; only the last block can be shorter. None: a text
-            file is a stream, all else documents.
+            which there is the tokenizer's EOS token if it has one (between chats, what their template writes); only
+            the last block can be shorter. None: a text file is a stream, all else documents.
         seq_len: tokens in a sequence, at most.
         max_tokens: stop after so many tokens of the corpus, all ranks together; the last sequence is cut.
         shard: this rank and the number of ranks.
@@ -131,7 +130,7 @@ class Corpus:
         sizes = [size for size in (source.size, max_tokens and 4 * max_tokens) if size is not None]
         expected = min(sizes, default=None)
         if workers is None:
-            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            cores = _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             small = expected is not None and expected < WORTH_PROCESSES
             workers = 0 if small else max(1, min(4, cores - 1))
         self.workers = workers
@@ -140,7 +139,9 @@ class Corpus:
         self._encoder = encoder_of(tokenizer, probe, chat)
         # A stream of one text is no sequence of documents: nothing comes between its pieces.
         self._pieces = source.kind == self.cut == "stream"
-        self._separator = None if self.cut == "documents" or self._pieces else self._eos(chat)
+        # Chats have the marks of their template.
+        self._chat = chat
+        self._separator = None if self.cut == "documents" or self._pieces or chat else self._eos()
         self._tokenises_all = self.cut == "stream" or max_tokens is not None
         self.identity: dict[str, Any] = {
             "source": source.name,
@@ -226,6 +227,9 @@ class Corpus:
                     if item is None:
                         ended = True
                         break
+                    if not isinstance(item, str) and not self._chat:
+                        where = f"{self.source.name}, document {at['documents'] + count}"
+                        raise DataError(f"{where} is a chat where the first ones are texts")
                     size = characters(item)
                     digest.update(_bytes(item) + (b"" if self._pieces else b"\0"))
                     length, count = length + size, count + 1
@@ -266,13 +270,13 @@ class Corpus:
         # A copy, else the few tokens would keep the whole window in memory.
         return list(stream[:whole].split(self.seq_len)) if whole else [], stream[whole:].clone()
 
-    def _eos(self, chat: bool) -> int | None:
+    def _eos(self) -> int | None:
         """The token between documents, unless the tokenizer puts it in front of each (OPT's BOS is its EOS)."""
         eos = getattr(self.tokenizer, "eos_token_id", None)
         if not isinstance(eos, int):
             return None
         (ids,) = self._encoder(["a"], special=True)
-        return None if not chat and ids and ids[0] == eos else eos
+        return None if ids and ids[0] == eos else eos
 
     def _start(self) -> dict[str, Any]:
         zero = dict.fromkeys(("index", "documents", "characters", "tokens"), 0)
@@ -346,31 +350,18 @@ def fingerprint(tokenizer: Any, chat: bool = False) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two runs went over the same windows, or may have: by their `Corpus.identity`.
-
-    Where an identity also has `windows`, the index behind the last window that was run, only those before it count.
-    Different content is what begins differently, or files whose hashes are known and differ.
-    """
-    if one["head_sha256"] != other["head_sha256"]:
-        return False
-    if None not in (one["sha256"], other["sha256"]) and one["sha256"] != other["sha256"]:
-        return False
-    if one["window_characters"] != other["window_characters"]:
-        return True  # their windows cannot be compared
-    (i, n), (j, m) = one["shard"], other["shard"]
-    if (i - j) % math.gcd(n, m):
-        return False
-    first = next(k for k in range(i, i + n * m, n) if k % m == j)  # in both shards
-    ends = [end for end in (one.get("windows"), other.get("windows")) if end is not None]
-    return not ends or first < min(ends)
-
-
 def _window_characters(expected: int | None) -> int:
     """How long a window is, for as many characters."""
     if expected is None:
         return WINDOW_CHARACTERS
     return min(WINDOW_CHARACTERS, max(SMALLEST_WINDOW, expected // WINDOWS))
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _head(source: Source) -> tuple[str, str, bool]:

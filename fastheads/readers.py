@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
 
-# A stream is tokenised in pieces of about as many bytes, which end with a line.
+# A stream is tokenised in pieces of as many bytes or up to twice as many.
 PIECE_BYTES = 2**16
 
 
@@ -56,14 +57,9 @@ class FileReader:
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(f"cannot read the data file {self.name}: {error}") from error
 
-    def line_of_bytes(self, limit: int = -1) -> bytes:
-        line: bytes = self._try(self.file.readline, limit)
+    def line_of_bytes(self) -> bytes:
+        line: bytes = self._try(self.file.readline)
         return line
-
-    def next_byte(self) -> bytes:
-        """The next byte, which is not taken."""
-        ahead: bytes = self._try(self.file.peek, 1)
-        return ahead[:1]
 
     def position(self) -> dict[str, Any]:
         return {"byte": self.file.tell()}
@@ -79,29 +75,37 @@ class FileReader:
 
 
 class Pieces(FileReader):
-    """A stream in pieces. A piece ends where a line does and the next line starts with no space, if it can.
+    """A stream in pieces of one to two times `PIECE_BYTES`, that end where tokenizers split in any case.
 
-    There tokenizers split in any case, so that the pieces have the tokens that the whole would have.
+    That is between two lines, best where neither blank lines nor indentation stand between them, so that the pieces
+    have the tokens that the whole would have. In a line without end it is before a space.
     """
 
+    SEAMS = tuple(map(re.compile, (rb"\S\n(?=\S)", rb"\n(?=\S)", rb"(?= )")))
+
+    def __init__(self, raw: Any, name: str, position: Mapping[str, Any] | None) -> None:
+        super().__init__(raw, name, position)
+        self.ahead = b""  # read, and not yet given
+
+    def position(self) -> dict[str, Any]:
+        return {"byte": self.file.tell() - len(self.ahead)}
+
     def __next__(self) -> str:
-        piece: bytes = self._try(self.file.read, PIECE_BYTES)
-        if not piece:
+        self.ahead += self._try(self.file.read, 2 * PIECE_BYTES - len(self.ahead))
+        end = len(self.ahead)
+        if not end:
             raise StopIteration
-        if len(piece) == PIECE_BYTES:
-            while len(piece) < 2 * PIECE_BYTES and not _ends(piece, self.next_byte()):
-                piece += self.line_of_bytes(2 * PIECE_BYTES - len(piece))
-            if not piece.endswith(b"\n") and (space := piece.rfind(b" ")) > 0:
-                self.file.seek(space - len(piece), io.SEEK_CUR)  # in a long line, before a word
-                piece = piece[:space]
-            elif not piece.endswith(b"\n"):  # at least whole characters
-                while (following := self.next_byte()) and following[0] & 0xC0 == 0x80:
-                    piece += self.file.read(1)
+        if end == 2 * PIECE_BYTES:
+            found = (seam.search(self.ahead, PIECE_BYTES) for seam in self.SEAMS)
+            end = next((match.end() for match in found if match), 0) or _whole_characters(self.ahead)
+        piece, self.ahead = self.ahead[:end], self.ahead[end:]
         return self.text(piece)
 
 
-def _ends(piece: bytes, following: bytes) -> bool:
-    return not following or (piece.endswith(b"\n") and not following.isspace())
+def _whole_characters(piece: bytes) -> int:
+    """Where the last character of a UTF-8 text starts; all of it where that is no UTF-8."""
+    starts = (i for i in range(len(piece) - 1, 0, -1) if piece[i] & 0xC0 != 0x80)
+    return next(starts, len(piece))
 
 
 class Lines(FileReader):

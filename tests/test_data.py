@@ -51,13 +51,23 @@ def test_a_stream_has_one_bos_at_its_start(write):
     assert sequences(data.text_file(write("a.txt", "abcdef")), bos=True) == ["\x01abc", "def"]
 
 
-def test_a_long_stream_is_read_in_pieces_that_end_where_a_line_starts(write, monkeypatch):
-    text = "ab\ncdefg\n\nhij\nklmnopqrstuvw\nx"
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("ab\ncdefgh\nij\nklm", ["ab\ncdefgh\n", "ij\nklm"]),  # 8 to 16 bytes: where a line ends
+        ("abcdefgh\n\nij\nk l", ["abcdefgh\n\nij\n", "k l"]),  # behind no blank line
+        ("abcdefg\n\n\nij\n k l", ["abcdefg\n\n\n", "ij\n k l"]),  # unless there are only such
+        ("abcdefgh ijklmn opq", ["abcdefgh", " ijklmn opq"]),  # in a long line before a space
+        ("ab" * 7 + "ü" * 12, ["ab" * 7, "ü" * 7, "ü" * 5]),  # whole characters
+        ("abcdefgh\nijklmno", ["abcdefgh\n", "ijklmno"]),
+        ("abcdefgh\nijklmn", ["abcdefgh\nijklmn"]),
+    ],
+)
+def test_a_long_stream_is_read_in_pieces_that_end_where_tokenizers_split(write, monkeypatch, text, pieces):
     source = data.text_file(write("a.txt", text))
     whole = sequences(source, 5, bos=True)
     monkeypatch.setattr(readers, "PIECE_BYTES", 8)
-    # behind the blank line; then there is no end of a line within twice the size
-    assert list(source.items()) == ["ab\ncdefg\n\n", "hij\nklmnopqrstuv", "w\nx"]
+    assert list(source.items()) == pieces
     assert sequences(source, 5, bos=True) == whole  # blocks run on across pieces, no second BOS
 
 
