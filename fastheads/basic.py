@@ -19,7 +19,7 @@ from fastheads.fingerprint import fingerprint
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import Moments
-from fastheads.results import HeadProfile
+from fastheads.results import HeadProfile, warn_where_empty
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.weights import dense_weight
@@ -189,7 +189,9 @@ class HookManager:
 
     def get_results(self) -> dict[str, Any]:
         """`{metric: {statistic: tensor [num_layers, num_heads]}, ..., "metadata": {...}}`, as the fast manager gives it."""
-        return self.to_profile().results()
+        found = self.to_profile()
+        warn_where_empty(found)
+        return found.results()
 
     def remove(self) -> None:
         """Take every hook off the model."""

@@ -1,4 +1,4 @@
-"""The command line: `fastheads profile`, `fastheads show` and `fastheads doctor`.
+"""The command line: `fastheads profile`, `show`, `merge` and `doctor`.
 
 Results go to stdout; progress and errors go to stderr, an error as one line. The heavy libraries are imported
 when a command runs, so that `--help` is quick.
@@ -17,10 +17,12 @@ import typer
 from rich.console import Console
 
 from fastheads._version import __version__
+from fastheads.errors import OptionError
 
 if TYPE_CHECKING:
     from fastheads.results import HeadProfile
 
+LISTED = 10  # heads in a table
 MAX_TOKENS = 32_768  # a minute or so of a small model on two cores
 OUTPUT = Path("head_profile.safetensors")
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
@@ -30,6 +32,44 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Profile every attention head of a transformer while it runs.",
 )
+
+
+def _number_or_all(text: str | int) -> int | None:
+    """What N|all stands for: None for all."""
+    if str(text).strip().lower() == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a whole number nor all") from None
+
+
+# Options that several commands have.
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Profile these attention modules too, though they are left out by default: a pattern for their names, "
+        "such as '*.linear_attn'. May be given several times.",
+        show_default=False,
+    ),
+]
+Backend = Annotated[str, typer.Option(help="auto, loop, einsum, factored or triton.")]
+Dtype = Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, ...")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+Metric = Annotated[
+    str | None, typer.Option(help="Which metric.", show_default="relative_head_residual_contribution_norm")
+]
+Heads = Annotated[
+    int | None,
+    typer.Option(
+        parser=_number_or_all,
+        metavar="N|all",
+        help="So many of the highest heads, and of the lowest; all: the whole ranking.",
+    ),
+]
 
 
 class Cut(StrEnum):
@@ -53,6 +93,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             code = command.main(arguments or ["--help"], prog_name="fastheads", standalone_mode=False)
         except KeyboardInterrupt:
             code = _fail("interrupted", INTERRUPTED)
+        except OptionError as error:
+            code = _fail(_message(error), USAGE)
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             code = _fail(_message(error), ERROR)
         except Exception as error:
@@ -81,6 +123,7 @@ def options(
 
 @app.command()
 def profile(
+    context: typer.Context,
     *,
     model: Annotated[
         str | None,
@@ -144,29 +187,30 @@ def profile(
             show_default="what a GPU has memory for, 2048 on the CPU",
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = MAX_TOKENS,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            parser=_number_or_all,
+            metavar="N|all",
+            help="Stop after this many tokens; all: at the end of the data.",
+            show_default=f"{MAX_TOKENS}, all with --until-stable",
+        ),
+    ] = MAX_TOKENS,
     skip_first: Annotated[int, typer.Option(help="Leave the first tokens of each sequence out.")] = 0,
     layers: Annotated[
         str | None, typer.Option(help="Profile these layers only, as in 0-3,8.", show_default="all")
     ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Profile these attention modules too, though they are left out by default: a pattern for their names, "
-            "such as '*.linear_attn'. May be given several times.",
-            show_default=False,
-        ),
-    ] = None,
+    include: Include = None,
     kv_groups: Annotated[
         bool,
         typer.Option(
             "--kv-groups", help="Measure what the heads that share keys and values contribute together."
         ),
     ] = False,
-    backend: Annotated[str, typer.Option(help="auto, loop, einsum, factored or triton.")] = "auto",
+    backend: Backend = "auto",
     precision: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
-    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, ...")] = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     until_stable: Annotated[
         bool,
         typer.Option(
@@ -199,9 +243,7 @@ def profile(
         Path | None,
         typer.Option(help="Where a heatmap goes: a .png, .pdf or .svg file.", show_default=False),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a model over text and measure every attention head.
 
@@ -214,12 +256,18 @@ def profile(
             from fastheads import data as sources
             from fastheads import loading
             from fastheads.distributed import Job
+            from fastheads.stable import check_token_agg
 
+            if until_stable and context.get_parameter_source("max_tokens").name == "DEFAULT":  # type: ignore[union-attr]
+                max_tokens = None
+            if until_stable:
+                check_token_agg(str(token_agg))
             chosen_layers = _parse_layers(layers)
             part = _parse_shard(shard)
             _check_options(
                 backend=backend,
                 precision=precision,
+                dtype=dtype,
                 seq_len=seq_len,
                 batch_size=batch_size,
                 batch_tokens=batch_tokens,
@@ -295,15 +343,46 @@ def profile(
 @app.command()
 def show(
     file: Annotated[Path, typer.Argument(help="What `fastheads profile` wrote.", show_default=False)],
-    metric: Annotated[
-        str | None,
-        typer.Option(help="Which metric.", show_default="relative_head_residual_contribution_norm"),
-    ] = None,
+    metric: Metric = None,
+    heads: Heads = LISTED,
 ) -> None:
     """Print a profile again: its highest and lowest heads and a heatmap."""
     from fastheads.results import HeadProfile
 
-    _show(HeadProfile.load(file), metric)
+    if heads is not None and heads < 1:
+        raise OptionError(f"--heads must be at least 1, or all, not {heads}")
+    _show(HeadProfile.load(file), metric, heads)
+
+
+@app.command()
+def merge(
+    files: Annotated[
+        list[Path], typer.Argument(help="Two or more of what `fastheads profile` wrote.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where the merged profile goes.", show_default=False)
+    ],
+    allow_repeated: Annotated[
+        bool,
+        typer.Option(
+            "--allow-repeated", help="Accept profiles of the same data: those samples then count twice."
+        ),
+    ] = False,
+) -> None:
+    """Put profiles of one model together, as if one run had gone over the data of all of them.
+
+    Files of another model, other weights, another aggregation or other metrics are refused, and files that repeat the same data.
+    """
+    if len(files) < 2:
+        raise OptionError("merge needs two files or more")
+    from fastheads.results import HeadProfile
+
+    _check_files(output, None)
+    profiles = [HeadProfile.load(file) for file in files]
+    merged = HeadProfile.merge(profiles, names=[str(file) for file in files], allow_repeated=allow_repeated)
+    merged.save(output)
+    _show(merged, None)
+    typer.echo(f"\nmerged {len(files)} profiles into {output}; see it again with: fastheads show {output}")
 
 
 @app.command()
@@ -312,20 +391,11 @@ def doctor(
     model: Annotated[
         str, typer.Argument(help="A local folder, a GGUF file or a Hub id.", show_default=False)
     ],
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Profile these attention modules too, though they are left out by default: a pattern for their names, "
-            "such as '*.linear_attn'. May be given several times.",
-            show_default=False,
-        ),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="auto, loop, einsum, factored or triton.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, ...")] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    include: Include = None,
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Show what would be profiled in a model and how, and check it on one batch."""
     terminal = Console(stderr=True, file=sys.stderr, highlight=False)
@@ -369,12 +439,12 @@ def _measure(**arguments: Any) -> tuple["HeadProfile", tuple[str, int] | None]:
         return stopped.profile, (f"{what}: what {tokens:,} tokens gave is saved in {output}{resume}", code)
 
 
-def _show(result: "HeadProfile", metric: str | None) -> None:
+def _show(result: "HeadProfile", metric: str | None, heads: int | None = LISTED) -> None:
     from fastheads.results import RANKING_METRIC
     from fastheads.terminal import show as show_profile
 
     default = RANKING_METRIC if RANKING_METRIC in result.metrics else result.metrics[0]
-    show_profile(result, metric or default, Console(highlight=False))
+    show_profile(result, metric or default, Console(highlight=False), heads)
 
 
 def _parse_layers(text: str | None) -> list[int] | None:
@@ -385,7 +455,7 @@ def _parse_layers(text: str | None) -> list[int] | None:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not (first.isdecimal() and (last.isdecimal() or not dash)) or int(last or first) > 10_000:
-            raise ValueError(f"--layers {text!r}: expected numbers and ranges, as in 0-3,8")
+            raise OptionError(f"--layers {text!r}: expected numbers and ranges, as in 0-3,8")
         chosen += range(int(first), int(last or first) + 1)
     return chosen
 
@@ -396,7 +466,7 @@ def _parse_shard(text: str | None) -> tuple[int, int]:
         return 0, 1
     number, _, parts = text.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise ValueError(f"--shard {text!r}: expected I/N with I from 1 to N, as in 1/4")
+        raise OptionError(f"--shard {text!r}: expected I/N with I from 1 to N, as in 1/4")
     return int(number) - 1, int(parts)
 
 
@@ -404,25 +474,29 @@ def _check_options(
     *,
     backend: str,
     precision: str,
+    dtype: str,
     seq_len: int | None,
     batch_size: int | None,
     batch_tokens: int | None,
-    max_tokens: int,
+    max_tokens: int | None,
     skip_first: int,
     checkpoint_every: float,
 ) -> None:
-    """Raise ValueError or RuntimeError for what would fail only after the model is loaded."""
+    """Raise OptionError or RuntimeError for what would fail only after the model is loaded."""
     from fastheads.data import check_lengths
     from fastheads.dispatch import PRECISIONS, check_backend
+    from fastheads.loading import DTYPES
     from fastheads.runner import check_options
 
     check_backend(backend)
     if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+        raise OptionError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if dtype not in DTYPES:
+        raise OptionError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     check_lengths(1 if seq_len is None else seq_len, max_tokens)
     check_options(batch_size, batch_tokens, checkpoint_every, (0, 1))
     if skip_first < 0:
-        raise ValueError(f"skip_first must be 0 tokens or more, not {skip_first}")
+        raise OptionError(f"skip_first must be 0 tokens or more, not {skip_first}")
 
 
 def _check_files(output: Path, plot: Path | None) -> None:
@@ -432,7 +506,7 @@ def _check_files(output: Path, plot: Path | None) -> None:
     from fastheads.results import HeadProfile
 
     if output.suffix != ".safetensors":
-        raise ValueError(f"the output's name must end in .safetensors, not {output.name!r}")
+        raise OptionError(f"the output's name must end in .safetensors, not {output.name!r}")
     check_writable(output)
     if output.exists():
         try:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastheads import readers, tables
-from fastheads.errors import DataError
+from fastheads.errors import DataError, OptionError
 from fastheads.readers import Chat, Item, Reader
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -239,9 +239,9 @@ def default_text() -> TextSource:
 def check_lengths(seq_len: int, max_tokens: int | None) -> None:
     """Raise ValueError if `seq_len` or `max_tokens` is below 1."""
     if seq_len < 1:
-        raise ValueError(f"seq_len must be at least 1 token, not {seq_len}")
+        raise OptionError(f"seq_len must be at least 1 token, not {seq_len}")
     if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}: nothing would be measured")
+        raise OptionError(f"max_tokens must be at least 1, not {max_tokens}: nothing would be measured")
 
 
 def batches(sequences: list[Tensor], batch_size: int, pad_token_id: int = 0) -> Iterator[dict[str, Tensor]]:

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from fastheads.errors import OptionError
 from fastheads.factors import SiteFactor, StaleFactorError, WeightWatch
 from fastheads.metrics import (
     ContributionNorms,
@@ -38,9 +39,9 @@ LATE_ELEMENTS = 2**12
 
 
 def check_backend(backend: str) -> None:
-    """Raises ValueError for an unknown name, RuntimeError for a backend that cannot work here at all."""
+    """Raises OptionError for an unknown name, RuntimeError for a backend that cannot work here at all."""
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+        raise OptionError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "triton" and (reason := _triton_missing()):
         raise RuntimeError(
             f"backend 'triton' cannot be used: {reason}; choose one of {', '.join(TORCH_BACKENDS)}"

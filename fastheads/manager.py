@@ -27,6 +27,7 @@ from fastheads.channels import (
     channel_of_updates,
 )
 from fastheads.dispatch import PRECISIONS
+from fastheads.errors import OptionError
 from fastheads.factors import SiteFactor, StaleFactorError
 from fastheads.fingerprint import fingerprint
 from fastheads.grouping import DeviceQueue, Profiled, Scaled, check_unchanged, grouped
@@ -34,7 +35,7 @@ from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import CommittedMoments, Moments, RunningMoments
 from fastheads.residual import Update
-from fastheads.results import HeadProfile
+from fastheads.results import HeadProfile, warn_where_empty
 from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
@@ -100,12 +101,12 @@ class HookManager:
         verify: bool = False,
     ) -> None:
         if token_agg not in TOKEN_AGGS:
-            raise ValueError(f"unknown token_agg {token_agg!r}: choose one of {', '.join(TOKEN_AGGS)}")
+            raise OptionError(f"unknown token_agg {token_agg!r}: choose one of {', '.join(TOKEN_AGGS)}")
         if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+            raise OptionError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
         for name, value in (("skip_first", skip_first), ("group_bytes", group_bytes)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a whole number, 0 or more, not {value!r}")
+                raise OptionError(f"{name} must be a whole number, 0 or more, not {value!r}")
         self.model = unwrapped(model)
         self.token_agg, self.precision, self.skip_first = token_agg, precision, skip_first
         self.allow_skipped = allow_skipped
@@ -116,7 +117,7 @@ class HookManager:
         if self._ranks is not None:
             if verify or kv_groups:
                 name = "verify=True cannot check" if verify else "kv_groups=True cannot measure"
-                raise ValueError(f"{name} tensor-parallel projections: no rank has all their heads")
+                raise OptionError(f"{name} tensor-parallel projections: no rank has all their heads")
             chosen = self._ranks.own(chosen)
         self._updates = Updates(self.model, chosen, whole_outputs=self._ranks is None)
         how = {"backend": backend, "precision": precision, "token_agg": token_agg}
@@ -683,9 +684,12 @@ class HookManager:
 
     def get_results(self) -> dict[str, Any]:
         """`{metric: {statistic: tensor}, ..., "metadata": {...}}`; every tensor is on the CPU, `[num_layers, num_heads]`, float64
-        (int64 for "count" and "nonfinite"); row i is `find_sites(model)[i]`. Raises as `to_profile` does.
+        (int64 for "count" and "nonfinite"); row i is `find_sites(model)[i]`. Raises as `to_profile` does, and warns where nothing
+        was measured.
         """
-        return self.to_profile().results()
+        found = self.to_profile()
+        warn_where_empty(found)
+        return found.results()
 
     def reset(self) -> None:
         """Forget every sample and take the weights as they are now."""
@@ -784,7 +788,7 @@ def _checked_layers(layers: Iterable[int] | None) -> list[int] | None:
         return None
     chosen = list(layers) if isinstance(layers, Iterable) else [None]
     if any(isinstance(n, bool) or not isinstance(n, int) for n in chosen):
-        raise ValueError(f"layers must be whole numbers in a list, not {layers!r}")
+        raise OptionError(f"layers must be whole numbers in a list, not {layers!r}")
     return sorted(set(chosen))
 
 
@@ -795,7 +799,7 @@ def _choose(sites: list[HeadSite], layers: list[int] | None) -> dict[int, HeadSi
         return rows
     known = {site.layer for site in sites}
     if not layers or not known.issuperset(layers):
-        raise ValueError(
+        raise OptionError(
             f"layers must name some of the layers {min(known)} to {max(known)} that have a site, not {layers}"
         )
     return {row: site for row, site in rows.items() if site.layer in layers}

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastheads.errors import MissingExtraError
+from fastheads.errors import MissingExtraError, OptionError
 from fastheads.files import write_atomic
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def picture_format(path: str | os.PathLike[str]) -> str:
     """The format that the suffix of `path` names; ValueError if it is none of `SUFFIXES`."""
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        raise ValueError(
+        raise OptionError(
             f"a picture's name must end in one of {', '.join(SUFFIXES)}, not {Path(path).name!r}"
         )
     return suffix[1:]

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastheads.errors import MissingExtraError, ProfileFileError
+from fastheads.errors import MissingExtraError, OptionError, ProfileFileError
 from fastheads.files import write_atomic
 from fastheads.merging import check_mergeable, merged_metadata
 from fastheads.moments import Moments
@@ -102,9 +103,9 @@ class HeadProfile:
         results["metadata"] = copy.deepcopy(self.metadata)
         return results
 
-    def rank(self, metric: str = RANKING_METRIC) -> list[tuple[int, int]]:
-        """All measured heads as (layer, head), the lowest mean first; ties stand in order of position."""
-        return [(self.layers[row], head) for row, head in self.ranked_cells(metric)]
+    def rank(self, metric: str = RANKING_METRIC, *, descending: bool = False) -> list[tuple[int, int]]:
+        """All measured heads as (layer, head), the lowest mean first, or the highest; ties stand in order of position."""
+        return [(self.layers[row], head) for row, head in self.ranked_cells(metric, descending=descending)]
 
     def lowest(self, fraction: float, metric: str = RANKING_METRIC) -> list[tuple[int, int]]:
         """The lowest `fraction` (0 to 1) of the measured heads by mean, rounded to a whole number of heads.
@@ -113,20 +114,22 @@ class HeadProfile:
             ValueError: if `fraction` is not between 0 and 1.
         """
         if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction must be between 0 and 1, not {fraction}")
+            raise OptionError(f"fraction must be between 0 and 1, not {fraction}")
         ranked = self.rank(metric)
         return ranked[: round(fraction * len(ranked))]
 
-    def ranked_cells(self, metric: str = RANKING_METRIC) -> list[tuple[int, int]]:
+    def ranked_cells(
+        self, metric: str = RANKING_METRIC, *, descending: bool = False
+    ) -> list[tuple[int, int]]:
         """As `rank()`, with the row in place of the layer."""
         moments = self._of(metric)
         cells: list[tuple[int, int]] = [(row, head) for row, head in moments.count.nonzero().tolist()]
-        means = moments.mean.tolist()
+        means = (-moments.mean if descending else moments.mean).tolist()
         return sorted(cells, key=lambda cell: means[cell[0]][cell[1]])  # stable
 
     def _of(self, metric: str) -> Moments:
         if metric not in self.moments:
-            raise ValueError(f"no metric {metric!r} in this profile; it has {', '.join(self.moments)}")
+            raise OptionError(f"no metric {metric!r} in this profile; it has {', '.join(self.moments)}")
         return self.moments[metric]
 
     def to_pandas(self) -> "pd.DataFrame":
@@ -230,6 +233,17 @@ class HeadProfile:
         for other in profiles[1:]:
             merged = {metric: moments.merged(other.moments[metric]) for metric, moments in merged.items()}
         return cls(merged, merged_metadata(profiles))
+
+
+def warn_where_empty(profile: HeadProfile) -> None:
+    """Warn the caller of the caller of a profile without any sample, whose statistics are all NaN."""
+    if not any(bool((m.count + m.nonfinite).any()) for m in profile.moments.values()):
+        warnings.warn(
+            "nothing was measured: no forward of the model has ended normally since the hooks were attached or reset, or "
+            "skip_first left none of its tokens",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _stats(moments: Moments) -> dict[str, Tensor]:

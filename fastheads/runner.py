@@ -23,7 +23,7 @@ from fastheads.corpus import Corpus
 from fastheads.data import Cut, Source
 from fastheads.distributed import Job, Place
 from fastheads.ending import EarlyEnd
-from fastheads.errors import CheckpointError, DataError, ProfileInterrupted, RankLostError
+from fastheads.errors import CheckpointError, DataError, OptionError, ProfileInterrupted, RankLostError
 from fastheads.fingerprint import fingerprint
 from fastheads.manager import HookManager
 from fastheads.overhead import Overhead
@@ -618,13 +618,13 @@ def check_options(
 ) -> None:
     """Raise ValueError for options of `profile()` that are out of range."""
     if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1 sequence, not {batch_size}")
+        raise OptionError(f"batch_size must be at least 1 sequence, not {batch_size}")
     if batch_tokens is not None and batch_tokens < 1:
-        raise ValueError(f"batch_tokens must be at least 1 token, not {batch_tokens}")
+        raise OptionError(f"batch_tokens must be at least 1 token, not {batch_tokens}")
     if not checkpoint_every > 0:
-        raise ValueError(f"checkpoint_every must be more than 0 seconds, not {checkpoint_every}")
+        raise OptionError(f"checkpoint_every must be more than 0 seconds, not {checkpoint_every}")
     if not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"shard must be (i, n) with i from 0 to n - 1, not {tuple(shard)}")
+        raise OptionError(f"shard must be (i, n) with i from 0 to n - 1, not {tuple(shard)}")
 
 
 def _digest_of_config(model: nn.Module) -> str:
@@ -687,7 +687,7 @@ def _fitting_seq_len(model: nn.Module, seq_len: int | None) -> int:
     if seq_len is None:
         return min(SEQ_LEN, limit) if limit else SEQ_LEN
     if limit and seq_len > limit:
-        raise ValueError(f"seq_len {seq_len} is more than the model's max_position_embeddings, {limit}")
+        raise OptionError(f"seq_len {seq_len} is more than the model's max_position_embeddings, {limit}")
     return seq_len
 
 

@@ -45,6 +45,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastheads.errors import OptionError
 from fastheads.moments import Moments
 
 ALPHA = 0.05
@@ -73,13 +74,13 @@ class StableRule:
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha must be between 0 and 1, not {self.alpha}")
+            raise OptionError(f"alpha must be between 0 and 1, not {self.alpha}")
         if not 0 <= self.tolerance < math.inf:
-            raise ValueError(f"tolerance must be a number, 0 or more, not {self.tolerance}")
+            raise OptionError(f"tolerance must be a number, 0 or more, not {self.tolerance}")
         if self.lowest is not None and not 0 < self.lowest < 1:
-            raise ValueError(f"lowest must be a fraction between 0 and 1, not {self.lowest}")
+            raise OptionError(f"lowest must be a fraction between 0 and 1, not {self.lowest}")
         if self.min_samples < 2:
-            raise ValueError(f"min_samples must be at least 2, not {self.min_samples}")
+            raise OptionError(f"min_samples must be at least 2, not {self.min_samples}")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Verdict:
 def check_token_agg(token_agg: str) -> None:
     """Raise ValueError for "token"."""
     if token_agg == "token":
-        raise ValueError(
+        raise OptionError(
             "until_stable cannot be used with token_agg 'token': the tokens of a text are correlated, and standard errors over "
             "them too small; use 'all' or 'last'"
         )
@@ -147,7 +148,7 @@ def number_of_lowest(heads: int, rule: StableRule) -> int | None:
         return None
     number = round(rule.lowest * heads)
     if number in (0, heads):
-        raise ValueError(
+        raise OptionError(
             f"lowest {rule.lowest} of {heads} heads is {'none' if number == 0 else 'all'} of them"
         )
     return number

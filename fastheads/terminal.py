@@ -16,7 +16,6 @@ from rich.text import Text
 from fastheads.progress import Status
 from fastheads.results import HeadProfile
 
-LISTED = 10  # heads in each of the two tables
 BAR_FROM = 70  # columns from which on the numbers leave room for a bar
 NOTES_FROM = 110  # columns from which on padding and overhead are shown beside it
 SOON, A_MINUTE = 2.0, 60.0  # seconds to the first line where there is no terminal, and from one to the next
@@ -108,15 +107,18 @@ class _Notes(ProgressColumn):
         return Text("" if status is None else _notes(status), style="dim", no_wrap=True)
 
 
-def show(profile: HeadProfile, metric: str, console: Console) -> None:
-    """Print what was measured, the highest and lowest heads by `metric`, and a heatmap of its means."""
-    cells = profile.ranked_cells(metric)
+def show(profile: HeadProfile, metric: str, console: Console, listed: int | None) -> None:
+    """Print what was measured, the `listed` highest and lowest heads by `metric`, and a heatmap of its means.
+
+    Where the two tables would hold all heads, and with None, one does.
+    """
+    cells = profile.ranked_cells(metric, descending=True)
     console.print(_summary(profile, metric))
     if not cells:
         console.print("no head got a sample")
         return
     console.print()
-    console.print(_tables(profile, metric, cells, console.width))
+    console.print(_tables(profile, metric, cells, console.width, listed=listed))
     console.print()
     console.print(heatmap(profile, metric, console))
 
@@ -145,12 +147,14 @@ def _summary(profile: HeadProfile, metric: str) -> RenderableType:
     )
     if nonfinite := int(profile.moments[metric].nonfinite.sum()):
         table.add_row("", Text(f"{nonfinite:,} samples were NaN or infinite and are left out", style="red"))
-    relative = " (1 is the layer's average head)" if metric.startswith("relative_") else ""
+    relative = " (1 is the layer's average)" if metric.startswith("relative_") else ""
     table.add_row("metric", Text(f"{metric}{relative}"))
     return table
 
 
-def _tables(profile: HeadProfile, metric: str, cells: list[tuple[int, int]], width: int) -> RenderableType:
+def _tables(
+    profile: HeadProfile, metric: str, cells: list[tuple[int, int]], width: int, *, listed: int | None
+) -> RenderableType:
     stats = profile.results()[metric]
     mean, std = stats["mean"].tolist(), stats["std"].tolist()
 
@@ -164,8 +168,13 @@ def _tables(profile: HeadProfile, metric: str, cells: list[tuple[int, int]], wid
             result.add_row(str(profile.layers[row]), str(head), *numbers)
         return result
 
-    n = min(LISTED, len(cells))
-    tables = (table(f"{n} highest heads", cells[::-1][:n]), table(f"{n} lowest heads", cells[:n]))
+    if listed is None or 2 * listed >= len(cells):
+        return table(f"{len(cells):,} heads, highest first", cells)
+    lowest = profile.ranked_cells(metric)[:listed]
+    tables = (
+        table(f"{listed:,} highest heads", cells[:listed]),
+        table(f"{listed:,} lowest heads", lowest),
+    )
     if width < SIDE_BY_SIDE:
         return Group(*tables)
     both = Table.grid(padding=(0, 6))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 import pytest
 import torch
 from checkpoints import save_checkpoint
+from transformers import AutoModelForCausalLM
 
 from fastheads import HeadProfile, __version__, loading
 from fastheads.cli import main
@@ -71,13 +73,11 @@ def test_a_profile_is_measured_saved_drawn_and_shown(run, here, model):
     assert (here / "pictures" / "p.png").read_bytes().startswith(b"\x89PNG")
     assert files(here) == {"text.txt", "new", "new/p.safetensors", "pictures", "pictures/p.png"}
 
-    for said in ("225 tokens in 8 sequences", "10 highest heads", "10 lowest heads", "pictures/p.png"):
+    for said in ("225 tokens in 8 sequences", "12 heads, highest first", "pictures/p.png"):
         assert said in out
-    highest, lowest = found.rank()[-1], found.rank()[0]
-    first = next(
-        line.split() for line in out.splitlines() if re.match(r"\s+\d+\s+\d+\s+[\d.]+\s+[\d.]+", line)
-    )
-    assert [int(cell) for cell in first[:2] + first[4:6]] == [*highest, *lowest]
+    rows = re.findall(r"^ +(\d+) +(\d+) +([\d.]+) +([\d.]+) *$", out, re.MULTILINE)
+    assert [(int(row[0]), int(row[1])) for row in rows] == found.rank(descending=True)
+    highest, first = found.rank()[-1], rows[0]
     stats = found.results()["relative_head_residual_contribution_norm"]
     assert first[2] == f"{stats['mean'][highest]:.4g}"  # rows are layers here
     assert first[3] == f"{stats['std'][highest]:.3g}"
@@ -94,8 +94,100 @@ def test_another_metric_can_be_shown(run, here, model):
     assert re.search(r"metric +head_output_norm", out)
     assert "1 is the layer's" not in out
     code, out, err = run("show", "head_profile.safetensors", "--metric", "size")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert err.startswith("fastheads: no metric 'size' in this profile; it has head_output_norm, ")
+
+
+def test_as_many_heads_are_listed_as_are_asked_for(run, here, model):
+    run("profile", model, "--data", "text.txt")
+    found = HeadProfile.load("head_profile.safetensors").rank()
+    code, out, _ = run("show", "head_profile.safetensors", "--heads", "2")
+    assert code == 0
+    rows = re.findall(r"^ +(\d+) +(\d+) .* (\d+) +(\d+) +[\d.]+ +[\d.]+ *$", out, re.MULTILINE)
+    assert [tuple(map(int, row)) for row in rows] == [found[-1] + found[0], found[-2] + found[1]]
+    assert "2 highest heads" in out and "2 lowest heads" in out
+    assert "12 heads, highest first" in run("show", "head_profile.safetensors", "--heads", "all")[1]
+
+
+def test_profiles_are_merged_and_shown(run, here, model):
+    (here / "more.txt").write_text(TEXT[::-1])
+    for name in ("text", "more"):
+        assert run("profile", model, "--data", f"{name}.txt", "-o", f"{name}.safetensors")[0] == 0
+    code, out, err = run("merge", "text.safetensors", "more.safetensors", "-o", "new/both.safetensors")
+    assert (code, err) == (0, "")
+    one, two, both = (HeadProfile.load(f"{n}.safetensors") for n in ("text", "more", "new/both"))
+    counts = [int(p.moments["head_output_norm"].count[0, 0]) for p in (one, two, both)]
+    assert counts[0] + counts[1] == counts[2]
+    assert both.metadata["data"]["source"] == "text.txt + more.txt"
+    assert re.search(r"data +text.txt \+ more.txt", out)
+    assert out.endswith(
+        "merged 2 profiles into new/both.safetensors; see it again with: fastheads show new/both.safetensors\n"
+    )
+
+
+def test_a_copy_of_the_model_merges_and_another_model_does_not(run, here, model, tmp_path_factory):
+    shutil.copytree(model, here / "copy")
+    torch.manual_seed(1)
+    other = tmp_path_factory.mktemp("other")
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.up_proj.weight.mul_(1.001)
+    shutil.copytree(model, other, dirs_exist_ok=True)
+    changed.save_pretrained(other)
+    (here / "more.txt").write_text(TEXT[::-1])
+    for source, data, name in ((model, "text", "a"), ("copy", "more", "b"), (str(other), "more", "c")):
+        assert run("profile", source, "--data", f"{data}.txt", "-o", f"{name}.safetensors")[0] == 0
+    assert run("merge", "a.safetensors", "b.safetensors", "-o", "ab.safetensors")[0] == 0
+    code, out, err = run("merge", "a.safetensors", "c.safetensors", "-o", "ac.safetensors")
+    assert (code, out) == (1, "")
+    assert err == (
+        f"fastheads: cannot merge a.safetensors and c.safetensors: they differ in model: {model!r} and {str(other)!r} "
+        "(weights: names and shapes are the same, the numbers are not)\n"
+    )
+    assert not (here / "ac.safetensors").exists()
+
+
+def test_data_that_are_repeated_are_merged_only_if_that_is_said(run, here, model):
+    for name, tokens in (("a", "100"), ("b", "200")):
+        run("profile", model, "--data", "text.txt", "--max-tokens", tokens, "-o", f"{name}.safetensors")
+    arguments = ("merge", "a.safetensors", "b.safetensors", "-o", "ab.safetensors")
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("fastheads: cannot merge a.safetensors and b.safetensors: both hold 'text.txt', ")
+    assert err.count("\n") == 1 and "--allow-repeated" in err
+    assert run(*arguments, "--allow-repeated")[0] == 0
+    assert HeadProfile.load("ab.safetensors").metadata["data"]["tokens"] == 300
+
+
+def test_merging_leaves_other_files_alone(run, here, model):
+    run("profile", model, "--data", "text.txt", "-o", "a.safetensors")
+    (here / "b.safetensors").write_bytes(b"no profile")
+    code, out, err = run("merge", "a.safetensors", "b.safetensors", "-o", "new.safetensors")
+    assert (code, out) == (1, "")
+    assert err.startswith("fastheads: b.safetensors is not a head profile")
+    code, out, err = run("merge", "a.safetensors", "a.safetensors", "-o", "b.safetensors", "--allow-repeated")
+    assert (code, out) == (1, "")
+    assert err == "fastheads: b.safetensors exists and is no head profile: it is not overwritten\n"
+    assert (here / "b.safetensors").read_bytes() == b"no profile"
+    assert not (here / "new.safetensors").exists()
+
+
+def test_until_stable_takes_all_the_data_unless_it_is_told(run, here, model):
+    assert run("profile", model, "--data", "text.txt", "--until-stable")[0] == 0
+    found = HeadProfile.load("head_profile.safetensors").metadata["data"]
+    assert (found["max_tokens"], found["until_stable"]["settled"]) == (None, False)
+    assert run("profile", model, "--data", "text.txt", "--until-stable", "--max-tokens", "40")[0] == 0
+    assert HeadProfile.load("head_profile.safetensors").metadata["data"]["tokens"] == 40
+    code, out, err = run("profile", model, "--until-stable", "--token-agg", "token")
+    assert (code, out) == (2, "")
+    assert err.startswith("fastheads: until_stable cannot be used with token_agg 'token': ")
+
+
+def test_all_the_data_can_be_asked_for(run, here, model):
+    (here / "long.txt").write_text(TEXT * 200)  # more than the default's tokens
+    assert run("profile", model, "--data", "long.txt", "--max-tokens", "all", "--layers", "0")[0] == 0
+    found = HeadProfile.load("head_profile.safetensors").metadata["data"]
+    assert (found["tokens"], found["max_tokens"]) == (len(TEXT) * 200, None)
 
 
 def test_options_reach_the_profile(run, here, model):
@@ -154,6 +246,23 @@ def write_broken_lines(here):
     (here / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
 
 
+# Options that are wrong in themselves, or for the model: exit status 2. What is missing, damaged or not to be had here: 1.
+WRONG_USAGE = {
+    "max_tokens must be at least 1, not 0: nothing would be measured",
+    "seq_len must be at least 1 token, not 0",
+    "seq_len 65 is more than the model's max_position_embeddings, 64",
+    "batch_size must be at least 1 sequence, not 0",
+    "skip_first must be 0 tokens or more, not -1",
+    "unknown backend 'magic': choose one of auto, loop, .*",
+    "unknown precision 'high': choose one of exact, fast",
+    "unknown dtype 'int3': choose one of .*",
+    "--layers '1-': expected numbers and ranges, as in 0-3,8",
+    "layers must name some of the layers 0 to 2 that have a site, not .*",
+    "the output's name must end in .safetensors, not 'p.pt'",
+    "a picture's name must end in one of .png, .pdf, .svg, not 'p.bmp'",
+}
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -198,7 +307,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, here, model, monkeypatch,
     write_broken_lines(here)
     before = files(here)
     code, out, err = run("profile", *[model if argument == "{model}" else argument for argument in arguments])
-    assert code == 1
+    assert code == (2 if says in WRONG_USAGE else 1)
     assert out == ""
     *notes, line = err.splitlines()
     assert re.fullmatch("fastheads: " + says, line)
@@ -225,7 +334,13 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(run, here, mod
         (["profile", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
         (["profile", "--colour"], "No such option"),
         (["profile", "a", "b"], "unexpected extra argument"),
+        (["profile", "--heads", "3"], "No such option"),
         (["prof"], "No such command"),
+        (["show", "a", "--heads", "few"], "'few' is neither a whole number nor all"),
+        (["show", "a", "--heads", "0"], "--heads must be at least 1, or all, not 0"),
+        (["merge", "a", "b"], "Missing option '--output'"),
+        (["merge", "a", "-o", "c.safetensors"], "merge needs two files or more"),
+        (["merge", "a", "b", "-o", "c.pt"], "the output's name must end in .safetensors, not 'c.pt'"),
         (["show"], "Missing argument"),
     ],
 )
@@ -483,7 +598,7 @@ def test_parts_of_the_data(run, here, model):
     for wrong in ("0/3", "4/3", "1", "1/0", "x/y"):
         code, _, err = run(*arguments, "--shard", wrong)
         assert (code, err) == (
-            1,
+            2,
             f"fastheads: --shard {wrong!r}: expected I/N with I from 1 to N, as in 1/4\n",
         )
 

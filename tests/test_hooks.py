@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import warnings
 
 import pytest
 import torch
@@ -104,6 +105,21 @@ def test_paused_counts_nothing(manager):
         assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
         one_forward(model)
         assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
+
+
+@managers
+def test_results_of_nothing_come_with_a_word(manager):
+    model = build()
+    with manager(model) as hooks:
+        with pytest.warns(
+            RuntimeWarning, match="^nothing was measured: no forward of the model has ended"
+        ) as told:
+            hooks.get_results()
+        assert told[0].filename == __file__
+        one_forward(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hooks.get_results()
 
 
 @managers

@@ -113,23 +113,40 @@ def console(width: int = 80, encoding: str = "utf-8", **options) -> Console:
     return Console(file=file, width=width, highlight=False, **options)
 
 
-def printed(profile: HeadProfile, console: Console, metric: str = RANKING_METRIC) -> str:
-    terminal.show(profile, metric, console)
+def printed(
+    profile: HeadProfile, console: Console, metric: str = RANKING_METRIC, listed: int | None = 10
+) -> str:
+    terminal.show(profile, metric, console, listed)
     console.file.flush()
     return console.file.buffer.getvalue().decode()
 
 
+def rows_of_tables(out: str, cells: int) -> list[list[str]]:
+    lines = [line.split() for line in out.splitlines()]
+    return [line for line in lines if len(line) == cells and all(cell[0].isdigit() for cell in line)]
+
+
+HIGHEST_FIRST = [
+    ["7", "1", "4", "1.41"],
+    ["0", "2", "3", "1.06"],
+    ["0", "1", "2", "0.707"],
+    ["0", "0", "1", "0.354"],
+    ["7", "0", "0.5", "0.177"],
+]
+
+
 def test_the_tables_list_heads_from_either_end(profile):
-    out = printed(profile, console())
-    rows = [line.split() for line in out.splitlines() if len(line.split()) == 8 and line.split()[0].isdigit()]
-    assert [row[:4] for row in rows] == [
-        ["7", "1", "4", "1.41"],
-        ["0", "2", "3", "1.06"],
-        ["0", "1", "2", "0.707"],
-        ["0", "0", "1", "0.354"],
-        ["7", "0", "0.5", "0.177"],
-    ]
-    assert [row[4:] for row in rows] == [row[:4] for row in rows[::-1]]
+    rows = rows_of_tables(printed(profile, console(), listed=2), 8)
+    assert [row[:4] for row in rows] == HIGHEST_FIRST[:2]
+    assert [row[4:] for row in rows] == HIGHEST_FIRST[:-3:-1]
+
+
+@pytest.mark.parametrize("listed", [3, 10, None])
+def test_where_two_tables_would_hold_all_heads_one_does(profile, listed):
+    out = printed(profile, console(), listed=listed)
+    assert rows_of_tables(out, 4) == HIGHEST_FIRST
+    assert "5 heads, highest first" in out
+    assert "lowest" not in out
 
 
 def test_without_colour_the_heatmap_has_shades(profile):

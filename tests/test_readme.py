@@ -59,7 +59,7 @@ def test_command_line_blocks_run(newcomers_folder):
     (block,) = [b for b in shell_blocks() if b.startswith("fastheads")]
     done = subprocess.run(["bash", "-euc", block], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "10 highest heads" in done.stdout and "head_output_norm" in done.stdout
+    assert "12 heads, highest first" in done.stdout and "head_output_norm" in done.stdout
     assert (newcomers_folder / "my-heads.safetensors").exists()
 
 
