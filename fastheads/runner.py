@@ -425,7 +425,7 @@ class _Run:
             if self.feed is None:
                 self.feed = self._make_feed(None)
             first = True
-            while (batch := self.feed.next()) is not None:
+            while not self._settles() and (batch := self.feed.next()) is not None:
                 if first:
                     self._tell()
                     first = False
@@ -440,12 +440,9 @@ class _Run:
                     continue
                 self._tell()
                 self.job.check()
-                if self.feed.at_boundary and self._has_settled():
-                    break
                 self._heed()
-            while self.settings.until_stable is not None and not self._others_are_done():
-                if self._has_settled(done=True):
-                    break
+            while self.settings.until_stable is not None and not (self.settled or self._others_are_done()):
+                self._look(done=True)
         if self.device.type == "cuda":  # the last batches may still run
             torch.cuda.synchronize(self.device)
         self.seconds = before + time.monotonic() - start
@@ -459,22 +456,29 @@ class _Run:
         # One that has ended, and has not settled, knew that all had run their windows.
         self._all_done = any(ended for _, _, ended in told)
 
-    def _has_settled(self, *, done: bool = False) -> bool:
-        """Whether the ranking has settled, by the samples of all processes. All ask as often as the one with the most windows
-        does, and get one answer. `done`: this process has run all its windows.
+    def _settles(self) -> bool:
+        """Whether the ranking has settled, with a look for each window that is done."""
+        assert self.feed is not None
+        if self.settings.until_stable is not None:
+            while not self.settled and self.looks < self.feed.stretches:
+                self._look(done=False)
+        return self.settled
+
+    def _look(self, *, done: bool) -> None:
+        """Find out whether the ranking has settled, by the samples of all processes. All look as often as the one with the most
+        windows does, and find the same. `done`: this process has run all its windows.
         """
         rule = self.settings.until_stable
-        if rule is None:
-            return False
-        self.looks += 1
-        if self.looks <= self.known_looks:
-            self.settled = self.looks == self.settled_at
-            return self.settled
-        self.job.meet(self.looks)
-        self._all_done = all(self.job.told(done))
-        moments = {RANKING_METRIC: self.hooks.to_profile().moments[RANKING_METRIC]}
-        self.settled = judge(self.job.merged(moments)[RANKING_METRIC], rule).settled
-        return self.settled
+        assert rule is not None
+        number = self.looks + 1
+        if number <= self.known_looks:
+            settled = number == self.settled_at
+        else:
+            self.job.meet(number)
+            self._all_done = all(self.job.told(done))
+            moments = {RANKING_METRIC: self.hooks.to_profile().moments[RANKING_METRIC]}
+            settled = judge(self.job.merged(moments)[RANKING_METRIC], rule).settled
+        self.looks, self.settled = number, settled  # now, for what is broken off in between was no look
 
     def _others_are_done(self) -> bool:
         return self.job.place.shard[1] == 1 or (self._all_done and self.looks >= self.known_looks)
