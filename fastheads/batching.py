@@ -61,8 +61,8 @@ class Feed(Protocol):
     expected: int | None  # the same, by what was read so far
 
     @property
-    def at_boundary(self) -> bool:
-        """Whether the run stands between two windows: what is done is then a fair part of the data."""
+    def stretches(self) -> int:
+        """Windows, or token batches, that are done as a whole: what is done between two of them is a fair part of the data."""
 
     def next(self) -> Batch | None:
         """The next batch; None behind the last."""
@@ -112,7 +112,10 @@ class WindowFeed:
         self._embeddings = embeddings
         self._planned: deque[_Planned] = deque()
         self._made: deque[Future[Batch]] = deque()  # of the first batches in `_planned`
-        self._position: dict[str, Any] = {"window": None, "todo": None, "budget": budget, "tokens": 0}
+        self._position: dict[str, Any] = {
+            **{"window": None, "todo": None, "windows": 0},
+            **{"budget": budget, "tokens": 0},
+        }
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastheads-batches")
         self._finished = 0  # tokens in the windows that are done
         self._todo: list[list[int]] | None = None
@@ -141,6 +144,7 @@ class WindowFeed:
         self._position = {
             "window": first.window.resume if first.todo else first.window.after,
             "todo": list(first.todo) or None,
+            "windows": self._position["windows"] + (not first.todo),
             "budget": self._budget,
             "tokens": self._finished,
         }
@@ -164,8 +168,8 @@ class WindowFeed:
         return True
 
     @property
-    def at_boundary(self) -> bool:
-        return self._position["todo"] is None and self._position["window"] is not None
+    def stretches(self) -> int:
+        return int(self._position["windows"])
 
     def position(self) -> dict[str, Any]:
         # The budget of now, also where no batch is done since it was halved.
@@ -279,8 +283,8 @@ class GivenFeed:
         return True
 
     @property
-    def at_boundary(self) -> bool:
-        return not self._parts
+    def stretches(self) -> int:
+        return self._count - bool(self._parts)
 
     def position(self) -> dict[str, Any]:
         return {
@@ -346,13 +350,18 @@ def _limited(batches: Iterable[dict[str, Any]], max_tokens: int | None) -> Itera
 
 
 def _share_read(corpus: Corpus, window: Window) -> float | None:
-    """How much of the corpus lies before the end of the window, where the source's size tells."""
+    """How much of the shard has been read at the end of the window, where the source's size tells."""
     size, position = corpus.source.size, window.after["position"]
     path = getattr(corpus.source, "path", None)
     if not size or not isinstance(position, dict) or (path is not None and path.suffix in readers.OPENERS):
         return None
     read = position.get("byte", window.after["characters"] if "item" in position else None)
-    return None if not read else min(read / size, 1.0)
+    if not read:
+        return None
+    # Of this shard's windows as many are read as lie before that end, and not the same share of them as of all.
+    shards = corpus.shard[1]
+    whole = (window.index // shards + 1) * shards / (window.index + 1)
+    return min(read / size, 1.0) * whole
 
 
 def _checked_position(
@@ -368,7 +377,7 @@ def _checked_position(
         or not rows_sound
         or type(budget) is not int
         or budget < 1
-        or type(position.get("tokens")) is not int
+        or not all(type(position.get(key)) is int for key in ("tokens", "windows"))
     ):
         raise CheckpointError("the checkpoint has no position in a corpus")
     return window, todo, budget

@@ -26,7 +26,6 @@ class EarlyEnd:
 
     def __init__(self, model: nn.Module, *, allowed: bool = True) -> None:
         self.decoder = decoder_of(model)
-        self.decoder_call: Any = self.decoder
         self._allowed = allowed and not any(
             m._forward_pre_hooks or m._forward_hooks or hasattr(m, "_hf_hook") for m in model.modules()
         )
@@ -41,14 +40,14 @@ class EarlyEnd:
     def call(self, arguments: dict[str, Any]) -> None:
         """A forward of the decoder."""
         if not self._allowed:
-            self.decoder_call(**arguments)
+            self.decoder(**arguments)
         elif self._last is None:
             with self._order() as order:
-                self.decoder_call(**arguments)
+                self.decoder(**arguments)
             self._choose(order)
         else:
             with suppress(_EnoughError):
-                self.decoder_call(**arguments)
+                self.decoder(**arguments)
 
     def remove(self) -> None:
         if self._handle is not None:

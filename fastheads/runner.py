@@ -267,8 +267,8 @@ class _Run:
         self.stopping = Stopping(patient=job.place.tp > 1)
         self._takes_cache = _takes(ending.decoder, "use_cache")
         self._due = 0.0
-        if settings.compile:
-            ending.decoder_call = torch.compile(ending.decoder, dynamic=True)
+        # The mask must be an argument of what is compiled: elsewhere it would be taken to have one shape.
+        self._compiled = torch.compile(self._call, dynamic=True) if settings.compile else self._call
 
     # ------------------------------------------------------------------ position
 
@@ -425,7 +425,7 @@ class _Run:
             if self.feed is None:
                 self.feed = self._make_feed(None)
             first = True
-            while (batch := self.feed.next()) is not None:
+            while not self._settles() and (batch := self.feed.next()) is not None:
                 if first:
                     self._tell()
                     first = False
@@ -440,12 +440,9 @@ class _Run:
                     continue
                 self._tell()
                 self.job.check()
-                if self.feed.at_boundary and self._has_settled():
-                    break
                 self._heed()
-            while self.settings.until_stable is not None and not self._others_are_done():
-                if self._has_settled(done=True):
-                    break
+            while self.settings.until_stable is not None and not (self.settled or self._others_are_done()):
+                self._look(done=True)
         if self.device.type == "cuda":  # the last batches may still run
             torch.cuda.synchronize(self.device)
         self.seconds = before + time.monotonic() - start
@@ -459,22 +456,29 @@ class _Run:
         # One that has ended, and has not settled, knew that all had run their windows.
         self._all_done = any(ended for _, _, ended in told)
 
-    def _has_settled(self, *, done: bool = False) -> bool:
-        """Whether the ranking has settled, by the samples of all processes. All ask as often as the one with the most windows
-        does, and get one answer. `done`: this process has run all its windows.
+    def _settles(self) -> bool:
+        """Whether the ranking has settled, with a look for each window that is done."""
+        assert self.feed is not None
+        if self.settings.until_stable is not None:
+            while not self.settled and self.looks < self.feed.stretches:
+                self._look(done=False)
+        return self.settled
+
+    def _look(self, *, done: bool) -> None:
+        """Find out whether the ranking has settled, by the samples of all processes. All look as often as the one with the most
+        windows does, and find the same. `done`: this process has run all its windows.
         """
         rule = self.settings.until_stable
-        if rule is None:
-            return False
-        self.looks += 1
-        if self.looks <= self.known_looks:
-            self.settled = self.looks == self.settled_at
-            return self.settled
-        self.job.meet(self.looks)
-        self._all_done = all(self.job.told(done))
-        moments = {RANKING_METRIC: self.hooks.to_profile().moments[RANKING_METRIC]}
-        self.settled = judge(self.job.merged(moments)[RANKING_METRIC], rule).settled
-        return self.settled
+        assert rule is not None
+        number = self.looks + 1
+        if number <= self.known_looks:
+            settled = number == self.settled_at
+        else:
+            self.job.meet(number)
+            self._all_done = all(self.job.told(done))
+            moments = {RANKING_METRIC: self.hooks.to_profile().moments[RANKING_METRIC]}
+            settled = judge(self.job.merged(moments)[RANKING_METRIC], rule).settled
+        self.looks, self.settled = number, settled  # now, for what is broken off in between was no look
 
     def _others_are_done(self) -> bool:
         return self.job.place.shard[1] == 1 or (self._all_done and self.looks >= self.known_looks)
@@ -497,8 +501,14 @@ class _Run:
             real = None if batch.real is None else _to(batch.real, self.device) != 0
             if self._takes_cache:
                 arguments["use_cache"] = False
-            with self.hooks.token_mask(real) if real is not None else nullcontext():
-                self.overhead.run(lambda: self.ending.call(arguments), self.hooks)
+            if self.settings.compile:
+                if real is None and "attention_mask" not in arguments:
+                    # With and without a mask there would be two graphs.
+                    real = torch.ones_like(arguments["input_ids"], dtype=torch.bool)
+                self._compiled(real, arguments)
+            else:
+                with self.hooks.token_mask(real) if real is not None else nullcontext():
+                    self.overhead.run(lambda: self.ending.call(arguments), self.hooks)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -509,6 +519,10 @@ class _Run:
         else:
             return True
         return False
+
+    def _call(self, real: Tensor | None, arguments: dict[str, Any]) -> None:
+        with self.hooks.token_mask(real) if real is not None else nullcontext():
+            self.ending.decoder(**arguments)
 
     def _halve(self, batch: Batch) -> None:
         assert self.feed is not None

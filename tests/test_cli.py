@@ -541,3 +541,86 @@ def test_the_demonstration_model_knows_paris_and_is_profiled(here):
     notes = done.stderr.splitlines()
     assert notes[0] == "loading SmolLM2-135M-Instruct.Q4_1"  # and no bars of the libraries
     assert all("of 600 tokens" in note for note in notes[1:])
+
+
+def test_a_stopped_run_is_resumed_and_a_completed_one_leaves_no_checkpoint(run, here, model, monkeypatch):
+    arguments = ["profile", model, "--data", "text.txt", "--seq-len", "8", "--batch-tokens", "24"]
+    assert run(*arguments, "-o", "whole.safetensors")[0] == 0
+    load_model = loading.load_model
+    calls = 0
+
+    def load(*given, **options):
+        loaded = load_model(*given, **options)
+
+        def stop(*_):
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        loaded.model.layers[1].mlp.register_forward_pre_hook(stop)
+        return loaded
+
+    monkeypatch.setattr(loading, "load_model", load)
+    code, _, err = run(*arguments, "-o", "p.safetensors")
+    assert code == 128 + signal.SIGTERM
+    assert err.splitlines()[-1] == (
+        "fastheads: ended by SIGTERM: what 96 tokens gave is saved in p.safetensors; "
+        "--resume goes on from p.safetensors.checkpoint"
+    )
+    code, _, err = run(*arguments, "-o", "p.safetensors", "--resume", "--token-agg", "last")
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        'fastheads: cannot resume from p.safetensors.checkpoint: token agg is not what it was: "all" then and "last" now. '
+        "Without --resume the run starts afresh"
+    )
+    assert run(*arguments, "-o", "p.safetensors", "--resume")[0] == 0
+    found, whole = (HeadProfile.load(f"{name}.safetensors") for name in ("p", "whole"))
+    for metric in whole.metrics:
+        assert all(
+            torch.equal(a, b) for a, b in zip(found.moments[metric], whole.moments[metric], strict=True)
+        )
+    assert files(here) == {"text.txt", "p.safetensors", "whole.safetensors"}
+
+
+def test_parts_of_the_data(run, here, model):
+    (here / "d.jsonl").write_text("".join(f'{{"text": "The quick brown fox {n}"}}\n' for n in range(9_000)))
+    arguments = ["profile", model, "--data", "d.jsonl", "--max-tokens", "1000000", "--layers", "0"]
+    names = [f"{part}.safetensors" for part in (1, 2, 3)]
+    for part, name in enumerate(names, start=1):
+        code, _, err = run(*arguments, "--shard", f"{part}/3", "-o", name)
+        assert code == 0, err
+    parts = [HeadProfile.load(name) for name in names]
+    assert sum(part.metadata["data"]["sequences"] for part in parts) == 9_000
+    assert len({part.metadata["data"]["sequences"] for part in parts}) > 1
+    merged = HeadProfile.merge(parts)
+    assert int(merged.moments["head_output_norm"].count.max()) == 9_000
+    for wrong in ("0/3", "4/3", "1", "1/0", "x/y"):
+        code, _, err = run(*arguments, "--shard", wrong)
+        assert (code, err) == (
+            2,
+            f"fastheads: --shard {wrong!r}: expected I/N with I from 1 to N, as in 1/4\n",
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+def test_torchrun_shares_the_data_out(run, here, model):
+    arguments = ["profile", model, "--max-tokens", "30000", "--checkpoint-every", "0.05"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(  # noqa: PLW1510
+        [*command, "-m", "fastheads", *arguments, "-o", "two.safetensors"],
+        **{"capture_output": True, "text": True, "env": environment, "timeout": 120, "check": False},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("saved two.safetensors") == 1
+    assert done.stderr.count("loading") == 1
+    assert files(here) == {"text.txt", "two.safetensors"}
+    run(*arguments, "-o", "one.safetensors")
+    one, two = (HeadProfile.load(f"{name}.safetensors") for name in ("one", "two"))
+    assert two.metadata["data"]["processes"] == 2
+    assert two.metadata["data"]["tokens"] == 30_000
+    for metric in one.metrics:
+        for plane, value in one.moments[metric]._asdict().items():
+            torch.testing.assert_close(getattr(two.moments[metric], plane), value, rtol=1e-12, atol=0)
