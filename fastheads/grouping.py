@@ -37,9 +37,11 @@ class Profiled:
         self.width = self.site.num_heads * self.head_dim  # of its input
 
 
-# Forwards in one launch, at most; and of how many the inputs must fit, or it is not worth while.
+# Forwards in one launch, at most; of how many the inputs must fit into the budget, and how many must come between changes of the
+# weights, or it is not worth while.
 FORWARDS_IN_BACKLOG = 32
 MOST_OF_BACKLOG = 8
+FEWEST_IN_BACKLOG = 4
 
 # What the hook of a small input leaves behind: the site, its input, and the input's version (None for an inference tensor: it
 # has none, so that nothing shows whether it was changed).
@@ -93,6 +95,16 @@ class Repeat:
         self._device = x.device.index
         self._skip_first, self._launch, self._valid_while = skip_first, launch, valid_while
 
+    def is_like(self, kept: list[Kept]) -> bool:
+        """Whether these are of the same rows, types and dtypes, and the first one of the same shape."""
+        profiled, inputs, _ = zip(*kept, strict=True)
+        return (
+            profiled == self.profiled
+            and inputs[0].shape == self._shape
+            and set(map(type, inputs)) == self._types
+            and set(map(_DTYPE, inputs)) == self._dtypes
+        )
+
     def of_kept(self, kept: list[Kept], real: RealTokens) -> bool:
         """Measure `kept`; False, and nothing was done, where it is not certain to be the same launch, or an input was changed."""
         profiled, inputs, versions = zip(*kept, strict=True)
@@ -134,65 +146,87 @@ class Repeat:
         return True
 
 
-@dataclass(eq=False)
 class Backlog:
     """Inputs of forwards that ended, all of one form, which wait for one launch: where a forward is a decode step, the launch of
     its own would cost more of the host's time than all its hooks.
     """
 
-    forwards: list[list[Kept]] = field(default_factory=list)
-    size: int = 0  # bytes of these
-    # Those of the forward under way, which may yet fail, and their bytes.
-    candidate: list[Kept] | None = None
-    candidate_size: int = 0
-    # The last forward's, launched at once: none of the next's may lie where these lie, or the model reuses its memory.
-    probe: list[Kept] | None = None
-    is_safe: bool = False
+    def __init__(self) -> None:
+        self.forwards: list[list[Kept]] = []
+        self.size = 0  # bytes that these keep from being freed
+        self._candidate: list[Kept] | None = None  # those of the forward under way, which may yet fail
+        self._candidate_places: set[int] = set()
+        self._places: set[int] = set()  # where the inputs lie that wait
+        self._form_size = 0  # bytes of a forward of this form
+        # The inputs of a forward that was launched at once: where those of the next lie elsewhere, the model does not reuse their
+        # memory, and they may wait.
+        self._probe: list[Kept] | None = None
+        self._is_safe = False
+        self._pays = True
 
-    def offer(self, kept: list[Kept], size: int, budget: int) -> bool:
-        """Keep `kept` until the forward has ended; False, and nothing is kept, where it has to be measured now."""
-        if self.candidate is not None or MOST_OF_BACKLOG * size > budget:
+    def watch(self, kept: list[Kept], budget: int) -> None:
+        """`kept` was just launched, and those that are like it may wait if that is safe."""
+        self._is_safe, self._probe = False, None
+        self._form_size = sum(x.untyped_storage().nbytes() for _, x, _ in kept)
+        if self._pays and MOST_OF_BACKLOG * self._form_size <= budget:
+            self._probe = kept
+
+    def offer(self, kept: list[Kept]) -> bool:
+        """Keep inputs that are like those watched until the forward has ended; False where they have to be measured now."""
+        if self._candidate is not None:
             return False
-        if not self.is_safe:
-            probe, self.probe = self.probe, None
+        if not self._is_safe:
+            probe, self._probe = self._probe, None
             if probe is None or not _apart([*probe, *kept]):
                 return False
-            self.is_safe = True
-        self.candidate, self.candidate_size = kept, size
+            self._is_safe = True
+        self._candidate, self._candidate_places = kept, {x.data_ptr() for _, x, _ in kept}
         return True
+
+    def overwritten_by(self, kept: list[Kept]) -> bool:
+        """Whether one of these inputs lies where one lies that waits."""
+        return bool(self._places) and not self._places.isdisjoint([x.data_ptr() for _, x, _ in kept])
 
     def confirm(self) -> bool:
         """The forward ended: whether something of it waits now."""
-        if self.candidate is None:
+        if self._candidate is None:
             return False
-        self.forwards.append(self.candidate)
-        self.size += self.candidate_size
-        self.candidate = None
+        self.forwards.append(self._candidate)
+        self.size += self._form_size
+        self._places |= self._candidate_places
+        self._candidate = None
         return True
 
-    def watch(self, kept: list[Kept], budget: int) -> None:
-        """`kept` was just measured: the next forward's inputs, if they are like these, may wait if they lie elsewhere."""
-        # What a view keeps from being freed counts in full.
-        if (
-            not self.is_safe
-            and MOST_OF_BACKLOG * sum(x.untyped_storage().nbytes() for _, x, _ in kept) <= budget
-        ):
-            self.probe = kept
+    def withdraw(self) -> None:
+        """The forward failed."""
+        self._candidate = None
 
     def is_full(self, budget: int) -> bool:
         """Whether it is time for the launch. It copies what waits, so half the budget is for that."""
-        return len(self.forwards) >= FORWARDS_IN_BACKLOG or 2 * (self.size + self.candidate_size) > budget
+        return len(self.forwards) >= FORWARDS_IN_BACKLOG or 2 * (self.size + self._form_size) > budget
 
     def take(self) -> list[list[Kept]]:
         """What waited; nothing waits any more."""
         taken, self.forwards, self.size = self.forwards, [], 0
+        self._places.clear()
         return taken
 
+    def interrupted(self) -> None:
+        """A weight changed: where that happens every few forwards, as in training, waiting does not pay."""
+        if 0 < len(self.forwards) < FEWEST_IN_BACKLOG:
+            self._pays = False
+            self.forget_form()
+
+    def forget_form(self) -> None:
+        """Nothing waits any more until `watch`."""
+        self._is_safe, self._probe = False, None
+
     def clear(self) -> None:
-        """Forget all, and look anew at whether it is safe to wait."""
+        """Forget everything."""
         self.take()
-        self.candidate = self.probe = None
-        self.is_safe = False
+        self.withdraw()
+        self.forget_form()
+        self._pays = True
 
 
 @dataclass(eq=False)
@@ -223,7 +257,7 @@ class DeviceQueue:
 
     def open(self) -> None:
         """From now on inputs may be kept."""
-        self.room = self.budget
+        self.room = self.budget - self.backlog.size
 
     def close(self) -> None:
         """No input may be kept until `open`; those that are go."""
@@ -233,7 +267,7 @@ class DeviceQueue:
     def take(self) -> tuple[list[Kept], list[Scaled]]:
         """What was kept; nothing is kept any more."""
         taken = self.kept, self.scaled
-        self.kept, self.scaled, self.room = [], [], self.budget
+        self.kept, self.scaled, self.room = [], [], self.budget - self.backlog.size
         return taken
 
     def follow_stream(self) -> None:
@@ -248,6 +282,8 @@ class DeviceQueue:
         ):
             current.wait_stream(self.stream)
         self.stream, self.raw_stream = current, current.cuda_stream
+        self.repeat = None  # its scratch belongs to the other stream
+        self.backlog.forget_form()
 
     def off_stream(self) -> bool:
         """Whether the current stream is another than the one the forward began on."""
@@ -255,10 +291,11 @@ class DeviceQueue:
 
     @contextmanager
     def on_own_stream(self) -> Iterator[None]:
-        """A context whose launches are those of the forward's own stream; what follows on the current one waits for them."""
+        """A context whose launches are those of the forward's own stream, ordered with those on the current one."""
         if not self.off_stream() or self.stream is None:
             yield
             return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             yield
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
@@ -277,7 +314,8 @@ class DeviceQueue:
 
 def _apart(kept: list[Kept]) -> bool:
     """Whether all lie in memory of their own."""
-    return len({x.untyped_storage()._cdata for _, x, _ in kept}) == len(kept)
+    # By address: of one memory there may be several storages, as a replayed CUDA graph makes them for its outputs.
+    return len({x.untyped_storage().data_ptr() for _, x, _ in kept}) == len(kept)
 
 
 def check_unchanged(kept: list[Kept]) -> None:
@@ -286,7 +324,7 @@ def check_unchanged(kept: list[Kept]) -> None:
         return
     storages: set[int] = set()
     for profiled, x, version in kept:
-        storage = x.untyped_storage()._cdata
+        storage = x.untyped_storage().data_ptr()
         changed = version is not None and x._version != version
         if changed or (storage in storages and x.numel()):
             what = "modified in place" if changed else "overwritten"
@@ -333,7 +371,7 @@ def stacked(forwards: list[list[Kept]]) -> list[tuple[list[int], Sequence[Tensor
         kept = alike[0]
         kinds = {(type(x), x.shape, x.dtype, p.width, p.head_dim) for p, x, _ in kept}
         rows = [p.row for p, _, _ in kept]
-        if len(kinds) == 1 and len(set(rows)) == len(rows):
+        if len(alike) > 1 and len(kinds) == 1 and len(set(rows)) == len(rows):
             by_layer = [x for layer in zip(*alike, strict=True) for _, x, _ in layer]
             with contextlib.suppress(torch.OutOfMemoryError):  # one by one they need no copy
                 together = torch.stack(by_layer).unflatten(0, (len(rows), len(alike))).flatten(1, 2)

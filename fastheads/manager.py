@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from operator import itemgetter
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -43,7 +42,6 @@ from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.verify import Finding, SelfCheck
 
-_FIRST = itemgetter(0)
 _CALL_IMPL = nn.Module._call_impl.__code__
 
 # Launches of compiled code that are remembered: one for each group of layers of each graph.
@@ -165,6 +163,7 @@ class HookManager:
         self._started_in_graphs = (
             False  # a graph holds whole forwards: what one left behind, Python does not know
         )
+        self._lost = 0  # forwards that ended, and that an error kept from being measured
         self._paused = False
         self._capturing = False  # whether a CUDA graph is captured by hand in the forward under way
         self._warned = False
@@ -228,8 +227,10 @@ class HookManager:
         try:
             self._catch_up_all()
         finally:
+            self._drop()
+            self._repeats.clear()
             for queue in self._queues.values():
-                queue.close()
+                queue.repeat = None
                 queue.backlog.clear()
                 queue.moments.freeze()
 
@@ -287,6 +288,8 @@ class HookManager:
                 )
             return  # a copy of the model brought the hooks along
         if self._paused:
+            if not self._is_capturing():
+                self._catch_up_all()  # nobody looks at what this forward does to their memory
             self._drop()  # what Ctrl-C left of a forward must not go on in this one
             return
         if self._running is None or module is self.model or not self._still_running():
@@ -339,14 +342,14 @@ class HookManager:
         self._capturing = self._is_capturing()
         for queue in self._queues.values():
             queue.close()
-            queue.backlog.candidate = None
+            queue.backlog.withdraw()
             queue.recorded = False
             if queue.backlog.forwards and queue.off_stream() and not self._capturing:
                 self._catch_up(queue)
             queue.follow_stream()
         for channel in self._channels:
             channel.dispatcher.discard()
-            channel.dispatcher.refresh(before=self._catch_up_all)
+            channel.dispatcher.refresh(before=self._weights_changed)
         if self._capturing:
             for factor in self._factors():
                 factor.in_graph = factor.in_own_graph = True
@@ -440,7 +443,8 @@ class HookManager:
         kept, scaled = queue.take()
         if not kept:
             return
-        if queue.repeat is not None and not scaled and self._real is not None:
+        self._check_apart(queue, kept)
+        if queue.repeat is not None and not scaled and self._real is not None and not self._capturing:
             if not queue.off_stream() and queue.repeat.of_kept(kept, self._real):
                 self._ran |= queue.repeat.rows
                 queue.recorded = True
@@ -592,7 +596,7 @@ class HookManager:
         if self._running is None:
             self._started_in_graphs = True
             if not capturing:
-                dispatcher.refresh()
+                dispatcher.refresh(before=self._weights_changed_in_graph)
         key = (channel, state.data_ptr(), *rows)
         repeat = None if capturing or valid is not None or scale is not None else self._repeats.get(key)
         if repeat is not None and repeat.again(inputs, self.skip_first):
@@ -655,17 +659,17 @@ class HookManager:
             self._commit()
 
     def _commit(self) -> None:
-        """The forward counts."""
+        """The forward counts: on every device, before anything else is done that may fail."""
         for queue in self._queues.values():
-            if torch.compiler.is_compiling() or not queue.backlog.confirm():
-                queue.moments.commit()
-                continue
-            if queue.recorded:
-                queue.moments.commit()
-            else:
+            waits = not torch.compiler.is_compiling() and queue.backlog.confirm()
+            if waits and not queue.recorded:
                 queue.moments.leave()
-            if queue.backlog.is_full(queue.budget):
-                self._catch_up(queue)
+            else:
+                queue.moments.commit()
+        if not torch.compiler.is_compiling():
+            for queue in self._queues.values():
+                if queue.backlog.is_full(queue.budget):
+                    self._catch_up(queue)
 
     def _can_wait(self, queue: DeviceQueue) -> bool:
         """Whether what was kept may wait for the next forwards; it then does, and is measured by `_catch_up`.
@@ -673,16 +677,26 @@ class HookManager:
         So it is where a launch has just served a forward like this one: small, without padding, and all of it kept.
         """
         repeat, kept, real = queue.repeat, queue.kept, self._real
-        if repeat is None or queue.scaled or real is None or real.valid is not None:
-            return False
-        if tuple(map(_FIRST, kept)) != repeat.profiled:
+        if not kept or repeat is None or queue.scaled or real is None or real.valid is not None:
             return False
         if self._capturing or self._started_in_graphs or self._in_graphs or queue.off_stream():
             return False
-        if not queue.backlog.offer(kept, queue.budget - queue.room, queue.budget):
+        if not repeat.is_like(kept):
+            return False
+        self._check_apart(queue, kept)
+        if not queue.backlog.offer(kept):
             return False
         self._ran |= repeat.rows
         return True
+
+    def _check_apart(self, queue: DeviceQueue, kept: list[Kept]) -> None:
+        """Raises RuntimeError where an input lies in the memory of one that waits."""
+        if queue.backlog.overwritten_by(kept):
+            self._lost += len(queue.backlog.take())
+            raise RuntimeError(
+                "inputs of earlier forwards were overwritten before they were measured: the model reuses its memory. "
+                "HookManager(..., group_bytes=0) measures each input at once"
+            )
 
     def _catch_up(self, queue: DeviceQueue) -> None:
         """Measure what waits of forwards that ended: into the committed moments, and into the pending ones of a forward that may
@@ -695,6 +709,17 @@ class HookManager:
                 "forwards before this CUDA graph's are not measured yet: call get_results() before its capture"
             )
         forwards = queue.backlog.take()
+        try:
+            self._measure_forwards(queue, forwards)
+        except BaseException as error:
+            # They count, and are not in the results: nobody gets these.
+            self._lost += len(forwards)
+            queue.moments.distrust()
+            if isinstance(error, torch.OutOfMemoryError):  # else a caller would run the last batch again
+                raise RuntimeError(f"{len(forwards)} forwards could not be measured: {error}") from error
+            raise
+
+    def _measure_forwards(self, queue: DeviceQueue, forwards: list[list[Kept]]) -> None:
         every = [item for forward in forwards for item in forward]
         check_unchanged(every)
         for profiled, x, _ in every:
@@ -710,6 +735,19 @@ class HookManager:
     def _catch_up_all(self) -> None:
         for queue in self._queues.values():
             self._catch_up(queue)
+
+    def _weights_changed(self) -> None:
+        """Before the factors follow: what waits was made with the weights as they were."""
+        for queue in self._queues.values():
+            queue.backlog.interrupted()
+        self._catch_up_all()
+
+    def _weights_changed_in_graph(self) -> None:
+        """The same in compiled code, which has begun with the moments without them."""
+        if any(queue.backlog.forwards for queue in self._queues.values()):
+            raise RuntimeError(
+                "a weight changed between eager forwards and compiled ones: call get_results() or reset() after such a change"
+            )
 
     def abandon(self, module: nn.Module) -> None:
         """A call of the model, or of its decoder, is over; where `finish` was not called, it raised."""
@@ -727,7 +765,7 @@ class HookManager:
             channel.dispatcher.discard()
         for queue in self._queues.values():
             queue.close()
-            queue.backlog.candidate = None
+            queue.backlog.withdraw()
 
     def _queue_on(self, device: torch.device) -> DeviceQueue:
         if device not in self._queues:
@@ -776,6 +814,10 @@ class HookManager:
 
     def _check_fresh(self) -> None:
         self._catch_up_all()
+        if self._lost:
+            raise RuntimeError(
+                f"an error ended the measurement of {self._lost} forwards that had ended: reset() starts afresh"
+            )
         stale = list(dict.fromkeys(name for channel in self._channels for name in channel.dispatcher.stale()))
         if stale:
             raise StaleFactorError(
@@ -825,6 +867,7 @@ class HookManager:
             queue.backlog.clear()
             queue.moments.clear()
         self._missed.clear()
+        self._lost = 0
         for channel in self._channels:
             channel.dispatcher.rebuild()
             channel.dispatcher.used.clear()

@@ -165,6 +165,10 @@ class CommittedMoments:
         """End a forward that put nothing here."""
         self._begun = False
 
+    def distrust(self) -> None:
+        """What is pending may be more than what is committed, between forwards too."""
+        self._begun = True
+
     def clear(self) -> None:
         """Forget every sample, in place."""
         for moments in (*self.committed, *self.pending):

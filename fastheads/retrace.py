@@ -96,6 +96,9 @@ def _tapped_forward(self: nn.Module, input: Tensor) -> Tensor:
     return nn.Linear.forward(self, input)  # type: ignore[arg-type]
 
 
+_tapped_forward.__name__ = "forward"  # as which a bound one is pickled
+
+
 def _run_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
     # No taps: a wrapper that somebody put around the bound method may outlive them.
     for tap, _ in getattr(module, TAPS_ATTRIBUTE, ()):

@@ -147,8 +147,9 @@ def test_generate_with_a_static_cache_that_transformers_compiles():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("warm_ups", [1, 3])  # one is launched at once; after that they may wait
 @pytest.mark.parametrize("token_agg", ["last", "all", "token"])
-def test_each_replay_of_a_captured_graph_counts(token_agg):
+def test_each_replay_of_a_captured_graph_counts(token_agg, warm_ups):
     model = gpu_model()
     ids = tokens(3, 6).cuda()
     hooks = fastheads.HookManager(model, token_agg)
@@ -157,16 +158,20 @@ def test_each_replay_of_a_captured_graph_counts(token_agg):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            model(input_ids=ids, use_cache=False)
+            for _ in range(warm_ups):
+                model(input_ids=ids, use_cache=False)
         torch.cuda.current_stream().wait_stream(side)
-        hooks.reset()
         with torch.cuda.graph(graph):
             model(input_ids=ids, use_cache=False)
+        model(input_ids=tokens(2, 5).cuda(), use_cache=False)  # what was kept for the form before goes
         for i in range(3):
             ids.copy_(tokens(3, 6, seed=i))
             graph.replay()
         got = hooks.get_results()
         hooks.reset()
+        for _ in range(warm_ups):
+            model(input_ids=tokens(3, 6).cuda(), use_cache=False)
+        model(input_ids=tokens(2, 5).cuda(), use_cache=False)
         for i in range(3):
             model(input_ids=tokens(3, 6, seed=i).cuda(), use_cache=False)
         assert_same(got, hooks.get_results())

@@ -162,10 +162,10 @@ def test_forwards_that_ended_wait_for_one_launch(launches, token_agg, skip_first
     ):
         for i, shape in enumerate(shapes):
             model(input_ids=some(*shape, i), use_cache=False)
-        assert launches == [2]
+        assert launches == [2, 1]  # the first of each form
         results = hooks.get_results()
-    # The others' four and four, into the pending moments and into the committed ones.
-    assert launches == [2, 8, 4, 8, 4]
+    # The others' four and three, into the pending moments and into the committed ones.
+    assert launches == [2, 1, 8, 3, 8, 3]
     assert_results(results, sites, inputs, [None] * len(shapes), token_agg, RTOL, skip_first)
 
 
@@ -264,6 +264,11 @@ def test_an_input_that_changes_while_it_waits_is_an_error(launches):
         held[0].zero_()
         with pytest.raises(RuntimeError, match="modified in place"):
             hooks.get_results()
+        with pytest.raises(RuntimeError, match="3 forwards that had ended: reset"):
+            hooks.get_results()
+        hooks.reset()
+        model(input_ids=some(2, 6, 3), use_cache=False)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
 
 
 def test_detaching_measures_what_waits_and_a_reset_forgets_it(launches):
@@ -277,3 +282,42 @@ def test_detaching_measures_what_waits_and_a_reset_forgets_it(launches):
             model(input_ids=some(2, 6, i), use_cache=False)
     hooks.remove()
     assert (hooks.get_results()["head_output_norm"]["count"] == 6).all()
+
+
+def test_a_change_of_the_inputs_dtype_is_seen_and_weights_that_change_then_are_followed(launches):
+    model = model_on_device()
+    sites = fastheads.find_sites(model)
+    weights = []
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, "all", backend="triton") as hooks,
+        torch.no_grad(),
+    ):
+        for i in range(4):
+            model(input_ids=some(2, 6, i), use_cache=False)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            model(input_ids=some(2, 6, 4), use_cache=False)
+        mean = hooks.get_results()["head_residual_contribution_norm"]["mean"]
+        weights = [s.module.weight.clone() for s in sites]
+        sites[2].module.weight.mul_(3.0)
+        hooks.reset()
+        model(input_ids=some(2, 6, 5), use_cache=False)
+        after = hooks.get_results()
+    first = [layer[:5] for layer in inputs]
+    for row, layer in enumerate(first):
+        z = torch.cat([x.reshape(2, 6, 4, 16) for x in layer])
+        w = weights[row].double().reshape(64, 4, 16)
+        want = torch.einsum("bshd,ohd->bsho", z.cpu(), w.cpu()).norm(dim=-1).mean(dim=(0, 1))
+        torch.testing.assert_close(mean[row], want, rtol=2e-5, atol=0)
+    assert_results(after, sites, [layer[5:] for layer in inputs], [None], "all", RTOL)
+
+
+def test_nothing_waits_where_weights_change_in_each_step(launches):
+    model = model_on_device()
+    weight = fastheads.find_sites(model)[0].module.weight
+    with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
+        for i in range(8):
+            model(input_ids=some(2, 6, i), use_cache=False)
+            weight.mul_(1.01)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 16).all()
+    assert len(launches) <= 8 + 1  # one forward waited, and was measured twice
