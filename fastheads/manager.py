@@ -37,7 +37,7 @@ from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import CommittedMoments, Moments, RunningMoments
 from fastheads.residual import Update
 from fastheads.results import HeadProfile, warn_where_empty
-from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle, Tap, add_tap
+from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle, Tap, add_tap, takes_taps
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.verify import Finding, SelfCheck
@@ -194,7 +194,11 @@ class HookManager:
             tap, traced = self._tap(profiled), self._traced_tap(profiled)
             if self._ranks is not None:
                 tap, traced = (self._ranks.own_heads(profiled.row, t) for t in (tap, traced))
-            self._handles.append(add_tap(profiled.site.module, tap, traced))
+            module = profiled.site.module
+            if takes_taps(module):
+                self._handles.append(add_tap(module, tap, traced))
+            else:
+                self._handles.append(module.register_forward_pre_hook(self._pre_hook(tap, traced)))
             update = self._updates.normed.get(profiled.row)
             if update is not None:
                 # Before hooks of others, which may change the output.
@@ -361,6 +365,14 @@ class HookManager:
     def _is_capturing(self) -> bool:
         on_gpu = any([queue.is_cuda for queue in self._queues.values()])
         return on_gpu and torch.cuda.is_current_stream_capturing()
+
+    def _pre_hook(self, tap: Tap, traced: Tap) -> Tap:
+        """The same as a hook."""
+
+        def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            (traced if torch.compiler.is_compiling() else tap)(module, args)
+
+        return pre_hook
 
     def _tap(self, profiled: Profiled) -> Tap:
         """What is called with each input of the projection."""

@@ -59,17 +59,14 @@ class RetraceHandle:
         self._modules = []
 
 
+def takes_taps(module: nn.Module) -> bool:
+    """Whether a module that a RetraceHandle holds can have taps: the others need a pre-hook."""
+    return type(module).forward is _tapped_forward and "forward" not in module.__dict__
+
+
 def add_tap(module: nn.Module, tap: Tap, traced: Tap) -> Any:
-    """Call `tap`, or `traced` where Dynamo traces, before each forward of a module that a RetraceHandle holds, as a pre-hook: the
-    handle that ends it.
-    """
-    if type(module).forward is _tapped_forward and "forward" not in module.__dict__:
-        return _TapHandle(module, (tap, traced))
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        (traced if torch.compiler.is_compiling() else tap)(module, args)
-
-    return module.register_forward_pre_hook(hook)
+    """Call `tap`, or `traced` where Dynamo traces, before each forward of such a module, as a pre-hook: its handle."""
+    return _TapHandle(module, (tap, traced))
 
 
 def plain_function(forward: Any) -> Any:

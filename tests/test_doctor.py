@@ -54,7 +54,7 @@ def test_options(doctor, tmp_path):
     code, out, _ = doctor(save_checkpoint(tmp_path), "--backend", "loop", "--dtype", "bfloat16")
     assert code == 0 and " bfloat16 " in out and " loop " in out
     code, out, err = doctor(tmp_path, "--backend", "slow")
-    assert (code, out) == (1, "") and err[0].startswith("fastheads: unknown backend 'slow'")
+    assert (code, out) == (2, "") and err[0].startswith("fastheads: unknown backend 'slow'")
 
 
 @pytest.mark.filterwarnings("ignore")
