@@ -69,7 +69,7 @@ def profile(
     checkpoint_every: float = CHECKPOINT_EVERY,
     resume: bool = False,
     until_stable: StableRule | bool = False,
-    shard: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] | None = None,
     job: Job | None = None,
     name: str | None = None,
 ) -> HeadProfile:
@@ -93,7 +93,9 @@ def profile(
             - a tensor of token ids `[rows, tokens]`, a mapping with `input_ids` and perhaps `attention_mask`
               (all of it goes to the model), or an iterable of these: token batches, run as they are.
             - None: the English text that every CPython carries (`pydoc_data.topics`).
-            - what `fastheads.data.open_source` returns, or a `fastheads.corpus.Corpus`.
+            - what `fastheads.data.open_source` returns.
+            - a `fastheads.corpus.Corpus`, which brings its tokenizer, cut, seq_len and max_tokens. One without a shard is shared
+              out as `shard` and `job` say; else its shard must be the one that this process has by them.
         tokenizer: needed for texts where `model` is a module.
         token_agg: what one sample is: "last", the value at a sequence's last real token; "all", the mean
             over its real tokens; "token", each real token.
@@ -127,7 +129,8 @@ def profile(
             default one (`fastheads.stable`, which says what it takes for granted). It is asked after each window of texts and
             after each token batch; of several processes, when each has done one more window.
         shard: (i, n): of the windows that texts are cut into (`Corpus`), run every n-th from the i-th on. n runs with another i
-            each do all, and `HeadProfile.merge` puts them together.
+            each do all, and `HeadProfile.merge` puts them together. None: all windows; of a `Corpus` that has a shard, where one
+            process runs alone, that one.
         job: the processes that share the data out between them, each with this call. The profile of all is returned on all.
             Token batches are not shared out: every process is given its own.
         name: what the profile calls the model. None: the name that `model` is or has.
@@ -149,7 +152,20 @@ def profile(
         check_token_agg(token_agg)
     job = Job(place=Place()) if job is None else job  # alone, whatever else runs beside this process
     job.check_entered()
+    if isinstance(data, Corpus):
+        given = {
+            "tokenizer": tokenizer,
+            "seq_len": seq_len,
+            "cut": cut,
+            "max_tokens": max_tokens,
+            "field": field,
+        }
+        _check_left_out(given)
+        shard, data = _shared_out(data, shard, job.place)
     source = data if isinstance(data, Corpus) else _as_source(data, field)
+    if shard is not None and not isinstance(source, Corpus | Source):
+        raise OptionError("shard= is for texts: of token batches, give each run its own")
+    shard = (0, 1) if shard is None else shard
     is_text = isinstance(source, Source)
 
     if isinstance(model, nn.Module):
@@ -174,16 +190,18 @@ def profile(
         )
     corpus: Corpus | Iterable[dict[str, Any]]
     if isinstance(source, Source):
-        part, parts = job.place.shard
         corpus = Corpus(
             source,
             tokenizer,
             cut=cut,
             seq_len=_fitting_seq_len(module, seq_len),
             max_tokens=max_tokens,
-            shard=(shard[0] + shard[1] * part, shard[1] * parts),
+            shard=_part_of(shard, job.place),
         )
     else:
+        if isinstance(source, Corpus):
+            _fitting_seq_len(module, source.seq_len)
+            max_tokens = source.max_tokens
         corpus = source
 
     ending = EarlyEnd(module, allowed=not compile)
@@ -231,7 +249,7 @@ class _Settings:
     compile: bool
     every: float
     until_stable: StableRule | None
-    shard: tuple[int, int]
+    shard: tuple[int, int]  # of all processes together
     options: dict[str, Any]  # of the HookManager
     name: str | None
 
@@ -575,7 +593,7 @@ class _Run:
         if self.settings.name is not None:
             found.metadata["model"] = self.settings.name
         if isinstance(self.corpus, Corpus):
-            about = self.corpus.identity | {"shard": list(self.settings.shard)}
+            about = dict(self.corpus.identity)
             if self.settings.batch_size is not None:
                 about["batch_size"] = self.settings.batch_size
         else:
@@ -610,6 +628,8 @@ class _Run:
                 "padding": round(1 - total["tokens"] / area, 6) if area else 0.0,
                 "processes": self.job.place.world,
             }
+            if "shard" in data[0]:
+                found.metadata["data"]["shard"] = list(self.settings.shard)
             names = dict.fromkeys(name for part in used for name in part.split("+"))
             found.metadata["backend"] = "+".join(names)
         if not found.metadata["data"]["tokens"]:
@@ -618,7 +638,7 @@ class _Run:
 
 
 def check_options(
-    batch_size: int | None, batch_tokens: int | None, checkpoint_every: float, shard: tuple[int, int]
+    batch_size: int | None, batch_tokens: int | None, checkpoint_every: float, shard: tuple[int, int] | None
 ) -> None:
     """Raise ValueError for options of `profile()` that are out of range."""
     if batch_size is not None and batch_size < 1:
@@ -627,8 +647,38 @@ def check_options(
         raise OptionError(f"batch_tokens must be at least 1 token, not {batch_tokens}")
     if not checkpoint_every > 0:
         raise OptionError(f"checkpoint_every must be more than 0 seconds, not {checkpoint_every}")
-    if not 0 <= shard[0] < shard[1]:
+    if shard is not None and not 0 <= shard[0] < shard[1]:
         raise OptionError(f"shard must be (i, n) with i from 0 to n - 1, not {tuple(shard)}")
+
+
+def _check_left_out(given: dict[str, Any]) -> None:
+    """Raise OptionError for options that a Corpus has already and that would do nothing."""
+    for option, value in given.items():
+        if value is not None:
+            raise OptionError(f"{option} belongs to the Corpus: give it to Corpus(...) instead of profile()")
+
+
+def _part_of(shard: tuple[int, int], place: Place) -> tuple[int, int]:
+    """The shard of this process, where all processes together have `shard`."""
+    part, parts = place.shard
+    return shard[0] + shard[1] * part, shard[1] * parts
+
+
+def _shared_out(
+    corpus: Corpus, shard: tuple[int, int] | None, place: Place
+) -> tuple[tuple[int, int], Corpus]:
+    """The shard of all processes together, and the corpus with the windows of this one; OptionError where it has others."""
+    if shard is None:
+        shard = corpus.shard if place.shard[1] == 1 else (0, 1)
+    expected = _part_of(shard, place)
+    if corpus.shard == expected:
+        return shard, corpus
+    if corpus.shard == (0, 1):
+        return shard, corpus.with_shard(expected)
+    which = f"shard={shard}" + (f" and part {place.shard} of the job" if place.shard[1] > 1 else "")
+    raise OptionError(
+        f"the Corpus has shard {corpus.shard}, and {which} make {expected}: give Corpus(...) that shard, or none"
+    )
 
 
 def _digest_of_config(model: nn.Module) -> str:

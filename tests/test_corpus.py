@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from fastheads import corpus as corpora
 from fastheads import data, encoding, readers
 from fastheads.corpus import Corpus, Window, plan
-from fastheads.errors import DataError, MissingExtraError
+from fastheads.errors import DataError, MissingExtraError, OptionError
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -582,7 +582,7 @@ def test_empty_data_are_an_error_on_every_rank_and_an_idle_rank_is_none():
     ],
 )
 def test_options_out_of_range_are_refused(options, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(OptionError, match=says):
         corpus(TEXTS, **options)
 
 
