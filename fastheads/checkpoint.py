@@ -87,7 +87,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is not a checkpoint: it has no configuration")
         for key in dict.fromkeys((*now, *then)):
             if then.get(key) != now.get(key):
-                told = f": {_shown(then.get(key))} then and {_shown(now.get(key))} now"
+                told = f": {shown(then.get(key))} then and {shown(now.get(key))} now"
                 raise CheckpointError(
                     f"cannot resume from {self.path}: {key.replace('_', ' ')} is not what it was{told}. "
                     "Without --resume the run starts afresh"
@@ -108,7 +108,8 @@ def _parsed(text: str | None) -> dict[str, Any]:
     return document
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a configuration, in a message."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastheads import data as sources
 from fastheads import loading
 from fastheads.batching import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
-from fastheads.checkpoint import Checkpoint
+from fastheads.checkpoint import Checkpoint, shown
 from fastheads.corpus import Corpus
 from fastheads.data import Cut, Source
 from fastheads.distributed import Job, Place
@@ -35,6 +35,12 @@ from fastheads.stopping import Stopped, Stopping
 
 SEQ_LEN = 512
 CHECKPOINT_EVERY = 30.0  # seconds
+OWN = (
+    "process",
+    "data shard",
+    "data modified_ns",
+    "data source",
+)  # what processes of one job may have each for itself
 
 # Called with the real tokens done and, where it is known, their number in all.
 Progress = Callable[[int, int | None], None]
@@ -142,6 +148,7 @@ def profile(
         ValueError: an option is out of range or unknown.
         CheckpointError: `resume`, and the checkpoint is damaged or was made with another model, other data or other options; the
             message says which.
+        OptionError: the processes of the job were given different models, data or options.
         RankLostError: another process of the job died or failed. The checkpoint is kept.
         ProfileInterrupted: Ctrl-C, or SIGTERM where there are checkpoints; its `profile` is what was measured in the batches
             that were finished.
@@ -227,6 +234,7 @@ def profile(
         file = None if checkpoint is None else Checkpoint(checkpoint, job.place.rank, job.place.world)
         run = _Run(module, hooks, corpus, settings, job=job, checkpoint=file, ending=ending, report=report)
         try:
+            run.check_together()
             if file is not None:
                 run.prepare(resume)
             measured = run.whole()
@@ -287,6 +295,22 @@ class _Run:
         self._due = 0.0
         # The mask must be an argument of what is compiled: elsewhere it would be taken to have one shape.
         self._compiled = torch.compile(self._call, dynamic=True) if settings.compile else self._call
+
+    def check_together(self) -> None:
+        """Raise OptionError, on all processes alike, unless they have the same model, data and options: their moments are added."""
+        if self.job.place.shard[1] == 1:
+            return
+        # Copies of one file differ in their times, and each process has its own shard and device.
+        own = {key: value for key, value in self.configuration().items() if key not in OWN}
+        own |= {"shard": list(self.settings.shard), "checkpoints": self.checkpoint is not None}
+        told = self.job.told(own)
+        for part, other in enumerate(told):
+            different = next((key for key in (*told[0], *other) if told[0].get(key) != other.get(key)), None)
+            if different is not None:
+                said = f"{shown(told[0].get(different))} and {shown(other.get(different))}"
+                raise OptionError(
+                    f"ranks 0 and {part * self.job.place.tp} were given different things: {different.replace('_', ' ')} is {said}"
+                )
 
     # ------------------------------------------------------------------ position
 

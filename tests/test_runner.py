@@ -506,6 +506,48 @@ def test_a_corpus_is_shared_out_between_the_processes_of_a_job(model, tokenizer)
             count(other, **more)
 
 
+def test_processes_with_other_models_data_or_options_are_refused(model, tokenizer, tmp_path):
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight.mul_(2)
+    texts = some_texts(20)
+    told = []
+
+    class First(OneOf):
+        def told(self, document):
+            told.append(document)
+            raise StopIteration
+
+    class Second(OneOf):
+        def told(self, document):
+            return [told[-1], document]
+
+    def both(what, *, module=model, data=texts, **options):
+        for job, model_of, data_of, more in (
+            (First(place=Place(0, 2)), model, texts, {}),
+            (Second(place=Place(1, 2)), module, data, options),
+        ):
+            corpus = data_of if isinstance(data_of, Corpus) else corpus_of(data_of, tokenizer)
+            given = {"batch_tokens": 200, "job": job} | more
+            if isinstance(job, First):
+                with pytest.raises(StopIteration):
+                    profile(model_of, corpus, **given)
+            else:
+                with pytest.raises(
+                    OptionError, match=f"ranks 0 and 1 were given different things: {what} is"
+                ):
+                    profile(model_of, corpus, **given)
+
+    both("model weights", module=changed)
+    both("data sha256", data=[*texts[:-1], "other"])
+    both("data seq len", data=corpus_of(texts, tokenizer, seq_len=47))
+    both("token agg", token_agg="last")
+    both("batch tokens", batch_tokens=100)
+    both("shard", shard=(1, 2))
+    both("checkpoints", checkpoint=tmp_path / "c")
+    both("until stable", until_stable=True)
+
+
 @pytest.mark.parametrize(
     "given", [{"seq_len": 8}, {"cut": "stream"}, {"max_tokens": 9}, {"field": "text"}, {"tokenizer": len}]
 )
