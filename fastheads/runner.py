@@ -297,7 +297,7 @@ class _Run:
         self._compiled = torch.compile(self._call, dynamic=True) if settings.compile else self._call
 
     def check_together(self) -> None:
-        """Raise OptionError, on all processes alike, unless they have the same model, data and options: their moments are added."""
+        """Raise OptionError, on all processes alike, unless they have the same model, data and options."""
         if self.job.place.shard[1] == 1:
             return
         # Copies of one file differ in their times, and each process has its own shard and device.

@@ -151,6 +151,25 @@ def test_what_is_in_memory_resumes_anywhere(tmp_path, source, cut):
     assert_resumes(found, windows)
 
 
+@pytest.mark.parametrize("chain", ["shuffled", "shuffled_and_mapped", "interleaved", "mapped"])
+def test_a_stream_resumes_without_a_loss_whatever_it_went_through(chain):
+    """`datasets` does not keep what is in a shuffle buffer with a position."""
+    stream = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=3)
+    shuffled = stream.shuffle(seed=1, buffer_size=5)
+    made = {
+        "shuffled": lambda: shuffled,
+        "shuffled_and_mapped": lambda: shuffled.map(lambda row: row).filter(
+            lambda row: len(row["text"]) != 11
+        ),
+        "interleaved": lambda: datasets.interleave_datasets([stream, shuffled], seed=2),
+        "mapped": lambda: stream.map(lambda rows: rows, batched=True, batch_size=7),
+    }
+    found = corpus(made[chain]())
+    windows = list(found.windows())
+    assert len(windows) > 3
+    assert_resumes(found, windows)
+
+
 def test_a_text_file_is_one_stream_and_resumes_anywhere(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "PIECE_BYTES", 64)
     tokenizer = special_tokenizer()
