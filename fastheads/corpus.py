@@ -155,6 +155,7 @@ class Corpus:
             "tokenizer": fingerprint(tokenizer, chat),
             "shard": list(shard),
             "window_characters": self.window_characters,
+            **dict(source.version),
         }
         # The same for all shards, and for all names of the same content.
         named = {key: value for key, value in self.identity.items() if key not in ("source", "shard")}

@@ -64,6 +64,9 @@ class Table:
 
     def __init__(self, name: str, rows: Any, field: str, chat: Chat) -> None:
         self.name, self.field, self.chat = name, field, chat
+        # A `Dataset` has a hash of where its rows come from and of what was done to them; a stream has none.
+        mark = getattr(rows, "_fingerprint", None)
+        self.version = () if mark is None else (("dataset", str(mark)),)
         rows = rows.with_format(None).select_columns([field])
         # Pictures and the like are not decoded: what is no text is refused as it is.
         # Of a stream whose columns have no known types nothing is decoded in any case.

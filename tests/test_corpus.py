@@ -336,6 +336,33 @@ def test_an_extension_type_is_not_unpickled(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_other_data_are_told_where_no_hash_of_all_of_it_does(write, monkeypatch):
+    """Though they begin alike, the positions of one are refused by the other."""
+    monkeypatch.setattr(data, "HASHED_BYTES", 10)
+    monkeypatch.setattr("fastheads.corpus.HEAD_CHARACTERS", 20)
+    other = [*TEXTS[:-1], TEXTS[-1][::-1] + "!"]
+    for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet"):
+        found = corpus(write(name))
+        assert found.identity["sha256"] is None
+        resume = next(iter(found.windows())).after
+        assert list(corpus(data.open_source(found.source.name)).windows(resume))
+        path = write(name, other)
+        os.utime(path, ns=(1, 1))
+        changed = corpus(path)
+        assert changed.identity["head_sha256"] == found.identity["head_sha256"]
+        assert changed.identity["modified_ns"] == 1
+        with pytest.raises(DataError, match="another corpus"):
+            changed.windows(resume)
+    found, same, changed = (
+        corpus(datasets.Dataset.from_dict({"text": texts})) for texts in (TEXTS, TEXTS, other)
+    )
+    resume = next(iter(found.windows())).after
+    assert list(same.windows(resume))
+    assert changed.identity["head_sha256"] == found.identity["head_sha256"]
+    with pytest.raises(DataError, match="another corpus"):
+        changed.windows(resume)
+
+
 def test_names_with_the_signs_of_patterns_are_names(write, tmp_path):
     (tmp_path / "a1.parquet").write_bytes(b"another file")
     assert list(data.open_source(write("a[1]*?.parquet", ["one"])).items()) == ["one"]
