@@ -6,6 +6,7 @@ configuration. It may come from anywhere, so all of it is checked; a run goes on
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str], rank: int = 0, world: int = 1) -> None:
         """`path`: the file; of several processes, each adds its number."""
         path = Path(path)
+        self._shared, self._world = path, world
         self.path = path if world == 1 else path.with_name(f"{path.name}-{rank + 1}-of-{world}")
         self._warned = False
 
@@ -54,10 +56,16 @@ class Checkpoint:
         """The tensors and the document of the file; None where there is no file.
 
         Raises:
-            CheckpointError: if it is no checkpoint, or a damaged one.
+            CheckpointError: if it is no checkpoint, or a damaged one, or there are only those of another number of processes.
             OSError: if it cannot be read.
         """
         if not self.path.exists():
+            others = self._of_other_numbers()
+            if others:
+                raise CheckpointError(
+                    f"cannot resume: {self.path} is not there, and {', '.join(others)} of another number of processes "
+                    f"{'is' if len(others) == 1 else 'are'}. Start as many processes, or go without --resume to start afresh"
+                )
             return None
         if self.path.stat().st_size > LARGEST:
             raise CheckpointError(f"{self.path} is not a checkpoint: it is too large for one")
@@ -69,6 +77,17 @@ class Checkpoint:
             line = " ".join(str(error).split())
             raise CheckpointError(f"{self.path} is not a checkpoint: {line}") from error
         return tensors, document
+
+    def _of_other_numbers(self) -> list[str]:
+        """Checkpoints of the same run by other numbers of processes, three of them at most."""
+        name = self._shared.name
+        pattern = re.compile(re.escape(name) + r"(-\d+-of-(\d+))?")
+        folder = self._shared.parent
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        found = [(other, pattern.fullmatch(other)) for other in names]
+        return [other for other, match in found if match is not None and int(match[2] or 1) != self._world][
+            :3
+        ]
 
     def remove(self) -> None:
         """Delete the file, and what a process that was killed while it wrote left beside it."""

@@ -141,6 +141,26 @@ def test_where_nothing_is_to_be_resumed_the_run_starts(model, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_run_by_another_number_of_processes_does_not_start_afresh_unasked(model, tmp_path):
+    def checkpoint(rank, world):
+        return Checkpoint(tmp_path / "c[1]", rank, world)
+
+    checkpoint(1, 3).save({}, {})
+    assert checkpoint(0, 3).load() is None  # was ended before it wrote one
+    for rank, world in ((0, 1), (1, 2)):
+        with pytest.raises(CheckpointError, match=r"c\[1\]-2-of-3 of another number of processes is\. Start"):
+            checkpoint(rank, world).load()
+    checkpoint(0, 1).save({}, {})
+    with pytest.raises(CheckpointError, match=r"c\[1\], c\[1\]-2-of-3 of another number of processes are"):
+        checkpoint(0, 2).load()
+    assert checkpoint(0, 1).load() is not None
+    data = torch.ones(2, 4, dtype=torch.long)
+    (tmp_path / "c[1]").unlink()
+    with pytest.raises(CheckpointError, match="Start as many processes"):
+        profile(model, data, checkpoint=tmp_path / "c[1]", resume=True)
+    assert profile(model, data, checkpoint=tmp_path / "c[1]").metadata["data"]["tokens"] == 8
+
+
 def test_without_resume_an_old_checkpoint_is_no_matter(model, tokenizer, tmp_path):
     texts = some_texts(20)
     options = {"batch_tokens": 200}
