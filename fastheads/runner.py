@@ -159,6 +159,7 @@ def profile(
         check_token_agg(token_agg)
     job = Job(place=Place()) if job is None else job  # alone, whatever else runs beside this process
     job.check_entered()
+    job.begin()
     if isinstance(data, Corpus):
         given = {
             "tokenizer": tokenizer,
