@@ -235,7 +235,7 @@ class WindowFeed:
 
 
 class GivenFeed:
-    """Token batches that the caller made. A position counts them; what was in them is told by a digest of their ids."""
+    """Token batches that the caller made. A position counts them; what was in them is told by a digest of their tensors."""
 
     def __init__(
         self,
@@ -300,8 +300,14 @@ class GivenFeed:
     def _count_in(self, batch: dict[str, Any]) -> None:
         self._count += 1
         if self._digest is not None:
-            ids = batch["input_ids"].cpu().to(torch.int64).contiguous()
-            self._digest.update(str(list(ids.shape)).encode() + ids.numpy().tobytes())
+            for key in sorted(batch):
+                value = batch[key]
+                if isinstance(value, Tensor):
+                    plain = value.detach().cpu().contiguous()
+                    self._digest.update(f"{key} {plain.dtype} {list(plain.shape)} ".encode())
+                    self._digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+                elif value is None or isinstance(value, bool | int | float | str):
+                    self._digest.update(f"{key} {value!r} ".encode())
 
     def _split(self, batch: dict[str, Any], first: int = 0) -> list[dict[str, Any]]:
         rows = batch["input_ids"].shape[0]

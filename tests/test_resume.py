@@ -107,6 +107,29 @@ def test_token_batches_go_on_too(model, tmp_path):
         profile(model, batches[:1], checkpoint=path, resume=True)
 
 
+def test_token_batches_are_told_by_all_that_is_in_them(model, tmp_path):
+    path = tmp_path / "c"
+
+    def batches(positions=0, mask=1, dtype=torch.long):
+        ids = torch.ones(2, 4, dtype=torch.long)
+        masks = torch.ones_like(ids)
+        masks[0, 0] = mask
+        given = {"position_ids": torch.arange(4).expand(2, 4) + positions, "attention_mask": masks}
+        return [{"input_ids": ids.to(dtype), **given}] * 3
+
+    def resume(data):
+        profile(model, data, checkpoint=path, resume=True)
+
+    stopped(model, batches(), path, 1)
+    for other in (batches(positions=1), batches(mask=0), batches(dtype=torch.int32)):
+        with pytest.raises(CheckpointError, match="the token batches are not those of the checkpoint$"):
+            resume(other)
+    without = [{k: v for k, v in batch.items() if k != "position_ids"} for batch in batches()]
+    with pytest.raises(CheckpointError, match="the token batches are not those of the checkpoint$"):
+        resume(without)
+    resume(batches())
+
+
 def want_batches(model, corpus, **options) -> int:
     """The number of batches of a run."""
     calls = []
