@@ -17,9 +17,10 @@ from checkpoints import ascii_tokenizer, save_checkpoint, tiny_llama
 from whole_profiles import assert_same, some_texts
 
 from fastheads import HeadProfile
+from fastheads.batching import GivenFeed, WindowFeed
 from fastheads.checkpoint import Checkpoint
 from fastheads.corpus import Corpus
-from fastheads.data import held_texts
+from fastheads.data import as_batch, held_texts
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
 from fastheads.runner import profile
 from fastheads.stable import StableRule
@@ -127,6 +128,19 @@ def test_token_batches_are_told_by_all_that_is_in_them(model, tmp_path):
     without = [{k: v for k, v in batch.items() if k != "position_ids"} for batch in batches()]
     with pytest.raises(CheckpointError, match="the token batches are not those of the checkpoint$"):
         resume(without)
+    good = path.read_bytes()
+    for keys, value in (
+        (["spans"], None),
+        (["spans"], [1]),
+        (["row"], 1),
+        (["rows"], -1),
+        (["batches"], -1),
+    ):
+        path.write_bytes(good)
+        path.write_bytes(edited(path, lambda document, k=keys, v=value: set_in(document["position"], k, v)))
+        with pytest.raises(CheckpointError, match="no position in token batches"):
+            resume(batches())
+    path.write_bytes(good)
     resume(batches())
 
 
@@ -320,6 +334,46 @@ def test_a_run_that_halved_its_batches_goes_on_with_them(model, tokenizer, tmp_p
         found = profile(model, corpus_of(texts, tokenizer), checkpoint=path, **options)
     assert_same(found, want)
     assert int(want.moments["head_output_norm"].count.max()) == sum(map(len, texts))
+
+
+@pytest.mark.parametrize("kind", ["windows", "given"])
+def test_wherever_a_run_stops_it_goes_on_with_the_batches_that_were_left(tokenizer, kind):
+    """Also between two halvings; the memory gets less on the way."""
+    texts = [(text * 40)[: 20 + 4 * (n % 5)] for n, text in enumerate(some_texts(90))]
+    given = [torch.full((rows, 3), rows) for rows in (20, 7, 1, 13)]
+
+    def feed(position):
+        if kind == "given":
+            return GivenFeed(map(as_batch, given), max_tokens=None, digested=True, position=position)
+        return WindowFeed(
+            corpus_of(texts, tokenizer),
+            **{"budget": 400, "max_rows": None, "pad_token_id": 0, "with_mask": False},
+            **{"pinned": False, "embeddings": None, "position": position},
+        )
+
+    def batches(feed, tokens, positions=None):
+        shapes = []
+        try:
+            while True:
+                if positions is not None:
+                    positions.append((json.loads(json.dumps(feed.position())), tokens, len(shapes)))
+                batch = feed.next()
+                if batch is None:
+                    return shapes
+                most = (100 if tokens < 1000 else 60) if kind == "windows" else (15 if tokens < 15 else 6)
+                if batch.area > most:
+                    assert feed.halve()
+                    continue
+                feed.done()
+                tokens += batch.tokens
+                shapes.append(batch.arguments["input_ids"].tolist())
+        finally:
+            feed.close()
+
+    positions = []
+    want = batches(feed(None), 0, positions)
+    for position, tokens, done in positions:
+        assert batches(feed(position), tokens) == want[done:]
 
 
 def test_a_second_ctrl_c_breaks_into_a_forward(model, tokenizer, tmp_path, monkeypatch):
