@@ -13,10 +13,12 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from fastheads.errors import CheckpointError
 from fastheads.files import write_atomic
+from fastheads.moments import PLANES, RunningMoments
 
 FILE_KEY = "fastheads_checkpoint"
 FORMAT_VERSION = 1
@@ -111,6 +113,33 @@ class Checkpoint:
                     f"cannot resume from {self.path}: {key.replace('_', ' ')} is not what it was{told}. "
                     "Without --resume the run starts afresh"
                 )
+
+
+def check_state(path: Path, buffers: list[Tensor], notes: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the moments and their notes are some that a run can have written
+    (`HookManager.state`): a profile would have their faults.
+    """
+    used, missed = notes.get("used"), notes.get("missed")
+    names = used if isinstance(used, list) and all(isinstance(some, list) for some in used) else [[None]]
+    if not (
+        all(isinstance(name, str) for some in names for name in some)
+        and isinstance(missed, list)
+        and all(type(row) is int and row >= 0 for row in missed)
+    ):
+        raise CheckpointError(f"{path} is not a checkpoint: its notes are not those of moments")
+    for buffer in buffers:
+        if buffer.dtype != torch.float64 or buffer.dim() != 5 or buffer.shape[1] != PLANES:
+            raise CheckpointError(f"{path} is not a checkpoint: its moments have another shape or type")
+        for channel in buffer:
+            m = RunningMoments.over(channel.contiguous()).views()
+            some = m.count > 0
+            values = torch.stack([m.mean, m.m2, m.min, m.max])
+            if not (
+                bool((m.count >= 0).all() and (m.nonfinite >= 0).all() and (m.m2 >= 0).all())
+                and not bool(values.isnan().any())
+                and bool((values.isfinite().all(dim=0) & (m.min <= m.max) | ~some).all())
+            ):
+                raise CheckpointError(f"{path} is not a checkpoint: its moments contradict each other")
 
 
 def _parsed(text: str | None) -> dict[str, Any]:

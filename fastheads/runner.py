@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastheads import data as sources
 from fastheads import loading
 from fastheads.batching import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
-from fastheads.checkpoint import Checkpoint, shown
+from fastheads.checkpoint import Checkpoint, check_state, shown
 from fastheads.corpus import Corpus
 from fastheads.data import Cut, Source
 from fastheads.distributed import Job, Place
@@ -343,8 +343,10 @@ class _Run:
         names = [f"moments/{n}" for n in range(len(tensors))]
         if set(names) != set(tensors):
             raise CheckpointError(f"{self.checkpoint.path} is not a checkpoint: it has no moments")
+        buffers = [tensors[name] for name in names]
+        check_state(self.checkpoint.path, buffers, notes)
         try:
-            self.hooks.load_state([tensors[name] for name in names], notes)
+            self.hooks.load_state(buffers, notes)
         except ValueError as error:
             raise CheckpointError(f"cannot resume from {self.checkpoint.path}: {error}") from error
         self.tokens, self.sequences, self.area, self.batches, self.looks = counts  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import signal
 import struct
@@ -12,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from checkpoints import ascii_tokenizer, save_checkpoint, tiny_llama
 from whole_profiles import assert_same, some_texts
@@ -22,6 +24,7 @@ from fastheads.checkpoint import Checkpoint
 from fastheads.corpus import Corpus
 from fastheads.data import as_batch, held_texts
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
+from fastheads.moments import COUNT, M2, MAX, MEAN, MIN, NONFINITE
 from fastheads.runner import profile
 from fastheads.stable import StableRule
 
@@ -280,6 +283,10 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
         (["seconds"], None),
         (["notes"], {}),
         (["notes"], {"used": [[]] * 9, "missed": []}),
+        (["notes", "used"], [5]),
+        (["notes", "used"], [[5]]),
+        (["notes", "missed"], ["x"]),
+        (["notes", "missed"], [-1]),
         (["position"], None),
         (["position"], {}),
         (["position", "budget"], 0),
@@ -298,6 +305,22 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
     bad.append((tmp_path / "p.safetensors").read_bytes())
     bad.append(good.replace(b"moments/0", b"moments/1"))
     bad.append(edited(path, lambda document: None).replace(b'"F64"', b'"I64"'))
+    path.write_bytes(good)
+    with safetensors.safe_open(path, framework="pt") as file:
+        about, buffer = file.metadata(), file.get_tensor("moments/0")
+    for plane, value in (
+        *((plane, -1) for plane in (COUNT, NONFINITE, M2)),
+        *((plane, math.nan) for plane in (MEAN, M2, MIN, MAX)),
+        *((plane, math.inf) for plane in (MEAN, M2, MIN)),
+        (MAX, -1.0),
+    ):
+        changed = buffer.clone()
+        if plane in (COUNT, NONFINITE):
+            changed.view(torch.int64)[0, plane, 0, 0, 0] = value
+        else:
+            changed[0, plane, 0, 0, 0] = value
+        bad.append(safetensors.torch.save({"moments/0": changed}, about))
+    bad.append(safetensors.torch.save({"moments/0": buffer[0]}, about))
     for content in bad:
         path.write_bytes(content)
         with pytest.raises((CheckpointError, DataError)) as no:
