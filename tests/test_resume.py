@@ -1,11 +1,14 @@
 """A run that is stopped, killed or runs out of disk goes on from its checkpoint and ends as if nothing had been, bit for bit."""
 
 import contextlib
+import errno
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -18,7 +21,7 @@ import torch
 from checkpoints import ascii_tokenizer, save_checkpoint, tiny_llama
 from whole_profiles import assert_same, some_texts
 
-from fastheads import HeadProfile
+from fastheads import HeadProfile, files
 from fastheads.batching import GivenFeed, WindowFeed
 from fastheads.checkpoint import Checkpoint
 from fastheads.corpus import Corpus
@@ -434,6 +437,55 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone(model, tmp_pat
     thread.start()
     thread.join()
     assert found[0].metadata["data"]["tokens"] == 8
+
+
+def test_signals_that_the_caller_ignores_are_ignored(model, tmp_path):
+    """As SIGINT is in what a shell script leaves in the background."""
+    path = tmp_path / "c"
+    seen = []
+
+    def progress(done, total):
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.append(signal.getsignal(signal.SIGINT))
+
+    data = torch.ones(2, 4, dtype=torch.long)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        found = profile(model, data, checkpoint=path, progress=progress)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert set(seen) == {signal.SIG_IGN}
+    assert found.metadata["data"]["tokens"] == 8
+
+
+def test_a_folder_that_cannot_be_synced_is_no_matter(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.write_atomic(tmp_path / "a", b"content")
+    assert (tmp_path / "a").read_bytes() == b"content"
+
+
+def test_a_folder_that_another_process_has_taken_into_use_stays(tmp_path, monkeypatch):
+    """Between the making of the folder and its removal."""
+
+    def used(dir):
+        (tmp_path / "a" / "b" / "file").touch()
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", used)
+    files.check_writable(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "file").exists()
+    monkeypatch.setattr(
+        files.tempfile, "TemporaryFile", lambda dir: contextlib.nullcontext(shutil.rmtree(tmp_path / "x"))
+    )
+    files.check_writable(tmp_path / "x" / "y" / "c")
 
 
 def test_an_error_keeps_the_checkpoint(model, tokenizer, tmp_path):
