@@ -253,12 +253,6 @@ def check_lengths(seq_len: int, max_tokens: int | None) -> None:
         raise OptionError(f"max_tokens must be at least 1, not {max_tokens}: nothing would be measured")
 
 
-def batches(sequences: list[Tensor], batch_size: int, pad_token_id: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Arguments for the model, of `batch_size` sequences or fewer each, in order."""
-    for start in range(0, len(sequences), batch_size):
-        yield collate(sequences[start : start + batch_size], pad_token_id)
-
-
 def collate(rows: Sequence[Tensor], pad_token_id: int = 0, *, pin_memory: bool = False) -> dict[str, Tensor]:
     """Arguments for the model: `input_ids` int64 `[rows, tokens]`.
 
