@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastheads.errors import RankLostError
+from fastheads.errors import OptionError, RankLostError
 from fastheads.moments import Moments
 
 PULSE = 1.0  # seconds between two signs of life
@@ -51,7 +51,8 @@ def place_in_environment(tp: int = 1) -> Place:
     """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK; one process alone where it did not start this one.
 
     Raises:
-        ValueError: if they are no numbers that make sense, or `tp` does not divide the number of processes.
+        ValueError: if they are no numbers that make sense.
+        OptionError: if `tp` does not divide the number of processes.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [os.environ.get(name) for name in names]
@@ -65,7 +66,7 @@ def place_in_environment(tp: int = 1) -> Place:
         if not rank < world:
             raise ValueError(f"the environment's {said} contradict each other")
     if tp < 1 or world % tp:
-        raise ValueError(
+        raise OptionError(
             f"tp={tp} does not divide the number of processes, {world}: start them with torchrun"
         )
     return Place(rank, world, local, tp)

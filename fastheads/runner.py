@@ -191,7 +191,7 @@ def profile(
             mesh=job.mesh,
         )
     if is_text and tokenizer is None:
-        raise ValueError("data of text need tokenizer=... where the model is a module")
+        raise OptionError("data of text need tokenizer=... where the model is a module")
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"profile() runs decoders alone, and {type(module).__name__} has an encoder: run it yourself under a HookManager"
