@@ -165,6 +165,8 @@ class WindowFeed:
         first.todo = smaller
         for later in list(self._planned)[1:]:  # as if they had been planned now, and not ahead
             later.todo = deque(self._plan(later.window))
+        # A run that goes on from here must make these batches, and not halves of others.
+        self._position |= {"window": first.window.resume, "todo": list(smaller), "budget": self._budget}
         return True
 
     @property
@@ -172,8 +174,7 @@ class WindowFeed:
         return int(self._position["windows"])
 
     def position(self) -> dict[str, Any]:
-        # The budget of now, also where no batch is done since it was halved.
-        return self._position | {"budget": self._budget}
+        return dict(self._position)
 
     def close(self) -> None:
         self._worker.shutdown(wait=False, cancel_futures=True)
@@ -235,7 +236,7 @@ class WindowFeed:
 
 
 class GivenFeed:
-    """Token batches that the caller made. A position counts them; what was in them is told by a digest of their ids."""
+    """Token batches that the caller made. A position counts them; what was in them is told by a digest of their tensors."""
 
     def __init__(
         self,
@@ -290,6 +291,9 @@ class GivenFeed:
         return {
             "batches": self._count,
             "row": self._row if self._parts else None,  # of the last of them; None: all
+            "spans": [
+                part["input_ids"].shape[0] for part in self._parts
+            ],  # the rows of each part of it that is left
             "rows": self._rows,
             "digest": None if self._digest is None else self._digest.hexdigest(),
         }
@@ -300,20 +304,31 @@ class GivenFeed:
     def _count_in(self, batch: dict[str, Any]) -> None:
         self._count += 1
         if self._digest is not None:
-            ids = batch["input_ids"].cpu().to(torch.int64).contiguous()
-            self._digest.update(str(list(ids.shape)).encode() + ids.numpy().tobytes())
+            for key in sorted(batch):
+                value = batch[key]
+                if isinstance(value, Tensor):
+                    plain = value.detach().cpu().contiguous()
+                    self._digest.update(f"{key} {plain.dtype} {list(plain.shape)} ".encode())
+                    self._digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+                elif value is None or isinstance(value, bool | int | float | str):
+                    self._digest.update(f"{key} {value!r} ".encode())
 
-    def _split(self, batch: dict[str, Any], first: int = 0) -> list[dict[str, Any]]:
+    def _split(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         rows = batch["input_ids"].shape[0]
         step = rows if self._rows is None else self._rows
         return [
-            batch if (first, step) == (0, rows) else _some_rows(batch, start, min(start + step, rows))
-            for start in range(first, rows, max(step, 1))
+            batch if step == rows else _some_rows(batch, start, min(start + step, rows))
+            for start in range(0, rows, max(step, 1))
         ] or [batch]
 
     def _skip(self, position: dict[str, Any]) -> None:
-        count, row, rows = (position.get(key) for key in ("batches", "row", "rows"))
-        if type(count) is not int or not all(n is None or (type(n) is int and n >= 0) for n in (row, rows)):
+        count, row, rows, spans = (position.get(key) for key in ("batches", "row", "rows", "spans"))
+        if (
+            not (type(count) is int and count >= 0 and isinstance(spans, list))
+            or not all(n is None or (type(n) is int and n >= 0) for n in (row, rows))
+            or not all(type(n) is int and n > 0 for n in spans)
+            or bool(spans) != (row is not None)
+        ):
             raise CheckpointError("the checkpoint has no position in token batches")
         self._rows = rows
         for number in range(count):
@@ -322,8 +337,12 @@ class GivenFeed:
                 raise CheckpointError("the token batches are not those of the checkpoint: there are fewer")
             self._count_in(whole)
             if number == count - 1 and row is not None:
+                if row + sum(spans) != whole["input_ids"].shape[0]:
+                    raise CheckpointError("the token batches are not those of the checkpoint")
                 self._row = row
-                self._parts += self._split(whole, row)
+                for span in spans:
+                    self._parts.append(_some_rows(whole, row, row + span))
+                    row += span
         if self._digest is not None and self._digest.hexdigest() != position.get("digest"):
             raise CheckpointError("the token batches are not those of the checkpoint")
 

@@ -277,7 +277,8 @@ def profile(
             )
             job = Job(tp, device)
             first = job.place.rank == 0
-            _check_files(output, plot)
+            if first:  # who writes them
+                _check_files(output, plot)
             kind: bool | Literal["auto"] = "auto" if chat is None else chat
             if data is None or "/" in data:
                 text = sources.open_source(data, field=field, chat=kind, split=split, streaming=streaming)

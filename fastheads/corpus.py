@@ -9,6 +9,7 @@ keeps its own.
 Neither the windows nor what is in them depend on timing, on the number of workers or on where reading began.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastheads.data import Cut, Source, check_lengths
-from fastheads.errors import DataError
+from fastheads.errors import DataError, OptionError
 from fastheads.readers import Item, characters
 from fastheads.tokenising import Tokenising, encoder_of
 
@@ -99,7 +100,7 @@ class Corpus:
 
     Raises:
         DataError: the source cannot be read.
-        ValueError: an option is out of range.
+        OptionError: an option is unknown or out of range.
     """
 
     def __init__(
@@ -115,14 +116,14 @@ class Corpus:
         window_characters: int | None = None,
     ) -> None:
         check_lengths(seq_len, max_tokens)
+        shard = (shard[0], shard[1])
         if cut not in (None, "documents", "stream"):
-            raise ValueError(f"unknown cut {cut!r}: choose documents or stream")
-        if not 0 <= shard[0] < shard[1]:
-            raise ValueError(f"shard {shard} must be a number below that of the shards, and that")
+            raise OptionError(f"unknown cut {cut!r}: choose documents or stream")
+        _check_shard(shard)
         if window_characters is not None and window_characters < 1:
-            raise ValueError(f"window_characters must be at least 1, not {window_characters}")
+            raise OptionError(f"window_characters must be at least 1, not {window_characters}")
         if workers is not None and workers < 0:
-            raise ValueError(f"workers must be 0 or more, not {workers}")
+            raise OptionError(f"workers must be 0 or more, not {workers}")
         self.source, self.tokenizer = source, tokenizer
         self.cut: Cut = source.kind if cut is None else cut
         self.seq_len, self.max_tokens, self.shard = seq_len, max_tokens, shard
@@ -154,10 +155,23 @@ class Corpus:
             "tokenizer": fingerprint(tokenizer, chat),
             "shard": list(shard),
             "window_characters": self.window_characters,
+            **dict(source.version),
         }
         # The same for all shards, and for all names of the same content.
         named = {key: value for key, value in self.identity.items() if key not in ("source", "shard")}
         self._mark = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
+
+    def with_shard(self, shard: tuple[int, int]) -> "Corpus":
+        """The same corpus with the windows of another rank.
+
+        Raises:
+            OptionError: the shard is out of range.
+        """
+        _check_shard(shard)
+        other = copy.copy(self)
+        other.shard = (shard[0], shard[1])
+        other.identity = self.identity | {"shard": list(shard)}
+        return other
 
     def windows(self, resume: Mapping[str, Any] | None = None) -> Iterator[Window]:
         """The windows of this rank that hold tokens, from the first on or from where `resume` says.
@@ -307,6 +321,11 @@ class Corpus:
         return dict(resume)
 
 
+def _check_shard(shard: tuple[int, int]) -> None:
+    if not 0 <= shard[0] < shard[1]:
+        raise OptionError(f"shard {shard} must be a number below that of the shards, and that")
+
+
 def plan(lengths: Sequence[int], budget: int, max_rows: int | None = None) -> list[list[int]]:
     """The rows of each batch: longest first, rows × longest ≤ `budget` and rows ≤ `max_rows`, but one at least.
 
@@ -315,7 +334,7 @@ def plan(lengths: Sequence[int], budget: int, max_rows: int | None = None) -> li
     padding of their own: from a half, a quarter or an eighth of the budget on, whatever it takes.
     """
     if budget < 1 or (max_rows is not None and max_rows < 1):
-        raise ValueError(f"a batch needs room: budget {budget} tokens, max_rows {max_rows}")
+        raise OptionError(f"a batch needs room: budget {budget} tokens, max_rows {max_rows}")
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
     for least in (budget, budget // 2, budget // 4, budget // 8):

@@ -40,6 +40,7 @@ class Source:
     kind: Cut  # how it is cut where nothing is said
     sha256: str | None  # of the file's bytes, or of the texts as UTF-8; None where that would take long
     size: int | None  # in bytes, where it is known
+    version: tuple[tuple[str, Any], ...] = ()  # what else tells other contents, where there is no hash
 
     def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
         """The documents; for the cut `stream` of a text, its pieces."""
@@ -67,6 +68,7 @@ class TextSource(Source):
     field: str | None = None  # of JSON lines and CSV; None: `readers.choose_field`
     chat: Chat = "auto"
     held: tuple[str, ...] = ()  # the texts, where there is no file
+    version: tuple[tuple[str, Any], ...] = ()
 
     def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
         if self.path is None and self.kind == "documents":
@@ -97,6 +99,7 @@ class TableSource(Source):
     size: int | None
     table: tables.Table
     kind: Cut = "documents"
+    version: tuple[tuple[str, Any], ...] = ()
 
     def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
         return self.table.read(position)
@@ -136,7 +139,7 @@ def open_source(
             return text_file(data, field, chat)
         if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", data) and not _names_a_file(Path(data)):
             table = tables.hub_table(data, field, chat, split=split, streaming=streaming)
-            return TableSource(table.name, None, None, table)
+            return TableSource(table.name, None, None, table, version=table.version)
         raise DataError(
             f"no data file {data[:80]!r}; to profile a text itself, pass it in a list "
             "(a data set of the Hub is named owner/name)"
@@ -146,7 +149,7 @@ def open_source(
         if "input_ids" in (data.column_names or ()):
             return None
         table = tables.object_table(data, field, chat)
-        return TableSource(table.name, None, None, table)
+        return TableSource(table.name, None, None, table, version=table.version)
     if isinstance(data, list | tuple) and data and isinstance(data[0], str):
         return held_texts(data)
     return None
@@ -175,22 +178,28 @@ def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat
         raise DataError(f"the data file {path} is not a regular file")
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            about = os.fstat(file.fileno())
+            size = about.st_size
             sha256 = hashlib.file_digest(file, "sha256").hexdigest() if size <= HASHED_BYTES else None
     except OSError as error:
         raise DataError(f"cannot read the data file {path}: {error.strerror}") from error
     if not size:
         raise DataError(f"the data file {path} is empty")
+    version = () if sha256 is not None else (("modified_ns", about.st_mtime_ns),)
     source: Source
     suffix = readers.plain_suffix(path)
     if path.suffix.lower() == PARQUET:
-        source = TableSource(str(path), sha256, size, tables.parquet_table(path, field, chat))
+        source = TableSource(
+            str(path), sha256, size, tables.parquet_table(path, field, chat), version=version
+        )
     elif suffix in JSON_LINES_SUFFIXES or suffix in CELLS:
         if suffix in JSON_LINES_SUFFIXES:
             field = field or _first_field(path, chat)
-        source = TextSource(str(path), "documents", sha256, size, path=path, field=field, chat=chat)
+        source = TextSource(
+            str(path), "documents", sha256, size, path=path, field=field, chat=chat, version=version
+        )
     else:
-        source = TextSource(str(path), "stream", sha256, size, path=path)
+        source = TextSource(str(path), "stream", sha256, size, path=path, version=version)
     next(source.items(), None)  # most faults show at once, before a model is loaded
     return source
 
@@ -242,12 +251,6 @@ def check_lengths(seq_len: int, max_tokens: int | None) -> None:
         raise OptionError(f"seq_len must be at least 1 token, not {seq_len}")
     if max_tokens is not None and max_tokens < 1:
         raise OptionError(f"max_tokens must be at least 1, not {max_tokens}: nothing would be measured")
-
-
-def batches(sequences: list[Tensor], batch_size: int, pad_token_id: int = 0) -> Iterator[dict[str, Tensor]]:
-    """Arguments for the model, of `batch_size` sequences or fewer each, in order."""
-    for start in range(0, len(sequences), batch_size):
-        yield collate(sequences[start : start + batch_size], pad_token_id)
 
 
 def collate(rows: Sequence[Tensor], pad_token_id: int = 0, *, pin_memory: bool = False) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastheads.errors import RankLostError
+from fastheads.errors import OptionError, RankLostError
 from fastheads.moments import Moments
 
 PULSE = 1.0  # seconds between two signs of life
@@ -51,7 +51,8 @@ def place_in_environment(tp: int = 1) -> Place:
     """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK; one process alone where it did not start this one.
 
     Raises:
-        ValueError: if they are no numbers that make sense, or `tp` does not divide the number of processes.
+        ValueError: if they are no numbers that make sense.
+        OptionError: if `tp` does not divide the number of processes.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [os.environ.get(name) for name in names]
@@ -65,7 +66,7 @@ def place_in_environment(tp: int = 1) -> Place:
         if not rank < world:
             raise ValueError(f"the environment's {said} contradict each other")
     if tp < 1 or world % tp:
-        raise ValueError(
+        raise OptionError(
             f"tp={tp} does not divide the number of processes, {world}: start them with torchrun"
         )
     return Place(rank, world, local, tp)
@@ -155,6 +156,11 @@ class Job:
             raise RuntimeError(
                 "the processes do not know of each other yet: use the job in `with Job() as job:`"
             )
+
+    def begin(self) -> None:
+        """Say that the next `profile()` begins: what was said of the one before is no news of this one."""
+        if self._pulse is not None:
+            self._pulse.begin()
 
     @property
     def device(self) -> str:
@@ -283,7 +289,9 @@ class _Pulse:
         self._place = place
         # A connection of its own: a wait in the process group's would hold the signs up.
         connection, self.owns_store = _connection()
-        self._store = dist.PrefixStore("fastheads", connection)
+        # With torchrun --max-restarts the store outlives the processes, and what those before left in it.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"fastheads/{attempt}", connection)
         self._thread = threading.Thread(target=self._beat, name="fastheads-pulse", daemon=True)
         self._stopped = threading.Event()
         self._lock = threading.Lock()
@@ -291,6 +299,7 @@ class _Pulse:
         self._seen: dict[int, tuple[str, float]] = {}
         self._signs: dict[int, dict[str, Any]] = {}
         self._meeting = 0
+        self._run = 0  # which profile() of the job
         self.tokens = 0
         self.total = 0
         self.lost: str | None = None
@@ -301,6 +310,13 @@ class _Pulse:
         self._seen = {rank: ("", now) for rank in range(self._place.world) if rank != self._place.rank}
         self._signs = {rank: _sign(STAGES[0]) for rank in self._seen}
         self._thread.start()
+
+    def begin(self) -> None:
+        """Say at once that another run begins."""
+        with self._lock:
+            self._run += 1
+            self._meeting = self.tokens = self.total = 0
+        self.tell(STAGES[0], "")
 
     def tell(self, state: str, reason: str) -> None:
         """Say at once what has become of this process."""
@@ -315,13 +331,16 @@ class _Pulse:
             self._thread.join(timeout=2 * PULSE)
 
     def _leave(self) -> None:
-        sign = _sign(self._state, tokens=self.tokens, meeting=self._meeting, reason=self._reason)
+        sign = _sign(
+            self._state, run=self._run, tokens=self.tokens, meeting=self._meeting, reason=self._reason
+        )
         self._store.set(f"pulse/{self._place.rank}", json.dumps(sign))
 
     def all_reached(self, stage: str) -> bool:
         """Whether the others have come to that stage, or beyond, by what they say now."""
         return all(
-            sign["state"] in STAGES and STAGES.index(sign["state"]) >= STAGES.index(stage)
+            sign["state"] in STAGES
+            and (sign["run"], STAGES.index(sign["state"])) >= (self._run, STAGES.index(stage))
             for sign in self._looked()
         )
 
@@ -332,7 +351,7 @@ class _Pulse:
 
     def all_arrived(self, number: int) -> bool:
         """Whether the others have come to that meeting, or beyond, by what they say now."""
-        return all(sign["meeting"] >= number for sign in self._looked())
+        return all((sign["run"], sign["meeting"]) >= (self._run, number) for sign in self._looked())
 
     def _looked(self) -> list[dict[str, Any]]:
         """The signs of the others as they are now."""
@@ -350,7 +369,7 @@ class _Pulse:
                     self._look()
             except RuntimeError as error:
                 if self._state == STAGES[-2]:  # all have what they need, and the first is gone with its store
-                    self._signs = {rank: _sign(STAGES[-1]) for rank in self._seen}
+                    self._signs = {rank: _sign(STAGES[-1], run=self._run) for rank in self._seen}
                     return
                 if not self._stopped.is_set():
                     self._lose(f"the store that the ranks share cannot be reached ({_short(error)})")
@@ -374,7 +393,7 @@ class _Pulse:
             if sign["state"] == "failed":
                 self._lose(f"rank {rank} failed: {sign['reason']}")
             self._signs[rank] = sign
-            total += sign["tokens"]
+            total += sign["tokens"] if sign["run"] == self._run else 0
         self.total = total
 
     def _lose(self, reason: str) -> None:
@@ -388,8 +407,15 @@ class _Pulse:
             os._exit(1)
 
 
-def _sign(state: str, *, tokens: int = 0, meeting: int = 0, reason: str = "") -> dict[str, Any]:
-    return {"time": time.time(), "state": state, "tokens": tokens, "meeting": meeting, "reason": reason}
+def _sign(state: str, *, run: int = 0, tokens: int = 0, meeting: int = 0, reason: str = "") -> dict[str, Any]:
+    return {
+        "time": time.time(),
+        "state": state,
+        "run": run,
+        "tokens": tokens,
+        "meeting": meeting,
+        "reason": reason,
+    }
 
 
 def _connection() -> tuple[Any, bool]:

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -46,8 +47,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise type(error)(f"cannot write to the folder {path.parent}: {error.strerror or error}") from error
     finally:
-        for folder in made:
-            if folder.is_dir():
+        with suppress(OSError):  # someone else uses the folder by now, or has removed it
+            for folder in made:
                 folder.rmdir()
 
 
@@ -72,8 +73,9 @@ def _mode_of(path: Path) -> int:
 def _sync_folder(folder: Path) -> None:
     """Make the rename itself last through a power cut, where folders can be opened (not on Windows)."""
     if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with suppress(OSError):  # the file is written; some file systems do not know this for folders
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

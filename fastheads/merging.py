@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastheads.results import HeadProfile
 
 Metadata = dict[str, Any]
+DISJOINT = ""  # what two runs both had where they are known to have had nothing
 
 
 def check_mergeable(profiles: Sequence["HeadProfile"], names: Sequence[str], *, allow_repeated: bool) -> None:
@@ -36,9 +37,13 @@ def check_mergeable(profiles: Sequence["HeadProfile"], names: Sequence[str], *, 
     for i, j in itertools.combinations(range(len(profiles)), 2):
         if not bool((measured[i] & measured[j]).any()):
             continue  # other layers, say, over the same data: each head got each sample once
-        repeated = "the very same samples" if digests[i] == digests[j] else None
         leaves = itertools.product(_leaves(profiles[i].metadata), _leaves(profiles[j].metadata))
-        repeated = repeated or next(filter(None, itertools.starmap(_shared_data, leaves)), None)
+        told = list(itertools.starmap(_shared_data, leaves))
+        repeated = next((text for text in told if text not in (None, DISJOINT)), None)
+        # Disjoint parts of some data, all alike, may well have the same moments to the last bit.
+        disjoint = bool(told) and all(text == DISJOINT for text in told)
+        if repeated is None and not disjoint and digests[i] == digests[j]:
+            repeated = "the very same samples"
         if repeated is not None:
             raise MergeError(
                 f"cannot merge {names[i]} and {names[j]}: both hold {repeated}, which would count twice "
@@ -144,24 +149,30 @@ def _leaves(metadata: Metadata) -> list[Metadata]:
 
 
 def _shared_data(one: Metadata, two: Metadata) -> str | None:
-    """What of the data two runs both had, or may have had; None where they had none, or nothing tells.
+    """What of the data two runs both had, or may have had; DISJOINT where they had parts that are; None where nothing tells.
 
     The same content is the same hash of all of it, or, where that is not known of both, of its first documents
-    (`Corpus.identity`). Parts of it are disjoint where they are windows with other indices modulo the number of parts.
+    (`Corpus.identity`). Files that are not the same and begin with the same documents may be two versions of one, or in another
+    container. Parts of it are disjoint where they are windows with other indices modulo the number of parts.
     """
     wholes, heads = ([run.get(key) for run in (one, two)] for key in ("sha256", "head_sha256"))
-    known = next((pair for pair in (wholes, heads) if all(isinstance(h, str) for h in pair)), None)
-    if known is None or known[0] != known[1]:
+    pairs = [pair for pair in (wholes, heads) if all(isinstance(h, str) for h in pair)]
+    alike = [pair[0] == pair[1] for pair in pairs]
+    if not any(alike):
         return None
     what = repr(str(one.get("source"))[:200])
+    if not alike[0]:
+        return f"documents with which both {what} and {str(two.get('source'))[:200]!r} begin"
     shards = [_shard(run) for run in (one, two)]
     (i, n), (j, m) = shards
     if n == m == 1:
         return what
     if one.get("window_characters") != two.get("window_characters"):
         return f"parts of {what} that were cut in windows of different sizes"
+    if one.get("cut") != two.get("cut"):
+        return f"parts of {what} that were cut in different ways"
     if (i - j) % math.gcd(n, m):
-        return None
+        return DISJOINT
     return f"a part of {what} ({i + 1}/{n}" + (")" if (i, n) == (j, m) else f" and {j + 1}/{m})")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastheads import data as sources
 from fastheads import loading
 from fastheads.batching import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
-from fastheads.checkpoint import Checkpoint
+from fastheads.checkpoint import Checkpoint, check_state, shown
 from fastheads.corpus import Corpus
 from fastheads.data import Cut, Source
 from fastheads.distributed import Job, Place
@@ -35,6 +35,12 @@ from fastheads.stopping import Stopped, Stopping
 
 SEQ_LEN = 512
 CHECKPOINT_EVERY = 30.0  # seconds
+OWN = (
+    "process",
+    "data shard",
+    "data modified_ns",
+    "data source",
+)  # what processes of one job may have each for itself
 
 # Called with the real tokens done and, where it is known, their number in all.
 Progress = Callable[[int, int | None], None]
@@ -69,7 +75,7 @@ def profile(
     checkpoint_every: float = CHECKPOINT_EVERY,
     resume: bool = False,
     until_stable: StableRule | bool = False,
-    shard: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] | None = None,
     job: Job | None = None,
     name: str | None = None,
 ) -> HeadProfile:
@@ -93,7 +99,9 @@ def profile(
             - a tensor of token ids `[rows, tokens]`, a mapping with `input_ids` and perhaps `attention_mask`
               (all of it goes to the model), or an iterable of these: token batches, run as they are.
             - None: the English text that every CPython carries (`pydoc_data.topics`).
-            - what `fastheads.data.open_source` returns, or a `fastheads.corpus.Corpus`.
+            - what `fastheads.data.open_source` returns.
+            - a `fastheads.corpus.Corpus`, which brings its tokenizer, cut, seq_len and max_tokens. One without a shard is shared
+              out as `shard` and `job` say; else its shard must be the one that this process has by them.
         tokenizer: needed for texts where `model` is a module.
         token_agg: what one sample is: "last", the value at a sequence's last real token; "all", the mean
             over its real tokens; "token", each real token.
@@ -127,7 +135,8 @@ def profile(
             default one (`fastheads.stable`, which says what it takes for granted). It is asked after each window of texts and
             after each token batch; of several processes, when each has done one more window.
         shard: (i, n): of the windows that texts are cut into (`Corpus`), run every n-th from the i-th on. n runs with another i
-            each do all, and `HeadProfile.merge` puts them together.
+            each do all, and `HeadProfile.merge` puts them together. None: all windows; of a `Corpus` that has a shard, where one
+            process runs alone, that one.
         job: the processes that share the data out between them, each with this call. The profile of all is returned on all.
             Token batches are not shared out: every process is given its own.
         name: what the profile calls the model. None: the name that `model` is or has.
@@ -139,6 +148,7 @@ def profile(
         ValueError: an option is out of range or unknown.
         CheckpointError: `resume`, and the checkpoint is damaged or was made with another model, other data or other options; the
             message says which.
+        OptionError: the processes of the job were given different models, data or options.
         RankLostError: another process of the job died or failed. The checkpoint is kept.
         ProfileInterrupted: Ctrl-C, or SIGTERM where there are checkpoints; its `profile` is what was measured in the batches
             that were finished.
@@ -149,7 +159,21 @@ def profile(
         check_token_agg(token_agg)
     job = Job(place=Place()) if job is None else job  # alone, whatever else runs beside this process
     job.check_entered()
+    job.begin()
+    if isinstance(data, Corpus):
+        given = {
+            "tokenizer": tokenizer,
+            "seq_len": seq_len,
+            "cut": cut,
+            "max_tokens": max_tokens,
+            "field": field,
+        }
+        _check_left_out(given)
+        shard, data = _shared_out(data, shard, job.place)
     source = data if isinstance(data, Corpus) else _as_source(data, field)
+    if shard is not None and not isinstance(source, Corpus | Source):
+        raise OptionError("shard= is for texts: of token batches, give each run its own")
+    shard = (0, 1) if shard is None else shard
     is_text = isinstance(source, Source)
 
     if isinstance(model, nn.Module):
@@ -167,23 +191,25 @@ def profile(
             mesh=job.mesh,
         )
     if is_text and tokenizer is None:
-        raise ValueError("data of text need tokenizer=... where the model is a module")
+        raise OptionError("data of text need tokenizer=... where the model is a module")
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"profile() runs decoders alone, and {type(module).__name__} has an encoder: run it yourself under a HookManager"
         )
     corpus: Corpus | Iterable[dict[str, Any]]
     if isinstance(source, Source):
-        part, parts = job.place.shard
         corpus = Corpus(
             source,
             tokenizer,
             cut=cut,
             seq_len=_fitting_seq_len(module, seq_len),
             max_tokens=max_tokens,
-            shard=(shard[0] + shard[1] * part, shard[1] * parts),
+            shard=_part_of(shard, job.place),
         )
     else:
+        if isinstance(source, Corpus):
+            _fitting_seq_len(module, source.seq_len)
+            max_tokens = source.max_tokens
         corpus = source
 
     ending = EarlyEnd(module, allowed=not compile)
@@ -209,6 +235,7 @@ def profile(
         file = None if checkpoint is None else Checkpoint(checkpoint, job.place.rank, job.place.world)
         run = _Run(module, hooks, corpus, settings, job=job, checkpoint=file, ending=ending, report=report)
         try:
+            run.check_together()
             if file is not None:
                 run.prepare(resume)
             measured = run.whole()
@@ -231,7 +258,7 @@ class _Settings:
     compile: bool
     every: float
     until_stable: StableRule | None
-    shard: tuple[int, int]
+    shard: tuple[int, int]  # of all processes together
     options: dict[str, Any]  # of the HookManager
     name: str | None
 
@@ -270,6 +297,22 @@ class _Run:
         # The mask must be an argument of what is compiled: elsewhere it would be taken to have one shape.
         self._compiled = torch.compile(self._call, dynamic=True) if settings.compile else self._call
 
+    def check_together(self) -> None:
+        """Raise OptionError, on all processes alike, unless they have the same model, data and options."""
+        if self.job.place.shard[1] == 1:
+            return
+        # Copies of one file differ in their times, and each process has its own shard and device.
+        own = {key: value for key, value in self.configuration().items() if key not in OWN}
+        own |= {"shard": list(self.settings.shard), "checkpoints": self.checkpoint is not None}
+        told = self.job.told(own)
+        for part, other in enumerate(told):
+            different = next((key for key in (*told[0], *other) if told[0].get(key) != other.get(key)), None)
+            if different is not None:
+                said = f"{shown(told[0].get(different))} and {shown(other.get(different))}"
+                raise OptionError(
+                    f"ranks 0 and {part * self.job.place.tp} were given different things: {different.replace('_', ' ')} is {said}"
+                )
+
     # ------------------------------------------------------------------ position
 
     def prepare(self, resume: bool) -> None:
@@ -300,8 +343,10 @@ class _Run:
         names = [f"moments/{n}" for n in range(len(tensors))]
         if set(names) != set(tensors):
             raise CheckpointError(f"{self.checkpoint.path} is not a checkpoint: it has no moments")
+        buffers = [tensors[name] for name in names]
+        check_state(self.checkpoint.path, buffers, notes)
         try:
-            self.hooks.load_state([tensors[name] for name in names], notes)
+            self.hooks.load_state(buffers, notes)
         except ValueError as error:
             raise CheckpointError(f"cannot resume from {self.checkpoint.path}: {error}") from error
         self.tokens, self.sequences, self.area, self.batches, self.looks = counts  # type: ignore[assignment]
@@ -575,7 +620,7 @@ class _Run:
         if self.settings.name is not None:
             found.metadata["model"] = self.settings.name
         if isinstance(self.corpus, Corpus):
-            about = self.corpus.identity | {"shard": list(self.settings.shard)}
+            about = dict(self.corpus.identity)
             if self.settings.batch_size is not None:
                 about["batch_size"] = self.settings.batch_size
         else:
@@ -610,6 +655,8 @@ class _Run:
                 "padding": round(1 - total["tokens"] / area, 6) if area else 0.0,
                 "processes": self.job.place.world,
             }
+            if "shard" in data[0]:
+                found.metadata["data"]["shard"] = list(self.settings.shard)
             names = dict.fromkeys(name for part in used for name in part.split("+"))
             found.metadata["backend"] = "+".join(names)
         if not found.metadata["data"]["tokens"]:
@@ -618,7 +665,7 @@ class _Run:
 
 
 def check_options(
-    batch_size: int | None, batch_tokens: int | None, checkpoint_every: float, shard: tuple[int, int]
+    batch_size: int | None, batch_tokens: int | None, checkpoint_every: float, shard: tuple[int, int] | None
 ) -> None:
     """Raise ValueError for options of `profile()` that are out of range."""
     if batch_size is not None and batch_size < 1:
@@ -627,8 +674,38 @@ def check_options(
         raise OptionError(f"batch_tokens must be at least 1 token, not {batch_tokens}")
     if not checkpoint_every > 0:
         raise OptionError(f"checkpoint_every must be more than 0 seconds, not {checkpoint_every}")
-    if not 0 <= shard[0] < shard[1]:
+    if shard is not None and not 0 <= shard[0] < shard[1]:
         raise OptionError(f"shard must be (i, n) with i from 0 to n - 1, not {tuple(shard)}")
+
+
+def _check_left_out(given: dict[str, Any]) -> None:
+    """Raise OptionError for options that a Corpus has already and that would do nothing."""
+    for option, value in given.items():
+        if value is not None:
+            raise OptionError(f"{option} belongs to the Corpus: give it to Corpus(...) instead of profile()")
+
+
+def _part_of(shard: tuple[int, int], place: Place) -> tuple[int, int]:
+    """The shard of this process, where all processes together have `shard`."""
+    part, parts = place.shard
+    return shard[0] + shard[1] * part, shard[1] * parts
+
+
+def _shared_out(
+    corpus: Corpus, shard: tuple[int, int] | None, place: Place
+) -> tuple[tuple[int, int], Corpus]:
+    """The shard of all processes together, and the corpus with the windows of this one; OptionError where it has others."""
+    if shard is None:
+        shard = corpus.shard if place.shard[1] == 1 else (0, 1)
+    expected = _part_of(shard, place)
+    if corpus.shard == expected:
+        return shard, corpus
+    if corpus.shard == (0, 1):
+        return shard, corpus.with_shard(expected)
+    which = f"shard={shard}" + (f" and part {place.shard} of the job" if place.shard[1] > 1 else "")
+    raise OptionError(
+        f"the Corpus has shard {corpus.shard}, and {which} make {expected}: give Corpus(...) that shard, or none"
+    )
 
 
 def _digest_of_config(model: nn.Module) -> str:

@@ -39,7 +39,10 @@ class Stopping:
         before: dict[int, Any] = {}
         try:
             for wanted in NAMES:
-                before[wanted] = signal.signal(wanted, self._heed)
+                if (
+                    signal.getsignal(wanted) is not signal.SIG_IGN
+                ):  # as for a job that a script left in the background
+                    before[wanted] = signal.signal(wanted, self._heed)
             yield
         finally:
             for number, handler in before.items():

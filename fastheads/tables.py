@@ -64,9 +64,13 @@ class Table:
 
     def __init__(self, name: str, rows: Any, field: str, chat: Chat) -> None:
         self.name, self.field, self.chat = name, field, chat
+        # A `Dataset` has a hash of where its rows come from and of what was done to them; a stream has none.
+        mark = getattr(rows, "_fingerprint", None)
+        self.version = () if mark is None else (("dataset", str(mark)),)
         rows = rows.with_format(None).select_columns([field])
         # Pictures and the like are not decoded: what is no text is refused as it is.
-        self.rows = rows.decode(False) if hasattr(rows, "decode") else rows
+        # Of a stream whose columns have no known types nothing is decoded in any case.
+        self.rows = rows.decode(False) if hasattr(rows, "decode") and rows.features is not None else rows
 
     def read(self, position: Mapping[str, Any] | None) -> "TableReader":
         return TableReader(self, position)
@@ -77,9 +81,13 @@ class TableReader:
 
     def __init__(self, table: Table, position: Mapping[str, Any] | None) -> None:
         self.table, self.row = table, position["row"] if position else 0
-        rows, self.stateful = table.rows, hasattr(table.rows, "state_dict")
+        rows, stream = table.rows, hasattr(table.rows, "state_dict")
+        # The state of a stream leaves out what its shuffle buffers hold.
+        self.stateful = stream and not _is_buffered(rows)
         with _errors(table.name):
-            if self.stateful:
+            if stream and not self.stateful:
+                rows = rows.skip(self.row)  # reads those rows once more
+            elif self.stateful:
                 # Streams remember where to start: each reader has one of its own.
                 rows = rows.select_columns([table.field])
                 rows.load_state_dict(position["state"] if position else None)
@@ -104,6 +112,19 @@ class TableReader:
         close: Callable[[], None] | None = getattr(self.iterator, "close", None)
         if close is not None:
             close()
+
+
+def _is_buffered(rows: Any) -> bool:
+    """Whether a stream is shuffled in a buffer; True too where nobody can tell."""
+    waiting = [getattr(rows, "_ex_iterable", None)]
+    while waiting:
+        part = waiting.pop()
+        if part is None or "Shuffle" in type(part).__name__:
+            return True
+        parents = [getattr(part, name) for name in ("ex_iterable", "ex_iterables") if hasattr(part, name)]
+        for parent in parents:
+            waiting += parent if isinstance(parent, list | tuple) else [parent]
+    return False
 
 
 def _library(what: str) -> Any:

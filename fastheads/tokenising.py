@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastheads.encoding import Encoder, load_backend, receive, send, token_ids
-from fastheads.errors import DataError
+from fastheads.errors import DataError, OptionError
 from fastheads.readers import Item
 
 PROGRAM = (
@@ -52,7 +52,7 @@ class Tokenising:
             try:
                 self._packed = encoder.packed()
             except Exception as error:
-                raise ValueError(
+                raise OptionError(
                     f"this tokenizer cannot be given to other processes ({error}): use workers=0"
                 ) from error
         self._threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="fastheads-tokenising")

@@ -624,3 +624,15 @@ def test_torchrun_shares_the_data_out(run, here, model):
     for metric in one.metrics:
         for plane, value in one.moments[metric]._asdict().items():
             torch.testing.assert_close(getattr(two.moments[metric], plane), value, rtol=1e-12, atol=0)
+
+
+def test_of_several_processes_the_first_alone_tries_whether_the_file_can_be_written(
+    run, here, model, monkeypatch
+):
+    tried = []
+    monkeypatch.setattr("fastheads.cli._check_files", lambda *files: tried.append(files))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, times in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert run("profile", model, "--data", "none.txt")[0] == 1
+        assert len(tried) == times

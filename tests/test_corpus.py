@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from fastheads import corpus as corpora
 from fastheads import data, encoding, readers
 from fastheads.corpus import Corpus, Window, plan
-from fastheads.errors import DataError, MissingExtraError
+from fastheads.errors import DataError, MissingExtraError, OptionError
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -148,6 +148,25 @@ def test_what_is_in_memory_resumes_anywhere(tmp_path, source, cut):
     found = corpus(given, tokenizer, cut=cut)
     windows = list(found.windows())
     assert all_ids(windows) == ORACLES[cut](TEXTS, tokenizer)
+    assert_resumes(found, windows)
+
+
+@pytest.mark.parametrize("chain", ["shuffled", "shuffled_and_mapped", "interleaved", "mapped"])
+def test_a_stream_resumes_without_a_loss_whatever_it_went_through(chain):
+    """`datasets` does not keep what is in a shuffle buffer with a position."""
+    stream = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset(num_shards=3)
+    shuffled = stream.shuffle(seed=1, buffer_size=5)
+    made = {
+        "shuffled": lambda: shuffled,
+        "shuffled_and_mapped": lambda: shuffled.map(lambda row: row).filter(
+            lambda row: len(row["text"]) != 11
+        ),
+        "interleaved": lambda: datasets.interleave_datasets([stream, shuffled], seed=2),
+        "mapped": lambda: stream.map(lambda rows: rows, batched=True, batch_size=7),
+    }
+    found = corpus(made[chain]())
+    windows = list(found.windows())
+    assert len(windows) > 3
     assert_resumes(found, windows)
 
 
@@ -315,6 +334,33 @@ def test_an_extension_type_is_not_unpickled(tmp_path):
     with contextlib.suppress(DataError, Warning):
         list(data.open_source(path).items())
     assert not (tmp_path / "ran").exists()
+
+
+def test_other_data_are_told_where_no_hash_of_all_of_it_does(write, monkeypatch):
+    """Though they begin alike, the positions of one are refused by the other."""
+    monkeypatch.setattr(data, "HASHED_BYTES", 10)
+    monkeypatch.setattr("fastheads.corpus.HEAD_CHARACTERS", 20)
+    other = [*TEXTS[:-1], TEXTS[-1][::-1] + "!"]
+    for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet"):
+        found = corpus(write(name))
+        assert found.identity["sha256"] is None
+        resume = next(iter(found.windows())).after
+        assert list(corpus(data.open_source(found.source.name)).windows(resume))
+        path = write(name, other)
+        os.utime(path, ns=(1, 1))
+        changed = corpus(path)
+        assert changed.identity["head_sha256"] == found.identity["head_sha256"]
+        assert changed.identity["modified_ns"] == 1
+        with pytest.raises(DataError, match="another corpus"):
+            changed.windows(resume)
+    found, same, changed = (
+        corpus(datasets.Dataset.from_dict({"text": texts})) for texts in (TEXTS, TEXTS, other)
+    )
+    resume = next(iter(found.windows())).after
+    assert list(same.windows(resume))
+    assert changed.identity["head_sha256"] == found.identity["head_sha256"]
+    with pytest.raises(DataError, match="another corpus"):
+        changed.windows(resume)
 
 
 def test_names_with_the_signs_of_patterns_are_names(write, tmp_path):
@@ -582,7 +628,7 @@ def test_empty_data_are_an_error_on_every_rank_and_an_idle_rank_is_none():
     ],
 )
 def test_options_out_of_range_are_refused(options, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(OptionError, match=says):
         corpus(TEXTS, **options)
 
 

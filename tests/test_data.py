@@ -206,15 +206,14 @@ def blocks(*lengths: int) -> list[torch.Tensor]:
 
 
 def test_batches_of_equal_rows_have_no_mask():
-    first, second = data.batches(blocks(3, 3, 3), 2)
-    assert first["input_ids"].tolist() == [[1, 2, 3], [1, 2, 3]]
-    assert first["input_ids"].dtype == torch.int64
-    assert second["input_ids"].tolist() == [[1, 2, 3]]
-    assert list(first) == list(second) == ["input_ids"]
+    batch = data.collate(blocks(3, 3))
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 2, 3]]
+    assert batch["input_ids"].dtype == torch.int64
+    assert list(batch) == ["input_ids"]
 
 
 def test_unequal_rows_are_padded_on_the_right_in_order():
-    (batch,) = data.batches(blocks(1, 3, 2), 4, pad_token_id=9)
+    batch = data.collate(blocks(1, 3, 2), 9)
     assert batch["input_ids"].tolist() == [[1, 9, 9], [1, 2, 3], [1, 2, 9]]
     assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
     assert data.tokens_by_row(batch).tolist() == [1, 3, 2]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,67 @@ def test_an_error_of_one_is_told_by_the_other(happened):
     found, _ = happened("failed")
     assert found["codes"] == [1, 1]
     assert f"rank 0: rank 1 failed: 'NoneType' object is not callable. {RESUME}" in found["said"][0]
+
+
+@pytest.fixture
+def pulses(monkeypatch):
+    """Makes the signs of life of both of two processes, in this one; no threads."""
+    import torch.distributed as dist
+
+    store = dist.HashStore()
+    monkeypatch.setattr(distributed, "_connection", lambda: (store, True))
+    monkeypatch.setattr(distributed._Pulse, "_looked", lambda pulse: pulse._look() or pulse._signs.values())
+
+    def both():
+        made = [distributed._Pulse(Place(rank, 2)) for rank in range(2)]
+        for pulse in made:
+            pulse._thread = threading.Thread(target=int)
+            pulse.start()
+        return made
+
+    return both
+
+
+@processes
+def test_what_was_said_of_one_profile_is_no_news_of_the_next(pulses):
+    first, second = pulses()
+    for pulse in (first, second):
+        pulse.begin()
+        pulse.tokens = 100
+        pulse.arrive(3)
+        pulse.tell("saved", "")
+    assert first.all_reached("saved")
+    assert first.all_arrived(3)
+    assert first.total == 200
+    first.begin()
+    first.tokens = 5
+    first.arrive(1)
+    assert not first.all_reached("measured")
+    assert not first.all_arrived(1)
+    assert first.total == 5
+    assert second.all_reached("saved")  # with the run before, as one that has begun another is
+    assert second.all_arrived(4)
+    second.begin()
+    assert not first.all_arrived(1)
+    second.arrive(1)
+    assert first.all_arrived(1)
+    assert not first.all_reached("measured")
+    second.tell("ended", "")
+    assert first.all_reached("saved")
+
+
+@processes
+def test_what_an_attempt_before_has_left_in_the_store_is_no_news(pulses, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    _, second = pulses()
+    second.tell("failed", "it broke")
+    again, _ = pulses()
+    again._look()
+    assert again.lost == f"rank 0: rank 1 failed: it broke. {RESUME}"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    afresh, _ = pulses()
+    afresh._look()
+    assert afresh.lost is None
 
 
 def test_a_loss_is_noticed_within_a_minute():

@@ -416,7 +416,22 @@ def run_over(sha: str | None = "s", head: str | None = None, **more) -> dict:
         (run_over(None), run_over(None), None),  # token batches: nobody knows
         (run_over(None, "h"), run_over(None, "h"), "both hold 'text.txt'"),
         (run_over(None, "h"), run_over(None, "i"), None),
-        (run_over("s", "h"), run_over("t", "h"), None),
+        (
+            run_over("s", "h"),
+            run_over("t", "h", source="text.parquet"),
+            "both 'text.txt' and 'text.parquet' begin",
+        ),
+        (
+            run_over("s", "h", shard=[0, 2]),
+            run_over("t", "h", shard=[1, 2]),
+            "both 'text.txt' and 'text.txt' begin",
+        ),
+        (run_over("s", "h"), run_over("t", "i"), None),
+        (
+            run_over("s", "h", shard=[0, 2], cut="stream"),
+            run_over("s", "h", shard=[1, 2], cut="documents"),
+            "parts of 'text.txt' that were cut in different ways",
+        ),
         (run_over("s", "h", shard=[0, 2]), run_over("s", "h", shard=[1, 2]), None),
         (run_over("s", "h", shard=[1, 2]), run_over("s", "h", shard=[1, 2]), r"a part of 'text.txt' \(2/2\)"),
         (run_over("s", "h", shard=[0, 2]), run_over("s", "h", shard=[2, 4]), r"\(1/2 and 3/4\)"),
@@ -450,6 +465,15 @@ def test_the_same_profile_twice_is_found_without_any_data_to_tell(samples):
         HeadProfile.merge([make(samples), make(samples[:2]), make(samples)])
     twice = HeadProfile.merge([make(samples), make(samples)], allow_repeated=True)
     assert twice.results()[METRIC]["count"][0, 0] == 14
+
+
+def test_disjoint_parts_may_have_the_very_same_moments(samples):
+    parts = [make(samples, data=run_over("s", "h", shard=[i, 3])) for i in range(3)]
+    merged = HeadProfile.merge([HeadProfile.merge(parts[:2]), parts[2]])
+    assert merged.results()[METRIC]["count"][0, 0] == 21
+    for other in (run_over("t", "i"), run_over(None)):  # that these are other data nobody says
+        with pytest.raises(MergeError, match="the very same samples"):
+            HeadProfile.merge([parts[0], make(samples, data=other)])
 
 
 def without_row(samples: np.ndarray, row: int, **changes) -> HeadProfile:

@@ -1,10 +1,14 @@
 """A run that is stopped, killed or runs out of disk goes on from its checkpoint and ends as if nothing had been, bit for bit."""
 
 import contextlib
+import errno
 import itertools
 import json
+import math
 import os
+import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -12,15 +16,18 @@ import threading
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from checkpoints import ascii_tokenizer, save_checkpoint, tiny_llama
 from whole_profiles import assert_same, some_texts
 
-from fastheads import HeadProfile
+from fastheads import HeadProfile, files
+from fastheads.batching import GivenFeed, WindowFeed
 from fastheads.checkpoint import Checkpoint
 from fastheads.corpus import Corpus
-from fastheads.data import held_texts
+from fastheads.data import as_batch, held_texts
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
+from fastheads.moments import COUNT, M2, MAX, MEAN, MIN, NONFINITE
 from fastheads.runner import profile
 from fastheads.stable import StableRule
 
@@ -107,6 +114,42 @@ def test_token_batches_go_on_too(model, tmp_path):
         profile(model, batches[:1], checkpoint=path, resume=True)
 
 
+def test_token_batches_are_told_by_all_that_is_in_them(model, tmp_path):
+    path = tmp_path / "c"
+
+    def batches(positions=0, mask=1, dtype=torch.long):
+        ids = torch.ones(2, 4, dtype=torch.long)
+        masks = torch.ones_like(ids)
+        masks[0, 0] = mask
+        given = {"position_ids": torch.arange(4).expand(2, 4) + positions, "attention_mask": masks}
+        return [{"input_ids": ids.to(dtype), **given}] * 3
+
+    def resume(data):
+        profile(model, data, checkpoint=path, resume=True)
+
+    stopped(model, batches(), path, 1)
+    for other in (batches(positions=1), batches(mask=0), batches(dtype=torch.int32)):
+        with pytest.raises(CheckpointError, match="the token batches are not those of the checkpoint$"):
+            resume(other)
+    without = [{k: v for k, v in batch.items() if k != "position_ids"} for batch in batches()]
+    with pytest.raises(CheckpointError, match="the token batches are not those of the checkpoint$"):
+        resume(without)
+    good = path.read_bytes()
+    for keys, value in (
+        (["spans"], None),
+        (["spans"], [1]),
+        (["row"], 1),
+        (["rows"], -1),
+        (["batches"], -1),
+    ):
+        path.write_bytes(good)
+        path.write_bytes(edited(path, lambda document, k=keys, v=value: set_in(document["position"], k, v)))
+        with pytest.raises(CheckpointError, match="no position in token batches"):
+            resume(batches())
+    path.write_bytes(good)
+    resume(batches())
+
+
 def want_batches(model, corpus, **options) -> int:
     """The number of batches of a run."""
     calls = []
@@ -139,6 +182,26 @@ def test_where_nothing_is_to_be_resumed_the_run_starts(model, tmp_path):
     found = profile(model, torch.ones(2, 4, dtype=torch.long), checkpoint=tmp_path / "c", resume=True)
     assert found.metadata["data"]["tokens"] == 8
     assert os.listdir(tmp_path) == []
+
+
+def test_a_run_by_another_number_of_processes_does_not_start_afresh_unasked(model, tmp_path):
+    def checkpoint(rank, world):
+        return Checkpoint(tmp_path / "c[1]", rank, world)
+
+    checkpoint(1, 3).save({}, {})
+    assert checkpoint(0, 3).load() is None  # was ended before it wrote one
+    for rank, world in ((0, 1), (1, 2)):
+        with pytest.raises(CheckpointError, match=r"c\[1\]-2-of-3 of another number of processes is\. Start"):
+            checkpoint(rank, world).load()
+    checkpoint(0, 1).save({}, {})
+    with pytest.raises(CheckpointError, match=r"c\[1\], c\[1\]-2-of-3 of another number of processes are"):
+        checkpoint(0, 2).load()
+    assert checkpoint(0, 1).load() is not None
+    data = torch.ones(2, 4, dtype=torch.long)
+    (tmp_path / "c[1]").unlink()
+    with pytest.raises(CheckpointError, match="Start as many processes"):
+        profile(model, data, checkpoint=tmp_path / "c[1]", resume=True)
+    assert profile(model, data, checkpoint=tmp_path / "c[1]").metadata["data"]["tokens"] == 8
 
 
 def test_without_resume_an_old_checkpoint_is_no_matter(model, tokenizer, tmp_path):
@@ -223,6 +286,10 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
         (["seconds"], None),
         (["notes"], {}),
         (["notes"], {"used": [[]] * 9, "missed": []}),
+        (["notes", "used"], [5]),
+        (["notes", "used"], [[5]]),
+        (["notes", "missed"], ["x"]),
+        (["notes", "missed"], [-1]),
         (["position"], None),
         (["position"], {}),
         (["position", "budget"], 0),
@@ -241,6 +308,22 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
     bad.append((tmp_path / "p.safetensors").read_bytes())
     bad.append(good.replace(b"moments/0", b"moments/1"))
     bad.append(edited(path, lambda document: None).replace(b'"F64"', b'"I64"'))
+    path.write_bytes(good)
+    with safetensors.safe_open(path, framework="pt") as file:
+        about, buffer = file.metadata(), file.get_tensor("moments/0")
+    for plane, value in (
+        *((plane, -1) for plane in (COUNT, NONFINITE, M2)),
+        *((plane, math.nan) for plane in (MEAN, M2, MIN, MAX)),
+        *((plane, math.inf) for plane in (MEAN, M2, MIN)),
+        (MAX, -1.0),
+    ):
+        changed = buffer.clone()
+        if plane in (COUNT, NONFINITE):
+            changed.view(torch.int64)[0, plane, 0, 0, 0] = value
+        else:
+            changed[0, plane, 0, 0, 0] = value
+        bad.append(safetensors.torch.save({"moments/0": changed}, about))
+    bad.append(safetensors.torch.save({"moments/0": buffer[0]}, about))
     for content in bad:
         path.write_bytes(content)
         with pytest.raises((CheckpointError, DataError)) as no:
@@ -279,6 +362,46 @@ def test_a_run_that_halved_its_batches_goes_on_with_them(model, tokenizer, tmp_p
     assert int(want.moments["head_output_norm"].count.max()) == sum(map(len, texts))
 
 
+@pytest.mark.parametrize("kind", ["windows", "given"])
+def test_wherever_a_run_stops_it_goes_on_with_the_batches_that_were_left(tokenizer, kind):
+    """Also between two halvings; the memory gets less on the way."""
+    texts = [(text * 40)[: 20 + 4 * (n % 5)] for n, text in enumerate(some_texts(90))]
+    given = [torch.full((rows, 3), rows) for rows in (20, 7, 1, 13)]
+
+    def feed(position):
+        if kind == "given":
+            return GivenFeed(map(as_batch, given), max_tokens=None, digested=True, position=position)
+        return WindowFeed(
+            corpus_of(texts, tokenizer),
+            **{"budget": 400, "max_rows": None, "pad_token_id": 0, "with_mask": False},
+            **{"pinned": False, "embeddings": None, "position": position},
+        )
+
+    def batches(feed, tokens, positions=None):
+        shapes = []
+        try:
+            while True:
+                if positions is not None:
+                    positions.append((json.loads(json.dumps(feed.position())), tokens, len(shapes)))
+                batch = feed.next()
+                if batch is None:
+                    return shapes
+                most = (100 if tokens < 1000 else 60) if kind == "windows" else (15 if tokens < 15 else 6)
+                if batch.area > most:
+                    assert feed.halve()
+                    continue
+                feed.done()
+                tokens += batch.tokens
+                shapes.append(batch.arguments["input_ids"].tolist())
+        finally:
+            feed.close()
+
+    positions = []
+    want = batches(feed(None), 0, positions)
+    for position, tokens, done in positions:
+        assert batches(feed(position), tokens) == want[done:]
+
+
 def test_a_second_ctrl_c_breaks_into_a_forward(model, tokenizer, tmp_path, monkeypatch):
     """The batch may or may not have counted: no checkpoint is written then, and the one before stays."""
     monkeypatch.setattr("fastheads.stopping.AGAIN", -1.0)
@@ -314,6 +437,55 @@ def test_elsewhere_than_in_the_main_thread_signals_are_left_alone(model, tmp_pat
     thread.start()
     thread.join()
     assert found[0].metadata["data"]["tokens"] == 8
+
+
+def test_signals_that_the_caller_ignores_are_ignored(model, tmp_path):
+    """As SIGINT is in what a shell script leaves in the background."""
+    path = tmp_path / "c"
+    seen = []
+
+    def progress(done, total):
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.append(signal.getsignal(signal.SIGINT))
+
+    data = torch.ones(2, 4, dtype=torch.long)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        found = profile(model, data, checkpoint=path, progress=progress)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert set(seen) == {signal.SIG_IGN}
+    assert found.metadata["data"]["tokens"] == 8
+
+
+def test_a_folder_that_cannot_be_synced_is_no_matter(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.write_atomic(tmp_path / "a", b"content")
+    assert (tmp_path / "a").read_bytes() == b"content"
+
+
+def test_a_folder_that_another_process_has_taken_into_use_stays(tmp_path, monkeypatch):
+    """Between the making of the folder and its removal."""
+
+    def used(dir):
+        (tmp_path / "a" / "b" / "file").touch()
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", used)
+    files.check_writable(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "file").exists()
+    monkeypatch.setattr(
+        files.tempfile, "TemporaryFile", lambda dir: contextlib.nullcontext(shutil.rmtree(tmp_path / "x"))
+    )
+    files.check_writable(tmp_path / "x" / "y" / "c")
 
 
 def test_an_error_keeps_the_checkpoint(model, tokenizer, tmp_path):

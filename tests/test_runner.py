@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -16,7 +17,8 @@ import fastheads
 from fastheads import HeadProfile, find_sites
 from fastheads.corpus import Corpus
 from fastheads.data import held_texts
-from fastheads.errors import DataError, LoadError, ProfileInterrupted
+from fastheads.distributed import Job, Place
+from fastheads.errors import DataError, LoadError, OptionError, ProfileInterrupted
 from fastheads.runner import profile
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 3  # 135 tokens
@@ -454,6 +456,108 @@ def test_shards_are_disjoint_and_merge_to_everything(model, tokenizer):
             torch.testing.assert_close(getattr(merged.moments[metric], plane), value, rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="cannot merge"):
         HeadProfile.merge([parts[0], parts[0]])
+
+
+class OneOf(Job):
+    """One process of a job, without the others: it gets its own part of the profile."""
+
+    def check_entered(self):
+        pass
+
+    def told(self, document):
+        return [document]
+
+    def gathered(self, tensor):
+        return [tensor]
+
+
+def test_a_corpus_is_shared_out_between_the_processes_of_a_job(model, tokenizer):
+    texts = some_texts(80)
+    options = {"batch_tokens": 200, "token_agg": "token"}
+
+    def count(corpus, **more):
+        found = profile(model, corpus, **options, **more)
+        return int(found.moments["head_output_norm"].count[0, 0]), found.metadata["data"]["shard"]
+
+    whole, shard = count(corpus_of(texts, tokenizer))
+    assert (whole, shard) == (sum(map(len, texts)), [0, 1])
+    jobs = [OneOf(place=Place(rank, 2)) for rank in range(2)]
+    corpus = corpus_of(texts, tokenizer)
+    shares = [count(corpus, job=job)[0] for job in jobs]
+    assert sum(shares) == whole
+    assert all(shares)
+    assert (corpus.shard, corpus.identity["shard"]) == ((0, 1), [0, 1])
+    assert [
+        count(corpus_of(texts, tokenizer, shard=(rank, 2)), job=jobs[rank])[0] for rank in range(2)
+    ] == shares
+    quarter = [count(corpus, shard=(1, 2), job=job) for job in jobs]
+    assert quarter == [
+        (count(corpus_of(texts, tokenizer, shard=(1 + 2 * rank, 4)))[0], [1, 2]) for rank in range(2)
+    ]
+    # Alone, a corpus has what it has, and the profile says so.
+    assert count(corpus_of(texts, tokenizer, shard=(1, 2))) == (shares[1], [1, 2])
+    assert count(corpus, shard=(1, 2)) == (shares[1], [1, 2])
+    for other, more, expected in (
+        (corpus_of(texts, tokenizer, shard=(1, 2)), {"job": jobs[0]}, (0, 2)),
+        (corpus_of(texts, tokenizer, shard=(0, 2)), {"shard": (1, 2)}, (1, 2)),
+        (corpus_of(texts, tokenizer, shard=(1, 2)), {"shard": (1, 2), "job": jobs[0]}, (1, 4)),
+    ):
+        with pytest.raises(OptionError, match=re.escape(f"make {expected}: give Corpus(...) that shard")):
+            count(other, **more)
+
+
+def test_processes_with_other_models_data_or_options_are_refused(model, tokenizer, tmp_path):
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight.mul_(2)
+    texts = some_texts(20)
+    told = []
+
+    class First(OneOf):
+        def told(self, document):
+            told.append(document)
+            raise StopIteration
+
+    class Second(OneOf):
+        def told(self, document):
+            return [told[-1], document]
+
+    def both(what, *, module=model, data=texts, **options):
+        for job, model_of, data_of, more in (
+            (First(place=Place(0, 2)), model, texts, {}),
+            (Second(place=Place(1, 2)), module, data, options),
+        ):
+            corpus = data_of if isinstance(data_of, Corpus) else corpus_of(data_of, tokenizer)
+            given = {"batch_tokens": 200, "job": job} | more
+            if isinstance(job, First):
+                with pytest.raises(StopIteration):
+                    profile(model_of, corpus, **given)
+            else:
+                with pytest.raises(
+                    OptionError, match=f"ranks 0 and 1 were given different things: {what} is"
+                ):
+                    profile(model_of, corpus, **given)
+
+    both("model weights", module=changed)
+    both("data sha256", data=[*texts[:-1], "other"])
+    both("data seq len", data=corpus_of(texts, tokenizer, seq_len=47))
+    both("token agg", token_agg="last")
+    both("batch tokens", batch_tokens=100)
+    both("shard", shard=(1, 2))
+    both("checkpoints", checkpoint=tmp_path / "c")
+    both("until stable", until_stable=True)
+
+
+@pytest.mark.parametrize(
+    "given", [{"seq_len": 8}, {"cut": "stream"}, {"max_tokens": 9}, {"field": "text"}, {"tokenizer": len}]
+)
+def test_options_that_a_corpus_has_already_are_refused(model, tokenizer, given):
+    with pytest.raises(OptionError, match=f"{next(iter(given))} belongs to the Corpus"):
+        profile(model, corpus_of(["abc"], tokenizer), **given)
+    with pytest.raises(OptionError, match="max_position_embeddings"):
+        profile(model, corpus_of(["abc"], tokenizer, seq_len=POSITIONS + 1))
+    with pytest.raises(OptionError, match="shard= is for texts"):
+        profile(model, torch.ones(1, 4, dtype=torch.long), shard=(0, 2))
 
 
 @pytest.mark.slow
