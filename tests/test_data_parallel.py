@@ -1,50 +1,19 @@
 """Two processes share a corpus out: the same result as one; where one of them dies the other says so, and both go on later."""
 
-import json
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save_checkpoint
-from whole_profiles import assert_same, some_texts
+from whole_profiles import assert_same
 
 from fastheads import HeadProfile, distributed
 from fastheads.distributed import Job, Place, place_in_environment
 
-SUPPORT = Path(__file__).parent / "support"
-SCENARIOS = ("two", "lost", "failed", "tensor_parallel", "stable")
 RESUME = "Ended; its last checkpoint is kept, and the same command with --resume goes on from it"
 
 processes = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch has no distributed package"
 )
-
-
-@pytest.fixture(scope="module")
-def happened(tmp_path_factory):
-    """What became of a scenario, and the folder with what it left."""
-    folder = tmp_path_factory.mktemp("ranks")
-    save_checkpoint(folder / "tiny")
-    lines = [json.dumps({"text": text}) + "\n" for text in some_texts(2500)]
-    (folder / "text.jsonl").write_text("".join(lines))
-    environment = os.environ | {
-        **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]),
-    }
-
-    command = [sys.executable, "-W", "ignore", str(SUPPORT / "runs.py"), str(folder), *SCENARIOS]
-    subprocess.run(command, env=environment, check=True, timeout=300)
-
-    def result(name):
-        found = json.loads((folder / f"{name}.json").read_text())
-        assert "error" not in found, found["error"]
-        return found, folder
-
-    return result
 
 
 def assert_close(found: HeadProfile, want: HeadProfile, rtol: float) -> None:
@@ -80,6 +49,7 @@ def test_two_processes_find_what_one_finds(happened):
 @processes
 @pytest.mark.slow
 def test_where_one_is_killed_the_other_ends_and_says_so_and_both_go_on(happened):
+    happened("two")
     found, folder = happened("lost")
     assert found["codes"] == [1, -9]
     assert f"rank 0: nothing was heard of rank 1 for 2 s. {RESUME}" in found["said"][0]

@@ -1,8 +1,8 @@
 """Real processes that profile, are killed and go on, for tests/test_resume.py and tests/test_data_parallel.py.
 
-`python runs.py FOLDER SCENARIO...`: FOLDER holds a checkpoint `tiny` and a text `text.jsonl`; each scenario leaves
-SCENARIO.json with what happened, and profiles. Every run is a process of its own, forked from this one so that torch is imported
-once.
+`python runs.py FOLDER`: FOLDER holds a checkpoint `tiny` and a text `text.jsonl`. Each line on stdin names a scenario, which
+leaves NAME.json with what happened, and profiles, and then a line on stdout with its name. Every run is a process of its own,
+forked from this one so that torch is imported once.
 """
 
 import json
@@ -107,11 +107,16 @@ class Runs:
             assert time.monotonic() < end, "it did not happen"
             time.sleep(0.005)
 
+    def one(self):
+        """What all others are compared with: one process, not interrupted."""
+        if not (self.folder / "one.safetensors").exists():
+            self.alone("one")
+
     # ---------------------------------------------------------------- one process
 
     def killed(self):
         """SIGKILL at random moments, and on from there each time."""
-        self.alone("uninterrupted")
+        self.one()
         moments = random.Random(0)
         kills, tracks = 0, []
         while True:
@@ -132,6 +137,7 @@ class Runs:
 
     def full_disk(self):
         """From some moment on no file can be written; then SIGKILL."""
+        self.one()
 
         def run():
             written = self.folder / "full.checkpoint"
@@ -157,6 +163,7 @@ class Runs:
 
     def ended(self):
         """SIGTERM, and on from there."""
+        self.one()
 
         def run():
             def seen(tokens):
@@ -207,12 +214,13 @@ class Runs:
 
     def two(self):
         """Two processes, and one."""
-        self.alone("one")
+        self.one()
         codes = [self.wait(child) for child in self.ranks("two", self.shared)]
         return {"codes": codes, "said": [self.said(f"two.{rank}") for rank in range(2)]}
 
     def stable(self):
         """Until the ranking has settled: one process, two, and two of which one is killed on the way."""
+        self.one()
         rule = StableRule(tolerance=0.03)
         self.alone("one-stable", until_stable=rule)
         codes = [self.wait(child) for child in self.ranks("stable", self.shared, until_stable=rule)]
@@ -254,6 +262,7 @@ class Runs:
 
     def tensor_parallel(self):
         """Two processes hold one model between them; stopped once."""
+        self.one()
 
         def run(name, resume=False):
             with distributed.Job(2, "cpu") as job:
@@ -279,17 +288,18 @@ class Runs:
 def main():
     torch.set_num_threads(1)
     distributed.PATIENCE, distributed.GRACE = 2.0, 2.0
-    folder, *scenarios = sys.argv[1:]
+    (folder,) = sys.argv[1:]
     load_model(
         find_model(str(Path(folder, "tiny"))), device="cpu"
     )  # what is imported here, no run has to import
     runs = Runs(Path(folder))
-    for name in scenarios:
+    for name in map(str.strip, sys.stdin):
         try:
             found = getattr(runs, name)()
         except Exception:
             found = {"error": traceback.format_exc()}
         Path(folder, f"{name}.json").write_text(json.dumps(found))
+        print(name, flush=True)
 
 
 if __name__ == "__main__":
