@@ -110,7 +110,7 @@ def write(tmp_path):
             pyarrow.parquet.write_table(table, path, row_group_size=7)
         else:
             content = "".join(json.dumps(row) + "\n" for row in rows).encode()
-            path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+            path.write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
         return path
 
     return write
@@ -296,9 +296,9 @@ def damaged(content: bytes) -> bytes:
         ("a.csv", b"text\n"),
         ("a.csv", bytes(100)),
         ("a.jsonl.gz", b"not compressed"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": 3}\n{"text": ["x"]}\n')),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 5000)[:-20]),
-        ("a.jsonl.gz", gzip.compress(rb'{"text": "\ud800"}')),
+        ("a.jsonl.gz", gzip.compress(b'{"text": 3}\n{"text": ["x"]}\n', mtime=0)),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 5000, mtime=0)[:-20]),
+        ("a.jsonl.gz", gzip.compress(rb'{"text": "\ud800"}', mtime=0)),
     ],
 )
 def test_damaged_files_are_refused_in_one_line(write, tmp_path, name, content, capfd):
