@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ Cut = Literal["documents", "stream"]
 HASHED_BYTES = 2**30
 
 
-class Source:
+class Source(ABC):
     """Documents that can be read as often as wanted, and from any position that a reader gave."""
 
     name: str  # a path, or what else says where the documents come from
@@ -42,9 +43,9 @@ class Source:
     size: int | None  # in bytes, where it is known
     version: tuple[tuple[str, Any], ...] = ()  # what else tells other contents, where there is no hash
 
+    @abstractmethod
     def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
         """The documents; for the cut `stream` of a text, its pieces."""
-        raise NotImplementedError
 
     def items(self, cut: Cut | None = None) -> Iterator[Item]:
         """All that `read` gives."""

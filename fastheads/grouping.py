@@ -5,7 +5,6 @@ launch at the end of the decoder's call serves all layers; of the smallest, one 
 bounds what is kept.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -171,8 +170,10 @@ class Backlog:
         if self._pays and MOST_OF_BACKLOG * self._form_size <= budget:
             self._probe = kept
 
-    def offer(self, kept: list[Kept]) -> bool:
-        """Keep inputs that are like those watched until the forward has ended; False where they have to be measured now."""
+    def offer(self, kept: list[Kept], places: set[int]) -> bool:
+        """Keep inputs that are like those watched until the forward has ended; False where they have to be measured now.
+        `places`: their addresses.
+        """
         if self._candidate is not None:
             return False
         if not self._is_safe:
@@ -180,12 +181,12 @@ class Backlog:
             if probe is None or not _apart([*probe, *kept]):
                 return False
             self._is_safe = True
-        self._candidate, self._candidate_places = kept, {x.data_ptr() for _, x, _ in kept}
+        self._candidate, self._candidate_places = kept, places
         return True
 
-    def overwritten_by(self, kept: list[Kept]) -> bool:
-        """Whether one of these inputs lies where one lies that waits."""
-        return bool(self._places) and not self._places.isdisjoint([x.data_ptr() for _, x, _ in kept])
+    def overwritten_by(self, places: set[int]) -> bool:
+        """Whether an input lies where one lies that waits."""
+        return not self._places.isdisjoint(places)
 
     def confirm(self) -> bool:
         """The forward ended: whether something of it waits now."""
@@ -312,6 +313,14 @@ class DeviceQueue:
         self.stream.wait_stream(current)
 
 
+def check_form(profiled: Profiled, x: Tensor) -> None:
+    """Raises RuntimeError for an input that is not `[batch, seq, width]`."""
+    if x.dim() != 3 or x.shape[-1] != profiled.width:
+        raise RuntimeError(
+            f"{profiled.site.name}: expected an input [batch, seq, {profiled.width}], got {list(x.shape)}"
+        )
+
+
 def _apart(kept: list[Kept]) -> bool:
     """Whether all lie in memory of their own."""
     # By address: of one memory there may be several storages, as a replayed CUDA graph makes them for its outputs.
@@ -354,28 +363,4 @@ def grouped(inputs: Iterable[tuple[Profiled, Tensor, Any]]) -> list[Group]:
         group.rows.append(profiled.row)
         group.inputs.append(x)
         group.extras.append(extra)
-    return groups
-
-
-def stacked(forwards: list[list[Kept]]) -> list[tuple[list[int], Sequence[Tensor], bool]]:
-    """The inputs of several forwards in groups that one launch serves: rows, an input for each, and whether these are all alike.
-
-    Forwards that are alike become one group, with the batches of all: it copies their inputs.
-    """
-    groups: list[tuple[list[int], Sequence[Tensor], bool]] = []
-    by_form: dict[tuple[Any, ...], list[list[Kept]]] = {}
-    for forward in forwards:
-        form = tuple([(p.row, x.shape, x.dtype) for p, x, _ in forward])
-        by_form.setdefault(form, []).append(forward)
-    for alike in by_form.values():
-        kept = alike[0]
-        kinds = {(type(x), x.shape, x.dtype, p.width, p.head_dim) for p, x, _ in kept}
-        rows = [p.row for p, _, _ in kept]
-        if len(alike) > 1 and len(kinds) == 1 and len(set(rows)) == len(rows):
-            by_layer = [x for layer in zip(*alike, strict=True) for _, x, _ in layer]
-            with contextlib.suppress(torch.OutOfMemoryError):  # one by one they need no copy
-                together = torch.stack(by_layer).unflatten(0, (len(rows), len(alike))).flatten(1, 2)
-                groups.append((rows, together.unbind(0), True))
-                continue
-        groups += [(group.rows, group.inputs, False) for forward in alike for group in grouped(forward)]
     return groups

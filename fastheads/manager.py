@@ -2,7 +2,7 @@
 
 A forward counts once or not at all. Its start copies the committed moments to pending ones, its samples go there, its normal end
 copies them back; what an exception leaves in the pending moments, the next start overwrites. A small forward only leaves its
-inputs, and once it has ended normally they wait for the next ones' (`grouping.Backlog`).
+inputs, and once it has ended normally they wait for the next ones' (`waiting.Waiting`).
 
 Under torch.compile the hooks are traced: `is_compiling` is then True, and they make one operator of each group of inputs.
 """
@@ -31,7 +31,16 @@ from fastheads.dispatch import PRECISIONS
 from fastheads.errors import OptionError
 from fastheads.factors import SiteFactor, StaleFactorError
 from fastheads.fingerprint import fingerprint
-from fastheads.grouping import DeviceQueue, Kept, Profiled, Repeat, Scaled, check_unchanged, grouped, stacked
+from fastheads.grouping import (
+    DeviceQueue,
+    Kept,
+    Profiled,
+    Repeat,
+    Scaled,
+    check_form,
+    check_unchanged,
+    grouped,
+)
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import CommittedMoments, Moments, RunningMoments
@@ -41,6 +50,7 @@ from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle, Tap, add_tap, takes
 from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.verify import Finding, SelfCheck
+from fastheads.waiting import Waiting, is_capturing
 
 _CALL_IMPL = nn.Module._call_impl.__code__
 
@@ -141,6 +151,7 @@ class HookManager:
         self._running: nn.Module | None = None
         self._frame: FrameType | None = None
         self._queues: dict[torch.device, DeviceQueue] = {}
+        self._waiting = Waiting(self._queues, self._dispatcher, skip_first)
         self._profiled = [
             Profiled(row, site, self._queue_on(self._dispatcher.weights[row][0]))
             for row, site in chosen.items()
@@ -163,7 +174,6 @@ class HookManager:
         self._started_in_graphs = (
             False  # a graph holds whole forwards: what one left behind, Python does not know
         )
-        self._lost = 0  # forwards that ended, and that an error kept from being measured
         self._paused = False
         self._capturing = False  # whether a CUDA graph is captured by hand in the forward under way
         self._warned = False
@@ -229,14 +239,14 @@ class HookManager:
         self._handles.clear()
         operator.release(self._handle)
         try:
-            self._catch_up_all()
+            self._waiting.catch_up_all()
         finally:
             self._drop()
             self._repeats.clear()
             for queue in self._queues.values():
                 queue.repeat = None
-                queue.backlog.clear()
                 queue.moments.freeze()
+            self._waiting.clear_backlogs()
 
     def __enter__(self) -> Self:
         return self
@@ -292,8 +302,8 @@ class HookManager:
                 )
             return  # a copy of the model brought the hooks along
         if self._paused:
-            if not self._is_capturing():
-                self._catch_up_all()  # nobody looks at what this forward does to their memory
+            if not is_capturing(self._queues):
+                self._waiting.catch_up_all()  # nobody looks at what this forward does to their memory
             self._drop()  # what Ctrl-C left of a forward must not go on in this one
             return
         if self._running is None or module is self.model or not self._still_running():
@@ -304,7 +314,7 @@ class HookManager:
                 self._frame = _frame_of_call()
                 if self._check is not None:
                     self._check.watch()
-                in_graph = self._started_in_graphs or self._is_capturing()
+                in_graph = self._started_in_graphs or is_capturing(self._queues)
             for queue in self._queues.values():
                 queue.moments.begin(always=in_graph)
         if kwargs.get("adapter_names") is not None:
@@ -343,17 +353,17 @@ class HookManager:
                 raise RuntimeError(
                     f"{name} of an attention module was replaced or wrapped while hooks were on it: attach a new HookManager"
                 )
-        self._capturing = self._is_capturing()
+        self._capturing = is_capturing(self._queues)
         for queue in self._queues.values():
             queue.close()
             queue.backlog.withdraw()
             queue.recorded = False
             if queue.backlog.forwards and queue.off_stream() and not self._capturing:
-                self._catch_up(queue)
+                self._waiting.catch_up(queue)
             queue.follow_stream()
         for channel in self._channels:
             channel.dispatcher.discard()
-            channel.dispatcher.refresh(before=self._weights_changed)
+            channel.dispatcher.refresh(before=self._waiting.weights_changed)
         if self._capturing:
             for factor in self._factors():
                 factor.in_graph = factor.in_own_graph = True
@@ -362,12 +372,8 @@ class HookManager:
     def _factors(self) -> list[SiteFactor]:
         return [factor for channel in self._channels for factor in channel.dispatcher.factors.values()]
 
-    def _is_capturing(self) -> bool:
-        on_gpu = any([queue.is_cuda for queue in self._queues.values()])
-        return on_gpu and torch.cuda.is_current_stream_capturing()
-
     def _pre_hook(self, tap: Tap, traced: Tap) -> Tap:
-        """The same as a hook."""
+        """The same as a hook; a method, for what cannot pickle the closure tells its name."""
 
         def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             (traced if torch.compiler.is_compiling() else tap)(module, args)
@@ -451,11 +457,15 @@ class HookManager:
 
         return hook
 
-    def _record_kept(self, queue: DeviceQueue) -> None:
+    def _record_kept(self, queue: DeviceQueue, may_wait: bool = False) -> None:
+        """Measure what was kept, or leave it to wait for the next forwards."""
         kept, scaled = queue.take()
         if not kept:
             return
-        self._check_apart(queue, kept)
+        if self._waiting.takes(queue, kept, self._real if may_wait and not scaled else None):
+            assert queue.repeat is not None  # which it is like
+            self._ran |= queue.repeat.rows
+            return
         if queue.repeat is not None and not scaled and self._real is not None and not self._capturing:
             if not queue.off_stream() and queue.repeat.of_kept(kept, self._real):
                 self._ran |= queue.repeat.rows
@@ -485,7 +495,7 @@ class HookManager:
 
     def _remember(self, queue: DeviceQueue, kept: list[Kept], rows: list[int], inputs: list[Tensor]) -> None:
         """The launch that was just made, for forwards like this one."""
-        if len(self._at_input) > 1 or queue.off_stream() or self._is_capturing():
+        if len(self._at_input) > 1 or queue.off_stream() or is_capturing(self._queues):
             return
         assert self._real is not None
         profiled = tuple(item[0] for item in kept)
@@ -522,7 +532,7 @@ class HookManager:
             raise RuntimeError(
                 f"{profiled.site.name}: an input of type {type(x).__name__} cannot be measured"
             )
-        _check_form(profiled, x)
+        check_form(profiled, x)
 
     def _trace(self, profiled: Profiled, x: Tensor, module: nn.Module) -> None:
         """`_measure` inside a graph. The budget is decided here, once, when the graph is made."""
@@ -608,7 +618,7 @@ class HookManager:
         if self._running is None:
             self._started_in_graphs = True
             if not capturing:
-                dispatcher.refresh(before=self._weights_changed_in_graph)
+                dispatcher.refresh(before=self._waiting.weights_changed_in_graph)
         key = (channel, state.data_ptr(), *rows)
         repeat = None if capturing or valid is not None or scale is not None else self._repeats.get(key)
         if repeat is not None and repeat.again(inputs, self.skip_first):
@@ -650,9 +660,9 @@ class HookManager:
                 self._trace_kept()
                 self._decoder_traced = False
             else:
+                may_wait = not (self._capturing or self._started_in_graphs or self._in_graphs)
                 for queue in self._queues.values():
-                    if not self._can_wait(queue):
-                        self._record_kept(queue)
+                    self._record_kept(queue, may_wait=may_wait)
                     queue.close()
                 for channel in self._channels:
                     channel.dispatcher.finish()
@@ -681,85 +691,7 @@ class HookManager:
         if not torch.compiler.is_compiling():
             for queue in self._queues.values():
                 if queue.backlog.is_full(queue.budget):
-                    self._catch_up(queue)
-
-    def _can_wait(self, queue: DeviceQueue) -> bool:
-        """Whether what was kept may wait for the next forwards; it then does, and is measured by `_catch_up`.
-
-        So it is where a launch has just served a forward like this one: small, without padding, and all of it kept.
-        """
-        repeat, kept, real = queue.repeat, queue.kept, self._real
-        if not kept or repeat is None or queue.scaled or real is None or real.valid is not None:
-            return False
-        if self._capturing or self._started_in_graphs or self._in_graphs or queue.off_stream():
-            return False
-        if not repeat.is_like(kept):
-            return False
-        self._check_apart(queue, kept)
-        if not queue.backlog.offer(kept):
-            return False
-        self._ran |= repeat.rows
-        return True
-
-    def _check_apart(self, queue: DeviceQueue, kept: list[Kept]) -> None:
-        """Raises RuntimeError where an input lies in the memory of one that waits."""
-        if queue.backlog.overwritten_by(kept):
-            self._lost += len(queue.backlog.take())
-            raise RuntimeError(
-                "inputs of earlier forwards were overwritten before they were measured: the model reuses its memory. "
-                "HookManager(..., group_bytes=0) measures each input at once"
-            )
-
-    def _catch_up(self, queue: DeviceQueue) -> None:
-        """Measure what waits of forwards that ended: into the committed moments, and into the pending ones of a forward that may
-        be under way.
-        """
-        if not queue.backlog.forwards:
-            return
-        if self._is_capturing():
-            raise RuntimeError(
-                "forwards before this CUDA graph's are not measured yet: call get_results() before its capture"
-            )
-        forwards = queue.backlog.take()
-        try:
-            self._measure_forwards(queue, forwards)
-        except BaseException as error:
-            # They count, and are not in the results: nobody gets these.
-            self._lost += len(forwards)
-            queue.moments.distrust()
-            if isinstance(error, torch.OutOfMemoryError):  # else a caller would run the last batch again
-                raise RuntimeError(f"{len(forwards)} forwards could not be measured: {error}") from error
-            raise
-
-    def _measure_forwards(self, queue: DeviceQueue, forwards: list[list[Kept]]) -> None:
-        every = [item for forward in forwards for item in forward]
-        check_unchanged(every)
-        for profiled, x, _ in every:
-            _check_form(profiled, x)
-        real = RealTokens(None, self.skip_first)
-        with torch.no_grad(), queue.on_own_stream():
-            groups = stacked(forwards)
-            for moments in (queue.moments.pending[0], queue.moments.committed[0]):
-                for rows, inputs, alike in groups:
-                    self._dispatcher.record(rows, inputs, real, moments, alike=alike)
-                self._dispatcher.finish()
-
-    def _catch_up_all(self) -> None:
-        for queue in self._queues.values():
-            self._catch_up(queue)
-
-    def _weights_changed(self) -> None:
-        """Before the factors follow: what waits was made with the weights as they were."""
-        for queue in self._queues.values():
-            queue.backlog.interrupted()
-        self._catch_up_all()
-
-    def _weights_changed_in_graph(self) -> None:
-        """The same in compiled code, which has begun with the moments without them."""
-        if any(queue.backlog.forwards for queue in self._queues.values()):
-            raise RuntimeError(
-                "a weight changed between eager forwards and compiled ones: call get_results() or reset() after such a change"
-            )
+                    self._waiting.catch_up(queue)
 
     def abandon(self, module: nn.Module) -> None:
         """A call of the model, or of its decoder, is over; where `finish` was not called, it raised."""
@@ -825,11 +757,8 @@ class HookManager:
         return self._total(self._channels[0])
 
     def _check_fresh(self) -> None:
-        self._catch_up_all()
-        if self._lost:
-            raise RuntimeError(
-                f"an error ended the measurement of {self._lost} forwards that had ended: reset() starts afresh"
-            )
+        self._waiting.catch_up_all()
+        self._waiting.check_complete()
         stale = list(dict.fromkeys(name for channel in self._channels for name in channel.dispatcher.stale()))
         if stale:
             raise StaleFactorError(
@@ -876,10 +805,9 @@ class HookManager:
         """Forget every sample and take the weights as they are now."""
         for queue in self._queues.values():
             queue.close()
-            queue.backlog.clear()
             queue.moments.clear()
+        self._waiting.clear()
         self._missed.clear()
-        self._lost = 0
         for channel in self._channels:
             channel.dispatcher.rebuild()
             channel.dispatcher.used.clear()
@@ -965,13 +893,6 @@ class HookManager:
                 RuntimeWarning,
                 stacklevel=4,
             )
-
-
-def _check_form(profiled: Profiled, x: Tensor) -> None:
-    if x.dim() != 3 or x.shape[-1] != profiled.width:
-        raise RuntimeError(
-            f"{profiled.site.name}: expected an input [batch, seq, {profiled.width}], got {list(x.shape)}"
-        )
 
 
 def _frame_of_call() -> FrameType | None:

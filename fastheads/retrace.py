@@ -19,9 +19,8 @@ from torch import Tensor, nn
 SITE_ATTRIBUTE = "_fastheads_site"
 TAPS_ATTRIBUTE = "_fastheads_taps"
 
-Tap = Callable[
-    [nn.Module, tuple[Any, ...]], None
-]  # as a forward pre-hook, but what it returns is not looked at
+# As a forward pre-hook, but what it returns is not looked at.
+Tap = Callable[[nn.Module, tuple[Any, ...]], None]
 
 # module -> (its own class, number of managers attached)
 _attached: WeakKeyDictionary[nn.Module, tuple[type[nn.Module], int]] = WeakKeyDictionary()
@@ -39,7 +38,7 @@ class RetraceHandle:
         for name, module in modules.items():
             own, count = _attached.get(module, (type(module), 0))
             _attached[module] = (own, count + 1)
-            module.__class__ = fresh[own, _takes_taps(module, own)]
+            module.__class__ = fresh[own, _runs_linear_forward(module, own)]
             setattr(module, SITE_ATTRIBUTE, name)
 
     def remove(self) -> None:
@@ -51,7 +50,7 @@ class RetraceHandle:
                 pass  # a parametrization, say, made a class of its own from ours: it needs it
             elif count > 1:
                 _attached[module] = (own, count - 1)
-                module.__class__ = fresh[own, _takes_taps(module, own)]
+                module.__class__ = fresh[own, _runs_linear_forward(module, own)]
             else:
                 module.__class__ = own
             if count == 1:
@@ -61,7 +60,7 @@ class RetraceHandle:
 
 def takes_taps(module: nn.Module) -> bool:
     """Whether a module that a RetraceHandle holds can have taps: the others need a pre-hook."""
-    return type(module).forward is _tapped_forward and "forward" not in module.__dict__
+    return type(module).forward is _tapped_forward
 
 
 def add_tap(module: nn.Module, tap: Tap, traced: Tap) -> Any:
@@ -108,7 +107,7 @@ def _trace_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
         traced(module, args)
 
 
-def _takes_taps(module: nn.Module, own: type[nn.Module]) -> bool:
+def _runs_linear_forward(module: nn.Module, own: type[nn.Module]) -> bool:
     """Whether the class's forward is torch's own, and the one that runs."""
     return own.forward is nn.Linear.forward and "forward" not in module.__dict__
 
