@@ -9,7 +9,8 @@ A B C, C B A, the same documents are run
 
 - `runner`: by `profile()`, with its checkpoints, from the first batch on to the end of the last;
 - `bare`: the decoder's forwards on the same batches, which lie on the device already, without hooks;
-- `plain`: a loop of `model(**batch)` over padded batches of as many tokens in the corpus' order, with the head.
+- `plain`: a loop of `model(**batch)` over padded batches of as many tokens in the corpus' order, with the head; every fourth
+  of these batches.
 
 Tokens are real ones, without padding; the figures are medians over rounds. Under torchrun the first process runs the corpus
 alone, then all of them together. `--json FILE` writes what is printed.
@@ -40,9 +41,9 @@ from fastheads.distributed import Job
 from fastheads.sites import decoder_of
 
 WORDS = 4096
-WINDOWS = 24  # of the corpus: several for each process
 TOKENS = {"llama-3.2-1b": 4_000_000, "llama-3-8b": 1_500_000}
 WARM = 2  # batches of each kind before any time is taken
+PLAIN_SHARE = 4  # the plain loop runs one of so many of its batches: it is several times as slow
 
 
 def main() -> None:
@@ -85,21 +86,14 @@ class Bench:
         self.tokenizer = word_tokenizer()
         self.tokens = options.tokens or TOKENS.get(shape, 20_000 if options.cpu else 1_000_000)
         self.path = folder / f"{shape}.jsonl"
-        characters = write_documents(self.path, self.tokens, options.seq_len)
-        self.window_characters = characters // WINDOWS + 1
+        write_documents(self.path, self.tokens, options.seq_len)
         self.budget = options.batch_tokens or automatic_budget(
             self.model.config, self.device, next(self.model.parameters()).dtype, options.seq_len
         )
         self.decoder = decoder_of(self.model)
 
     def corpus(self, shard: tuple[int, int] = (0, 1)) -> Corpus:
-        return Corpus(
-            text_file(self.path),
-            self.tokenizer,
-            seq_len=self.options.seq_len,
-            shard=shard,
-            window_characters=self.window_characters,
-        )
+        return Corpus(text_file(self.path), self.tokenizer, seq_len=self.options.seq_len, shard=shard)
 
     # ---------------------------------------------------------------- one GPU
 
@@ -107,7 +101,7 @@ class Bench:
         """The three in turn."""
         windows = [window.sequences for window in self.corpus().windows()]
         same = [[rows[i] for i in batch] for rows in windows for batch in plan_of(rows, self.budget)]
-        plain = list(in_order((row for rows in windows for row in rows), self.budget))
+        plain = list(in_order((row for rows in windows for row in rows), self.budget))[::PLAIN_SHARE]
         # Padding on the right needs no mask where attention looks back only: what the runner gives the decoder.
         bare = [collate(rows)["input_ids"].to(self.device) for rows in same]
         call = torch.compile(self.decoder, dynamic=True) if self.options.compile else self.decoder
@@ -123,12 +117,15 @@ class Bench:
         for number in range(self.options.rounds):
             for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
                 seconds[name].append(ways[name]())
-        tokens = sum(len(row) for rows in windows for row in rows)
-        row = self.about(tokens) | {
-            f"{name}_tokens_s": tokens / statistics.median(times) for name, times in seconds.items()
+        tokens = {
+            name: count(batches) for name, batches in (("runner", same), ("bare", same), ("plain", plain))
+        }
+        speeds = {name: [tokens[name] / s for s in times] for name, times in seconds.items()}
+        row = self.about(tokens["runner"]) | {
+            f"{name}_tokens_s": statistics.median(found) for name, found in speeds.items()
         }
         for name in ("bare", "plain"):
-            ratios = [b / a for a, b in zip(seconds["runner"], seconds[name], strict=True)]
+            ratios = [a / b for a, b in zip(speeds["runner"], speeds[name], strict=True)]
             row[f"runner_over_{name}"] = statistics.median(ratios)
             row[f"runner_over_{name}_range"] = [min(ratios), max(ratios)]
         return row | {
@@ -259,8 +256,12 @@ def in_order(rows: Iterator[torch.Tensor], budget: int) -> Iterator[list[torch.T
 
 
 def padding(batches: list[list[torch.Tensor]]) -> float:
-    area = sum(len(rows) * max(map(len, rows)) for rows in batches)
-    return 1 - sum(len(row) for rows in batches for row in rows) / area
+    return 1 - count(batches) / sum(len(rows) * max(map(len, rows)) for rows in batches)
+
+
+def count(batches: list[list[torch.Tensor]]) -> int:
+    """Of real tokens."""
+    return sum(len(row) for rows in batches for row in rows)
 
 
 def check_counts(found: fastheads.HeadProfile) -> None:
@@ -271,18 +272,15 @@ def check_counts(found: fastheads.HeadProfile) -> None:
         sys.exit(f"{want} samples a head were expected: {count.tolist()}")
 
 
-def write_documents(path: Path, tokens: int, longest: int) -> int:
-    """JSON lines of about so many words in all, their numbers log-normal; the characters written."""
+def write_documents(path: Path, tokens: int, longest: int) -> None:
+    """JSON lines of about so many words in all, their numbers log-normal."""
     chance = random.Random(0)
-    characters = 0
     with path.open("w") as file:
         while tokens > 0:
             length = min(max(int(chance.lognormvariate(5.5, 1.0)), 8), longest)
             words = " ".join(f"w{number}" for number in chance.choices(range(WORDS), k=length))
             file.write(json.dumps({"text": words}) + "\n")
-            characters += len(words)
             tokens -= length
-    return characters
 
 
 def word_tokenizer() -> Any:

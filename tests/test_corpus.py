@@ -586,9 +586,13 @@ def test_windows_are_cut_by_characters_and_by_documents(monkeypatch):
 
 
 def test_windows_follow_the_size_of_the_corpus():
-    sizes = [corpus(["one " * n], window_characters=None, max_tokens=m).window_characters
-             for n, m in ((10, None), (2**21, None), (2**21, 2**20), (10, 100))]  # fmt: skip
-    assert sizes == [2**16, 2**18, 2**17, 2**16]
+    cases = ((10, None, 1), (2**24, None, 1), (2**24, 2**23, 1), (10, 100, 1),
+             (2**24, None, 4), (2**20, None, 2), (2**20, None, 4), (10, None, 4))  # fmt: skip
+    sizes = [
+        corpus(["one " * n], window_characters=None, max_tokens=m, shard=(0, shards)).window_characters
+        for n, m, shards in cases
+    ]
+    assert sizes == [2**20, 2**21, 2**20, 2**20, 2**21, 2**19, 2**18, 2**16]
     assert corpora._window_characters(None) == corpora._window_characters(2**40) == 2**22
 
 
@@ -879,13 +883,29 @@ def test_lognormal_documents_are_padded_by_less_than_five_percent(seq_len, budge
 
 
 def test_real_documents_are_padded_by_less_than_five_percent():
-    """The topics of Python's own documentation; a window of the size that a corpus of that size has."""
+    """The topics of Python's own documentation, in windows of the size that the corpus gives them."""
     from pydoc_data.topics import topics
 
-    found = corpus(list(topics.values()) * 4, ascii_tokenizer(), seq_len=2048, window_characters=2**21)
+    found = corpus(list(topics.values()) * 4, ascii_tokenizer(), seq_len=2048, window_characters=None)
     for window in found.windows():
         lengths = list(map(len, window.sequences))
         assert padding(lengths, plan(lengths, 2**15)) < 0.05
+
+
+@pytest.mark.parametrize("documents", [1_000, 5_000])
+def test_small_corpora_are_padded_by_less_than_five_percent_in_the_batches_of_a_large_gpu(documents):
+    """Log-normal lengths, tokens of about four characters; the windows that a corpus of that size gets."""
+    chance = random.Random(0)
+    lengths = [min(int(chance.lognormvariate(5.5, 1.0)) + 1, 2048) for _ in range(documents)]
+    found = corpus(["wor " * n for n in lengths], seq_len=2048, window_characters=None)
+    real = area = 0
+    for window in found.windows():
+        rows = list(map(len, window.sequences))
+        batches = plan(rows, 2**15)
+        real += sum(rows)
+        area += sum(len(batch) * rows[batch[0]] for batch in batches)
+    assert real == sum(lengths) + documents  # the tokenizer begins each with a token of its own
+    assert 1 - real / area < 0.05
 
 
 def test_collated_rows_can_be_pinned():
