@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import attrgetter, or_, sub
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,25 @@ class Profiled:
     queue: "DeviceQueue"
 
     def __post_init__(self) -> None:
+        self.name = self.site.name
         self.head_dim = self.site.head_dim
         self.width = self.site.num_heads * self.head_dim  # of its input
+
+    def traced(self) -> "TracedSite":
+        """The same for a graph."""
+        return TracedSite(self.row, self.name, self.head_dim, self.width, str(self.queue.device))
+
+
+class TracedSite(NamedTuple):
+    """A profiled site in constants. torch.compile does not look again at what a graph read of a module, as long as that is
+    constants alone, and the module as it was.
+    """
+
+    row: int
+    name: str
+    head_dim: int
+    width: int
+    device: str
 
 
 # Forwards in one launch, at most; of how many the inputs must fit into the budget, and how many must come between changes of the
@@ -313,12 +330,10 @@ class DeviceQueue:
         self.stream.wait_stream(current)
 
 
-def check_form(profiled: Profiled, x: Tensor) -> None:
+def check_form(site: Profiled | TracedSite, x: Tensor) -> None:
     """Raises RuntimeError for an input that is not `[batch, seq, width]`."""
-    if x.dim() != 3 or x.shape[-1] != profiled.width:
-        raise RuntimeError(
-            f"{profiled.site.name}: expected an input [batch, seq, {profiled.width}], got {list(x.shape)}"
-        )
+    if x.dim() != 3 or x.shape[-1] != site.width:
+        raise RuntimeError(f"{site.name}: expected an input [batch, seq, {site.width}], got {list(x.shape)}")
 
 
 def _apart(kept: list[Kept]) -> bool:
@@ -344,23 +359,23 @@ def check_unchanged(kept: list[Kept]) -> None:
         storages.add(storage)
 
 
-def grouped(inputs: Iterable[tuple[Profiled, Tensor, Any]]) -> list[Group]:
+def grouped(inputs: Iterable[tuple[Profiled | TracedSite, Tensor, Any]]) -> list[Group]:
     """The inputs in groups, in order, with what came with each; a row that comes twice is in two of them."""
     groups: list[Group] = []
-    for profiled, x, extra in inputs:
+    for site, x, extra in inputs:
         for group in groups:
             # Compared and not hashed: the shape may hold symbols that a hash would make numbers of.
             if (
                 x.shape == group.shape
                 and x.dtype == group.dtype
-                and profiled.head_dim == group.head_dim
-                and profiled.row not in group.rows
+                and site.head_dim == group.head_dim
+                and site.row not in group.rows
             ):
                 break
         else:
-            group = Group(x.shape, x.dtype, profiled.head_dim)
+            group = Group(x.shape, x.dtype, site.head_dim)
             groups.append(group)
-        group.rows.append(profiled.row)
+        group.rows.append(site.row)
         group.inputs.append(x)
         group.extras.append(extra)
     return groups

@@ -37,6 +37,7 @@ from fastheads.grouping import (
     Profiled,
     Repeat,
     Scaled,
+    TracedSite,
     check_form,
     check_unchanged,
     grouped,
@@ -162,8 +163,8 @@ class HookManager:
         self._real: RealTokens | None = None  # the real tokens of the decoder's call under way
         self._decoder_traced = False  # while a graph is traced that holds the decoder's call
         # What that graph keeps for its operators.
-        self._traced: list[tuple[Profiled, Tensor, None]] = []
-        self._traced_scaled: list[Scaled] = []
+        self._traced: list[tuple[TracedSite, Tensor, None]] = []
+        self._traced_scaled: list[tuple[TracedSite, Tensor, Tensor]] = []
         # Rows that ran in the decoder's call under way; that did not in some call of the forward under way; that did not in a
         # forward that ended; and those that compiled code measures, whose runs Python does not always see.
         self._ran: set[int] = set()
@@ -201,14 +202,14 @@ class HookManager:
         self._handles.append(RetraceHandle({p.site.name: p.site.module for p in self._profiled}))
         self._handles.append(register_optimizer_step_post_hook(self._after_optimizer_step))
         for profiled in self._profiled:
-            tap, traced = self._tap(profiled), self._traced_tap(profiled)
+            tap = self._tap(profiled)
             if self._ranks is not None:
-                tap, traced = (self._ranks.own_heads(profiled.row, t) for t in (tap, traced))
+                tap = self._ranks.own_heads(profiled.row, tap)
             module = profiled.site.module
             if takes_taps(module):
-                self._handles.append(add_tap(module, tap, traced))
+                self._handles.append(add_tap(module, tap, self._handle, profiled.traced()))
             else:
-                self._handles.append(module.register_forward_pre_hook(self._pre_hook(tap, traced)))
+                self._handles.append(module.register_forward_pre_hook(self._pre_hook(tap, profiled)))
             update = self._updates.normed.get(profiled.row)
             if update is not None:
                 # Before hooks of others, which may change the output.
@@ -372,11 +373,15 @@ class HookManager:
     def _factors(self) -> list[SiteFactor]:
         return [factor for channel in self._channels for factor in channel.dispatcher.factors.values()]
 
-    def _pre_hook(self, tap: Tap, traced: Tap) -> Tap:
+    def _pre_hook(self, tap: Tap, profiled: Profiled) -> Tap:
         """The same as a hook; a method, for what cannot pickle the closure tells its name."""
+        own, traced = profiled.site.module, profiled.traced()
 
         def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            (traced if torch.compiler.is_compiling() else tap)(module, args)
+            if not torch.compiler.is_compiling():
+                tap(module, args)
+            elif module is own:
+                self.trace(module, args, traced)
 
         return pre_hook
 
@@ -405,15 +410,6 @@ class HookManager:
 
         return tap
 
-    def _traced_tap(self, profiled: Profiled) -> Tap:
-        own = profiled.site.module
-
-        def traced_tap(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._running is not None and module is own:
-                self._trace(profiled, args[0].detach(), module)
-
-        return traced_tap
-
     def _measure(self, profiled: Profiled, x: Tensor) -> None:
         """What the hook does with an input that it cannot simply keep."""
         self._check_input(profiled, x)
@@ -436,7 +432,7 @@ class HookManager:
         queue.kept.append((profiled, x, None if x.is_inference() else x._version))
 
     def _output_hook(self, profiled: Profiled, update: Update) -> Callable[..., None]:
-        own = profiled.site.module
+        own, traced = profiled.site.module, profiled.traced()
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self._running is None or module is not own:
@@ -445,7 +441,7 @@ class HookManager:
             with torch.no_grad():
                 scale = update.scale(output.detach())
             if torch.compiler.is_compiling():
-                self._trace_scaled(profiled, x, scale)
+                self._trace_scaled(traced, x, scale)
                 return
             queue = profiled.queue if x.device == profiled.queue.device else self._queue_on(x.device)
             if self._decoder_traced:
@@ -522,56 +518,60 @@ class HookManager:
                 scale = torch.stack(group.extras)
                 channel.dispatcher.record(group.rows, group.inputs, self._real, pending, scale=scale)
 
-    def _check_input(self, profiled: Profiled, x: Tensor) -> None:
+    def _check_input(self, site: Profiled | TracedSite, x: Tensor) -> None:
         if self._real is None:
             raise RuntimeError(
-                f"{profiled.site.name} ran outside the decoder's own call: its real tokens are not known. "
+                f"{site.name} ran outside the decoder's own call: its real tokens are not known. "
                 "Profile a tower as a model of its own"
             )
         if type(x) is not Tensor and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{profiled.site.name}: an input of type {type(x).__name__} cannot be measured"
-            )
-        check_form(profiled, x)
+            raise RuntimeError(f"{site.name}: an input of type {type(x).__name__} cannot be measured")
+        check_form(site, x)
 
-    def _trace(self, profiled: Profiled, x: Tensor, module: nn.Module) -> None:
+    def trace(self, module: nn.Module, args: tuple[Any, ...], site: TracedSite) -> None:
         """`_measure` inside a graph. The budget is decided here, once, when the graph is made."""
-        self._check_input(profiled, x)
-        if x.device != profiled.queue.device:
+        if self._running is None:
+            return
+        x = args[0].detach()
+        if self._ranks is not None:
+            x = self._ranks.own_part(site.row, x)
+        self._check_input(site, x)
+        if x.device != torch.device(site.device):
             raise RuntimeError(
                 "the model was moved to another device after the hooks were attached: attach a new HookManager"
             )
         # Guarded: where layers are compiled one by one, each gets a graph of its own.
         getattr(module, SITE_ATTRIBUTE)
+        queue = self._queues[x.device]
         size = x.numel() * x.element_size()
-        if not self._decoder_traced or size > profiled.queue.largest:
-            self._trace_groups([(profiled, x, None)])
+        if not self._decoder_traced or size > queue.largest:
+            self._trace_groups([(site, x, None)])
             return
-        if sum(y.numel() * y.element_size() for _, y, _ in self._traced) + size > profiled.queue.budget:
+        if sum(y.numel() * y.element_size() for _, y, _ in self._traced) + size > queue.budget:
             self._trace_kept()
-        self._traced.append((profiled, x, None))
+        self._traced.append((site, x, None))
 
-    def _trace_scaled(self, profiled: Profiled, x: Tensor, scale: Tensor) -> None:
-        """The same of what is measured behind the projection: `_trace` has just had the input."""
-        if not self._decoder_traced or x.numel() * x.element_size() > profiled.queue.largest:
-            self._trace_scaled_groups([(profiled, x, scale)])
+    def _trace_scaled(self, site: TracedSite, x: Tensor, scale: Tensor) -> None:
+        """The same of what is measured behind the projection: `trace` has just had the input."""
+        if not self._decoder_traced or x.numel() * x.element_size() > self._queues[x.device].largest:
+            self._trace_scaled_groups([(site, x, scale)])
         else:
-            self._traced_scaled.append((profiled, x, scale))
+            self._traced_scaled.append((site, x, scale))
 
     def _trace_kept(self) -> None:
         self._trace_groups(self._traced)
         self._trace_scaled_groups(self._traced_scaled)
         self._traced, self._traced_scaled = [], []
 
-    def _trace_groups(self, inputs: list[tuple[Profiled, Tensor, None]]) -> None:
-        for queue in self._queues.values():
-            for group in grouped([item for item in inputs if item[0].queue is queue]):
+    def _trace_groups(self, inputs: list[tuple[TracedSite, Tensor, None]]) -> None:
+        for device, queue in self._queues.items():
+            for group in grouped([item for item in inputs if item[1].device == device]):
                 for channel in self._at_input:
                     self._record_traced(channel, group.rows, group.inputs, None, queue)
 
-    def _trace_scaled_groups(self, inputs: list[Scaled]) -> None:
-        for queue in self._queues.values():
-            for group in grouped([item for item in inputs if item[0].queue is queue]):
+    def _trace_scaled_groups(self, inputs: list[tuple[TracedSite, Tensor, Tensor]]) -> None:
+        for device, queue in self._queues.items():
+            for group in grouped([item for item in inputs if item[1].device == device]):
                 scale = torch.stack(group.extras)
                 self._record_traced(self._channels[-1], group.rows, group.inputs, scale, queue)
 

@@ -5,15 +5,18 @@ nothing of it is guarded, copied or retraced.
 """
 
 import itertools
-from typing import Protocol
-from weakref import WeakValueDictionary
+from typing import Any, Protocol
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Recorder(Protocol):
-    """What the operator calls: a HookManager."""
+    """What a graph calls while it is made, and what its operator calls: a HookManager."""
+
+    def trace(self, module: nn.Module, args: tuple[Any, ...], site: Any) -> None:
+        """Dynamo traces a call of a projection; `site` is what `retrace.add_tap` was given."""
 
     def record_in_graph(
         self,
@@ -29,20 +32,27 @@ class Recorder(Protocol):
         """Merge the samples of `inputs` into the channel's part of `state`."""
 
 
-_recorders: WeakValueDictionary[int, Recorder] = WeakValueDictionary()
+# Not a WeakValueDictionary: Dynamo could not read it.
+_recorders: dict[int, "ref[Recorder]"] = {}
 _handles = itertools.count(1)
 
 
 def register(recorder: Recorder) -> int:
     """A handle that a graph may hold. The recorder may go: the operator then does nothing."""
     handle = next(_handles)
-    _recorders[handle] = recorder
+    _recorders[handle] = ref(recorder, lambda _: release(handle))
     return handle
 
 
 def release(handle: int) -> None:
     """The graphs that hold the handle do nothing from now on."""
     _recorders.pop(handle, None)
+
+
+def recorder_of(handle: int) -> Recorder | None:
+    """None where it has gone."""
+    found = _recorders.get(handle)
+    return None if found is None else found()
 
 
 def record(
@@ -59,7 +69,7 @@ def record(
     """Merge the samples of a group of layers into `state`: the buffer of the recorder's pending moments, or a copy that a
     compiler made of it and copies back.
     """
-    recorder = _recorders.get(handle)
+    recorder = recorder_of(handle)
     if recorder is not None:
         recorder.record_in_graph(
             channel=channel,

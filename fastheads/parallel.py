@@ -149,20 +149,28 @@ class Ranks:
 
     def own_heads(self, row: int, hook: Callable[..., None]) -> Callable[..., None]:
         """The pre-hook of the projection of `row`, given this rank's heads alone."""
-        shard = self.shards.get(row)
-        if shard is None or not shard.split_input:
+        if not self._takes_all_heads(row):
             return hook
-        width = shard.num_heads * self._size * shard.head_dim
-        start = shard.start * shard.head_dim
-        stop = start + shard.num_heads * shard.head_dim
 
         def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0]
-            if x.shape[-1] == width:  # else the hook says what it expected
-                x = x[..., start:stop].contiguous()  # a view that is kept would keep all heads
-            hook(module, (x,))
+            hook(module, (self.own_part(row, args[0]),))
 
         return pre_hook
+
+    def own_part(self, row: int, x: Tensor) -> Tensor:
+        """What this rank's heads gave of an input `[..., width]` of the projection of `row`."""
+        if not self._takes_all_heads(row):
+            return x
+        shard = self.shards[row]
+        if x.shape[-1] != shard.num_heads * self._size * shard.head_dim:
+            return x  # whoever measures it says what was expected
+        start = shard.start * shard.head_dim
+        # Contiguous: a view that is kept would keep all heads.
+        return x[..., start : start + shard.num_heads * shard.head_dim].contiguous()
+
+    def _takes_all_heads(self, row: int) -> bool:
+        """Whether the projection itself takes its part of an input of all heads."""
+        return row in self.shards and self.shards[row].split_input
 
     def check_agreement(self, sites: Sequence[HeadSite], **options: Any) -> None:
         """Collective. Raises RuntimeError, on every rank, where the ranks profile other sites or with other options."""

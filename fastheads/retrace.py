@@ -16,8 +16,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastheads.operator import recorder_of
+
 SITE_ATTRIBUTE = "_fastheads_site"
 TAPS_ATTRIBUTE = "_fastheads_taps"
+# What Dynamo reads in place of the taps: of each the handle of its recorder, and the site in constants. It checks a module in one
+# look where all that a graph read of it, and of the modules in it, is constants; else it looks at each layer of the model anew.
+# That is so in torch 2.11 (`use_recursive_dict_tags_for_guards`), no longer in 2.13.
+TRACED_ATTRIBUTE = "_fastheads_traced"
 
 # As a forward pre-hook, but what it returns is not looked at.
 Tap = Callable[[nn.Module, tuple[Any, ...]], None]
@@ -63,9 +69,11 @@ def takes_taps(module: nn.Module) -> bool:
     return type(module).forward is _tapped_forward
 
 
-def add_tap(module: nn.Module, tap: Tap, traced: Tap) -> Any:
-    """Call `tap`, or `traced` where Dynamo traces, before each forward of such a module, as a pre-hook: its handle."""
-    return _TapHandle(module, (tap, traced))
+def add_tap(module: nn.Module, tap: Tap, recorder: int, site: tuple[Any, ...]) -> Any:
+    """Call `tap` before each forward of such a module, as a pre-hook; where Dynamo traces, `trace` of the recorder with that
+    handle (`fastheads.operator`) instead, with `site`, which is made of constants. Returns the handle of the tap.
+    """
+    return _TapHandle(module, tap, (recorder, site))
 
 
 def plain_function(forward: Any) -> Any:
@@ -75,16 +83,19 @@ def plain_function(forward: Any) -> Any:
 
 
 class _TapHandle:
-    def __init__(self, module: nn.Module, tap: tuple[Tap, Tap]) -> None:
-        self._module, self._tap = module, tap
-        setattr(module, TAPS_ATTRIBUTE, (*getattr(module, TAPS_ATTRIBUTE, ()), tap))
+    def __init__(self, module: nn.Module, tap: Tap, traced: tuple[int, tuple[Any, ...]]) -> None:
+        self._module = module
+        self._entries = {TAPS_ATTRIBUTE: tap, TRACED_ATTRIBUTE: traced}
+        for name, entry in self._entries.items():
+            setattr(module, name, (*getattr(module, name, ()), entry))
 
     def remove(self) -> None:
-        left = tuple(tap for tap in getattr(self._module, TAPS_ATTRIBUTE, ()) if tap is not self._tap)
-        if left:
-            setattr(self._module, TAPS_ATTRIBUTE, left)
-        elif hasattr(self._module, TAPS_ATTRIBUTE):
-            delattr(self._module, TAPS_ATTRIBUTE)
+        for name, entry in self._entries.items():
+            left = tuple(other for other in getattr(self._module, name, ()) if other is not entry)
+            if left:
+                setattr(self._module, name, left)
+            elif hasattr(self._module, name):
+                delattr(self._module, name)
 
 
 def _tapped_forward(self: nn.Module, input: Tensor) -> Tensor:
@@ -97,14 +108,16 @@ _tapped_forward.__name__ = "forward"  # as which a bound one is pickled
 
 def _run_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
     # No taps: a wrapper that somebody put around the bound method may outlive them.
-    for tap, _ in getattr(module, TAPS_ATTRIBUTE, ()):
+    for tap in getattr(module, TAPS_ATTRIBUTE, ()):
         tap(module, args)
 
 
 @torch.compiler.substitute_in_graph(_run_taps)
 def _trace_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
-    for _, traced in getattr(module, TAPS_ATTRIBUTE, ()):
-        traced(module, args)
+    for handle, site in getattr(module, TRACED_ATTRIBUTE, ()):
+        recorder = recorder_of(handle)
+        if recorder is not None:
+            recorder.trace(module, args, site)
 
 
 def _runs_linear_forward(module: nn.Module, own: type[nn.Module]) -> bool:
@@ -136,7 +149,7 @@ def _reduce_to(own: type[nn.Module]) -> Callable[..., Any]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = own.__reduce_ex__(self, max(protocol, 2))
-        ours = (SITE_ATTRIBUTE, TAPS_ATTRIBUTE)
+        ours = (SITE_ATTRIBUTE, TAPS_ATTRIBUTE, TRACED_ATTRIBUTE)
         state = {name: value for name, value in reduced[2].items() if name not in ours}
         return (_new, (own,), state, *reduced[3:])
 
