@@ -72,23 +72,35 @@ def main() -> None:
     parser.add_argument("--commit", help="the commit that is measured, where git cannot say")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument(
-        "--append", action="store_true", help="beside those of the same machine that are there"
+        "--append",
+        action="store_true",
+        help="beside what is there of the same kind of machine, in place of the same cases",
     )
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    report = {"machine": machine(options), "rows": rows}
+    here = machine(options)
+    report = {"machine": here, "rows": rows}
     if options.append and options.json and options.json.exists():
-        before = json.loads(options.json.read_text())
-        if before["machine"] != report["machine"]:
-            sys.exit(
-                f"{options.json} holds the figures of another machine, commit or day: {before['machine']}"
-            )
-        rows += before["rows"]
+        rows += rows_before(json.loads(options.json.read_text()), here, options.json)
     for row in (gpu_rows if options.gpu else cpu_rows)(options):
         print(line(row), flush=True)
-        rows.append(row)
+        rows[:] = [other for other in rows if case_of(other) != case_of(row)] + [row]
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def rows_before(report: dict[str, Any], here: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier report, each with its commit and day. Exits where the machine is another."""
+    there = report["machine"]
+    told = {key: there[key] for key in ("commit", "date")}
+    if {k: v for k, v in there.items() if k not in told} != {k: v for k, v in here.items() if k not in told}:
+        sys.exit(f"{path} holds the figures of another kind of machine: {there}")
+    return [told | row for row in report["rows"]]
+
+
+def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is measured of."""
+    return tuple(row[key] for key in ("model", "dtype", "mode", "backend", "token_agg", "batch", "seq"))
 
 
 def cpu_rows(options: argparse.Namespace) -> Any:
