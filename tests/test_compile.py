@@ -6,6 +6,7 @@ from oracle import METRICS, assert_results, captured_inputs
 from tiny_models import build, tokens
 
 import fastheads
+from fastheads.retrace import TRACED_ATTRIBUTE
 
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [1] * 6])
 
@@ -149,6 +150,55 @@ def test_repeated_calls_and_dynamic_lengths_do_not_recompile():
                 warm = graphs()
         assert graphs() == warm
         assert (hooks.get_results()["head_output_norm"]["count"] == 2 * len(lengths)).all()
+
+
+def test_what_a_graph_reads_of_a_hooked_projection_is_constants():
+    """Else Dynamo looks at each layer of the model anew in each call, where it looks at constants once."""
+    model = build()
+    with fastheads.HookManager(model), fastheads.HookManager(model, "all") as hooks:
+        for site in hooks.profiled_sites:
+            read = vars(site.module)[TRACED_ATTRIBUTE]
+            assert type(read) is tuple and len(read) == 2
+            leaves = list(read)
+            while any(isinstance(leaf, tuple) for leaf in leaves):
+                leaves = [x for leaf in leaves for x in (leaf if isinstance(leaf, tuple) else (leaf,))]
+            assert {type(leaf) for leaf in leaves} == {int, str}
+    assert not any(TRACED_ATTRIBUTE in vars(module) for module in model.modules())
+
+
+def test_a_graph_looks_at_a_hooked_layer_in_one_look(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", True)
+    model = build()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad(), fastheads.HookManager(model, "all"):
+        compiled(**calls()[0])
+        seen = {
+            name for name in whole_modules(type(model).forward) if ".layers." in name or "['layers']" in name
+        }
+    assert len(seen) == len(model.model.layers), seen
+
+
+def whole_modules(function):
+    """The sources of the modules that the guards of a function's graphs look at as a whole."""
+    found = set()
+
+    def visit(guards):
+        if guards.is_tag_safe_root():
+            found.add(guards.get_source())
+        elif isinstance(guards, torch._C._dynamo.guards.DictGuardManager):
+            pairs = guards.get_key_value_managers().values()
+            children = [child for pair in pairs for child in pair if child is not None]
+            for child in children:
+                visit(child)
+        if not guards.is_tag_safe_root():
+            for child in guards.get_child_managers():
+                visit(child)
+
+    while function is not None:
+        for entry in torch._dynamo.eval_frame._debug_get_cache_entry_list(function.__code__):
+            visit(entry.guard_manager.root)
+        function = getattr(function, "__wrapped__", None)
+    return found
 
 
 @pytest.mark.parametrize("group_bytes", [0, 2 * 3 * 6 * 96 * 4])
