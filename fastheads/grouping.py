@@ -80,7 +80,7 @@ class Group:
     extras: list[Any] = field(default_factory=list)
 
 
-_DTYPE, _NBYTES, _VERSION = attrgetter("dtype"), attrgetter("nbytes"), attrgetter("_version")
+_DTYPE, _SHAPE, _VERSION = attrgetter("dtype"), attrgetter("shape"), attrgetter("_version")
 
 
 class Repeat:
@@ -103,7 +103,6 @@ class Repeat:
         self.profiled, self.rows = profiled, {p.row for p in profiled}
         self._shape, self._strides, self._is_contiguous = x.shape, x.stride(), x.is_contiguous()
         self._count, self._dtypes, self._types = len(inputs), {x.dtype}, {type(x)}
-        self._sizes, self._lengths = {x.nbytes}, {len(x)}
         self._no_versions = (None,) * len(inputs)
         # Bytes from the first to beyond the last.
         steps = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
@@ -132,16 +131,26 @@ class Repeat:
 
     def again(self, inputs: Sequence[Tensor], skip_first: int) -> bool:
         """Measure `inputs`, of the same rows; False, and nothing was done, as above."""
-        if not inputs or inputs[0].shape != self._shape or skip_first != self._skip_first:
-            return False
-        # Of the others less is enough: the last of their dimensions is the width of the projection's weight.
         if (
             len(inputs) != self._count
             or set(map(type, inputs)) != self._types
             or set(map(_DTYPE, inputs)) != self._dtypes
-            or set(map(_NBYTES, inputs)) != self._sizes
-            or set(map(len, inputs)) != self._lengths
+            or set(map(_SHAPE, inputs)) != {self._shape}
         ):
+            return False
+        return self._launched(inputs, skip_first, apart=False)
+
+    def again_in_graph(self, inputs: Sequence[Tensor], skip_first: int) -> bool:
+        """The same of a graph's inputs, which it made one group of: their types, shapes and dtypes are alike, and all are still
+        there.
+        """
+        if len(inputs) != self._count or inputs[0].dtype not in self._dtypes:
+            return False
+        return self._launched(inputs, skip_first, apart=True)
+
+    def _launched(self, inputs: Sequence[Tensor], skip_first: int, apart: bool) -> bool:
+        """`apart`: none lies in the memory of another."""
+        if not inputs or inputs[0].shape != self._shape or skip_first != self._skip_first:
             return False
         if self._is_contiguous:
             if not all(map(Tensor.is_contiguous, inputs)):
@@ -151,9 +160,10 @@ class Repeat:
         addresses = list(map(Tensor.data_ptr, inputs))
         if reduce(or_, addresses) & 15:
             return False  # the kernel cannot read it there
-        ordered = sorted(addresses)
-        if len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < self._extent:
-            return False  # one may lie where another lay
+        if not apart:
+            ordered = sorted(addresses)
+            if len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < self._extent:
+                return False  # one may lie where another lay
         if self._device is not None and torch.cuda.current_device() != self._device:
             return False
         if not self._valid_while():

@@ -621,7 +621,7 @@ class HookManager:
                 dispatcher.refresh(before=self._waiting.weights_changed_in_graph)
         key = (channel, state.data_ptr(), *rows)
         repeat = None if capturing or valid is not None or scale is not None else self._repeats.get(key)
-        if repeat is not None and repeat.again(inputs, self.skip_first):
+        if repeat is not None and repeat.again_in_graph(inputs, self.skip_first):
             return
         real, moments = RealTokens(valid, self.skip_first, bounds), RunningMoments.over(state[channel])
         dispatcher.record(rows, inputs, real, moments, scale=scale)
