@@ -153,7 +153,7 @@ class DecoderArguments:
             bounds = self._bounds_of_positions(given)
         valid = None if self._token_mask is None else self._told(self._token_mask, given)
         if valid is None and mask is not None:
-            valid = _valid(mask, given, cache)
+            valid = _valid(mask, given, cache, self._past(given, cache))
         elif valid is None and self._unread:
             self._check_unread(given)
         if bounds is not None:
@@ -161,6 +161,16 @@ class DecoderArguments:
         elif skip_first and valid is not None:
             valid = valid & (valid.cumsum(dim=1) > skip_first)
         return RealTokens(valid, skip_first, bounds)
+
+    def _past(self, given: dict[str, Any], cache: Any) -> int | Tensor | None:
+        """Tokens before this call's, as the cache says it; None where it does not."""
+        past = None if not hasattr(cache, "get_seq_length") else cache.get_seq_length()
+        position = given.get("cache_position")
+        if isinstance(past, Tensor) and isinstance(position, Tensor) and "cache_position" in self._positional:
+            # Older releases, whose decoders read it, count a static cache's keys that are not zero: those of padding may be,
+            # for its embedding is.
+            return position[0]
+        return past
 
     def _check_unread(self, given: dict[str, Any]) -> None:
         for name in self._unread:
@@ -271,13 +281,12 @@ def _within(bounds: Tensor, valid: Tensor | None, skip_first: int, tokens: tuple
     return inside.view(tokens)
 
 
-def _valid(mask: Any, given: dict[str, Any], cache: Any) -> Tensor:
-    """Bool `[B, S]` (or `[1, S]`), from a mask of 2 or 4 dimensions."""
+def _valid(mask: Any, given: dict[str, Any], cache: Any, past: int | Tensor | None) -> Tensor:
+    """Bool `[B, S]` (or `[1, S]`), from a mask of 2 or 4 dimensions; `past` tokens are in the cache."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         form = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"an attention mask of 2 or 4 dimensions is needed to tell real tokens, got {form}")
     queries = _num_queries(given, mask)
-    past = None if not hasattr(cache, "get_seq_length") else cache.get_seq_length()
     if mask.dim() == 4:
         return _diagonal(mask, queries, past)
     if isinstance(past, int) and past == 0 and mask.shape[1] > queries:

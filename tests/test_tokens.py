@@ -281,9 +281,30 @@ def test_2d_masks_beside_a_static_cache(columns):
                 attention_mask=whole[:, : part.stop] if columns == 9 else whole,
                 position_ids=positions[:, part],
                 past_key_values=cache,
+                cache_position=torch.arange(9)[part],  # which older releases do not count right themselves
             )
         results = hooks.get_results()
     assert_results(results, sites, inputs, [mask[:, part].tolist() for part in parts], "all", 5e-6)
+
+
+def test_a_static_cache_that_miscounts_its_tokens():
+    """Transformers 5.0 counts keys that are not zero, as those of padding are; the decoder is told the right number."""
+
+    class Decoder(torch.nn.Module):
+        def forward(self, input_ids, attention_mask, past_key_values, cache_position):
+            pass
+
+    class Cache:
+        def get_seq_length(self):
+            return torch.tensor(1)
+
+    mask = torch.tensor([[0, 0, 1, 1, 0]])
+    given = dict(input_ids=tokens(1, 2), attention_mask=mask, past_key_values=Cache())
+    given["cache_position"] = torch.tensor([2, 3])
+    assert DecoderArguments(Decoder()).real_tokens((), given, 0).valid.tolist() == [[True, True]]
+    four = torch.ones(2, 5).tril(2).bool() & mask[:, None, None, :].bool()
+    given["attention_mask"] = four
+    assert DecoderArguments(Decoder()).real_tokens((), given, 0).valid.tolist() == [[True, True]]
 
 
 def test_padding_that_is_not_read_is_refused():
