@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# An additive mask forbids with -10,000 or less (-1e9, the dtype's lowest number, -inf), and may hold a bias where it does not: half
+# of that, for bfloat16 rounds.
+FORBIDDEN = -5e3
+
 # What a caller who knows better says of one call of the decoder: the mask, or a function that makes it of the call's arguments.
 TokenMask = Tensor | Callable[[dict[str, Any]], Tensor | None]
 
@@ -327,7 +331,9 @@ def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
 
 
 def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
-    """A 4D mask `[B, 1, S, keys]`: a token is real where it may attend to itself (True, or 0 of an additive mask)."""
+    """A 4D mask `[B, 1, S, keys]`: a token is real where it may attend to itself (True, or more than FORBIDDEN of
+    an additive mask).
+    """
     keys = mask.shape[-1]
     if mask.shape[-2] != queries or keys < queries or (past is None and keys != queries):
         raise ValueError(
@@ -337,5 +343,8 @@ def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
     # The cache of a window holds no more than its length: the call's own keys are then the last.
     start = torch.as_tensor(0 if past is None else past, device=mask.device).clamp(max=keys - queries)
     diagonal = mask[:, 0, query, query + start]
-    # An additive mask may hold a bias where it does not forbid.
-    return diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
+    if diagonal.dtype == torch.bool:
+        return diagonal
+    if not diagonal.is_floating_point():
+        raise ValueError(f"a 4D attention mask is needed in bool or in floating point, not {diagonal.dtype}")
+    return diagonal > FORBIDDEN

@@ -182,6 +182,27 @@ def test_a_bias_in_an_additive_mask_is_no_padding():
         assert_results(hooks.get_results(), sites, inputs, [mask.tolist()], "all", 5e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("low", [-1e4, -65504.0, -1e9, -1e38, -torch.inf, "lowest"])
+def test_additive_masks_that_people_make(low, dtype):
+    """Each of these numbers forbids as well as the dtype's lowest."""
+    low = torch.finfo(dtype).min if low == "lowest" else low
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    square = torch.ones(5, 5).tril().bool() & mask[:, None, None, :].bool()
+    for bias in (0.0, -8.0, 3.0):
+        additive = torch.where(square, bias, low).to(dtype)
+        given = dict(input_ids=tokens(1, 5), attention_mask=additive)
+        real = DecoderArguments(build().model).real_tokens((), given, 0)
+        assert torch.equal(real.valid, mask.bool())
+
+
+def test_a_4d_mask_of_whole_numbers_is_refused():
+    """Some take 1 for seen, and a model that adds it takes it for a bias."""
+    given = dict(input_ids=tokens(1, 5), attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.long).tril())
+    with pytest.raises(ValueError, match="in bool or in floating point, not torch.int64"):
+        DecoderArguments(build().model).real_tokens((), given, 0)
+
+
 def test_one_mask_for_all_rows():
     model = build()
     sites = fastheads.find_sites(model)
