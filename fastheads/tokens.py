@@ -169,10 +169,10 @@ class DecoderArguments:
     def _past(self, given: dict[str, Any], cache: Any) -> int | Tensor | None:
         """Tokens before this call's, as the cache says it; None where it does not."""
         past = None if not hasattr(cache, "get_seq_length") else cache.get_seq_length()
-        position = given.get("cache_position")
-        if isinstance(past, Tensor) and isinstance(position, Tensor) and "cache_position" in self._positional:
-            # Older releases, whose decoders read it, count a static cache's keys that are not zero: those of padding may be,
-            # for its embedding is.
+        position = given.get("cache_position") if "cache_position" in self._positional else None
+        if isinstance(position, Tensor) and not isinstance(past, int):
+            # Decoders of older releases, which read it: some keep a cache that nobody passes, and static caches count the keys
+            # that are not zero. Those of padding may be, for its embedding is.
             return position[0]
         return past
 

@@ -308,7 +308,7 @@ def test_2d_masks_beside_a_static_cache(columns):
     assert_results(results, sites, inputs, [mask[:, part].tolist() for part in parts], "all", 5e-6)
 
 
-def test_a_static_cache_that_miscounts_its_tokens():
+def test_caches_that_do_not_say_how_much_they_hold():
     """Transformers 5.0 counts keys that are not zero, as those of padding are; the decoder is told the right number."""
 
     class Decoder(torch.nn.Module):
@@ -325,6 +325,9 @@ def test_a_static_cache_that_miscounts_its_tokens():
     assert DecoderArguments(Decoder()).real_tokens((), given, 0).valid.tolist() == [[True, True]]
     four = torch.ones(2, 5).tril(2).bool() & mask[:, None, None, :].bool()
     given["attention_mask"] = four
+    assert DecoderArguments(Decoder()).real_tokens((), given, 0).valid.tolist() == [[True, True]]
+    # RecurrentGemma's, then: a cache inside the model
+    given |= dict(attention_mask=mask, past_key_values=None)
     assert DecoderArguments(Decoder()).real_tokens((), given, 0).valid.tolist() == [[True, True]]
 
 
