@@ -247,6 +247,37 @@ def test_gates_and_scales_that_nobody_knows_are_not_taken_for_nothing():
         update_of(model, site)
 
 
+def test_what_others_put_around_the_attention_may_do_anything():
+    """PEFT's LLaMA-Adapter gives the projection a second input, and scales what comes of it."""
+
+    class Halved(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            output, *rest = self.inner(*args, **kwargs)
+            return output / 2, *rest
+
+    model = families.build("llama")
+    model.model.layers[1].self_attn = Halved(model.model.layers[1].self_attn)
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        model(**families.batch("llama", MASK))
+        results = hooks.get_results()
+    assert results["metadata"]["residual_update"][0] == "as it is"
+    assert "Halved, which is none of transformers" in results["metadata"]["residual_update"][1]
+    assert results[METRIC]["mean"][1].isnan().all() and not results[METRIC]["mean"][0].isnan().any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_layers_that_are_compiled_one_by_one_are_known(family):
+    model = families.build(family)
+    plain = [str(update_of(model, site)) for site in fastheads.find_sites(model)]
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(layer)
+    assert [str(update_of(model, site)) for site in fastheads.find_sites(model)] == plain
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_norm_that_is_replaced_and_one_that_a_fused_optimizer_writes():
     model = families.build("gemma2")
