@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.sites import HeadSite
+from fastheads.sites import HeadSite, unwrapped
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ UNKNOWN: dict[str, str] = {
 # What else a layer would scale its attention's output with: parameters of its own, or children so called.
 SCALES = re.compile(r"scale|residual_gate|(attn|attention)\w*gate", re.IGNORECASE)
 SCALES_THE_RESIDUAL = re.compile(r"^Doge")  # and not what is added to it
+
+
+# Whose modules between the projection and the layer do nothing else to its output.
+KNOWN_PACKAGES = ("transformers.", "torch.nn.")
 
 
 class UnknownUpdateError(ValueError):
@@ -153,8 +157,10 @@ def update_of(model: nn.Module, site: HeadSite) -> Update:
     parts = site.name.split(".")
     layer: Any = model
     for depth in range(len(parts) - 1, 0, -1):
-        above: Any = model.get_submodule(".".join(parts[:depth]))
+        above: Any = unwrapped(model.get_submodule(".".join(parts[:depth])))
         kind = type(above).__name__
+        if layer is model and not type(above).__module__.startswith(KNOWN_PACKAGES):
+            raise UnknownUpdateError(f"what a {kind}, which is none of transformers, does to it is not known")
         for pattern, why in UNKNOWN.items():
             if re.search(pattern, kind):
                 raise UnknownUpdateError(f"what a {kind} adds to the residual stream is not known: {why}")

@@ -106,13 +106,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The stack of decoder layers: `get_decoder()` of the model, or of the outermost module in it that has one."""
+    """The stack of decoder layers: `get_decoder()` of the model, or of the outermost module in it that has one; and so on where
+    that is a whole model in its turn, which may have an encoder (BLIP-2's language model, Florence-2's).
+    """
     for module in model.modules():
-        get_decoder = getattr(module, "get_decoder", None)
-        decoder = get_decoder() if callable(get_decoder) else None
-        if isinstance(decoder, nn.Module) and next(decoder.children(), None) is not None:
-            return decoder  # ModernBERT calls a linear layer, its head, `decoder`
+        decoder = _decoder_within(module)
+        while decoder is not None:
+            inner = _decoder_within(decoder)
+            if inner is None or inner is decoder:
+                return decoder
+            decoder = inner
     return model
+
+
+def _decoder_within(module: nn.Module) -> nn.Module | None:
+    """What `get_decoder()` gives; None where it is nothing inside the module (or itself) that could be a stack of layers."""
+    get_decoder = getattr(module, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    if not isinstance(decoder, nn.Module) or all(decoder is not inside for inside in module.modules()):
+        return None
+    return decoder if next(decoder.children(), None) is not None else None  # ModernBERT so calls its head
 
 
 def heads_per_unit(owner: nn.Module) -> int:
@@ -224,8 +237,10 @@ class _Attention:
 def _attentions(model: nn.Module) -> Iterator[_Attention]:
     """Every attention module, chosen by default or not, in the order of the model's modules."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    in_decoder = {id(m) for m in decoder_of(model).modules()}
-    has_encoder = bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
+    decoder = decoder_of(model)
+    in_decoder = {id(m) for m in decoder.modules()}
+    around = [m for m in unwrapped(model).modules() if any(inside is decoder for inside in m.modules())]
+    has_encoder = any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in around)
     for path, owner in model.named_modules():
         kind = type(owner).__name__
         is_attention = ATTENTION.search(kind) is not None

@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# An additive mask forbids with -10,000 or less (-1e9, the dtype's lowest number, -inf), and may hold a bias where it does not.
+# Half of that, for bfloat16 rounds.
+FORBIDDEN = -5e3
+
 # What a caller who knows better says of one call of the decoder: the mask, or a function that makes it of the call's arguments.
 TokenMask = Tensor | Callable[[dict[str, Any]], Tensor | None]
 
@@ -153,7 +157,7 @@ class DecoderArguments:
             bounds = self._bounds_of_positions(given)
         valid = None if self._token_mask is None else self._told(self._token_mask, given)
         if valid is None and mask is not None:
-            valid = _valid(mask, given, cache)
+            valid = _valid(mask, given, cache, self._past(given, cache))
         elif valid is None and self._unread:
             self._check_unread(given)
         if bounds is not None:
@@ -161,6 +165,16 @@ class DecoderArguments:
         elif skip_first and valid is not None:
             valid = valid & (valid.cumsum(dim=1) > skip_first)
         return RealTokens(valid, skip_first, bounds)
+
+    def _past(self, given: dict[str, Any], cache: Any) -> int | Tensor | None:
+        """Tokens before this call's, as the cache says it; None where it does not."""
+        past = None if not hasattr(cache, "get_seq_length") else cache.get_seq_length()
+        position = given.get("cache_position") if "cache_position" in self._positional else None
+        if isinstance(position, Tensor) and not isinstance(past, int):
+            # Decoders of older releases, which read it: some keep a cache that nobody passes, and static caches count the keys
+            # that are not zero. Those of padding may be, for its embedding is.
+            return position[0]
+        return past
 
     def _check_unread(self, given: dict[str, Any]) -> None:
         for name in self._unread:
@@ -271,13 +285,12 @@ def _within(bounds: Tensor, valid: Tensor | None, skip_first: int, tokens: tuple
     return inside.view(tokens)
 
 
-def _valid(mask: Any, given: dict[str, Any], cache: Any) -> Tensor:
-    """Bool `[B, S]` (or `[1, S]`), from a mask of 2 or 4 dimensions."""
+def _valid(mask: Any, given: dict[str, Any], cache: Any, past: int | Tensor | None) -> Tensor:
+    """Bool `[B, S]` (or `[1, S]`), from a mask of 2 or 4 dimensions; `past` tokens are in the cache."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         form = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"an attention mask of 2 or 4 dimensions is needed to tell real tokens, got {form}")
     queries = _num_queries(given, mask)
-    past = None if not hasattr(cache, "get_seq_length") else cache.get_seq_length()
     if mask.dim() == 4:
         return _diagonal(mask, queries, past)
     if isinstance(past, int) and past == 0 and mask.shape[1] > queries:
@@ -318,7 +331,9 @@ def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
 
 
 def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
-    """A 4D mask `[B, 1, S, keys]`: a token is real where it may attend to itself (True, or 0 of an additive mask)."""
+    """A 4D mask `[B, 1, S, keys]`: a token is real where it may attend to itself (True, or more than FORBIDDEN of
+    an additive mask).
+    """
     keys = mask.shape[-1]
     if mask.shape[-2] != queries or keys < queries or (past is None and keys != queries):
         raise ValueError(
@@ -328,5 +343,8 @@ def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
     # The cache of a window holds no more than its length: the call's own keys are then the last.
     start = torch.as_tensor(0 if past is None else past, device=mask.device).clamp(max=keys - queries)
     diagonal = mask[:, 0, query, query + start]
-    # An additive mask may hold a bias where it does not forbid.
-    return diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
+    if diagonal.dtype == torch.bool:
+        return diagonal
+    if not diagonal.is_floating_point():
+        raise ValueError(f"a 4D attention mask is needed in bool or in floating point, not {diagonal.dtype}")
+    return diagonal > FORBIDDEN

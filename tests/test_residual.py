@@ -177,7 +177,7 @@ def test_every_rule_is_used():
 
 @pytest.mark.parametrize("token_agg", ["last", "all", "token"])
 @pytest.mark.parametrize("backend", ["factored", "einsum", "loop", *INTERPRETED])
-@pytest.mark.parametrize("family", ["gemma2", "hyperclovax"])
+@pytest.mark.parametrize("family", [f for f in ("gemma2", "hyperclovax") if f in families.FAMILIES])
 @pytest.mark.filterwarnings("ignore")
 def test_backends_agree_with_the_basic_manager(family, backend, token_agg):
     """Grouped and at once; the sum above has tied the basic manager's algebra to the model."""
@@ -245,6 +245,37 @@ def test_gates_and_scales_that_nobody_knows_are_not_taken_for_nothing():
     site = fastheads.find_sites(model)[0]
     with pytest.raises(UnknownUpdateError, match="layer_scale"):
         update_of(model, site)
+
+
+def test_what_others_put_around_the_attention_may_do_anything():
+    """PEFT's LLaMA-Adapter gives the projection a second input, and scales what comes of it."""
+
+    class Halved(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args, **kwargs):
+            output, *rest = self.inner(*args, **kwargs)
+            return output / 2, *rest
+
+    model = families.build("llama")
+    model.model.layers[1].self_attn = Halved(model.model.layers[1].self_attn)
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        model(**families.batch("llama", MASK))
+        results = hooks.get_results()
+    assert results["metadata"]["residual_update"][0] == "as it is"
+    assert "Halved, which is none of transformers" in results["metadata"]["residual_update"][1]
+    assert results[METRIC]["mean"][1].isnan().all() and not results[METRIC]["mean"][0].isnan().any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
+def test_layers_that_are_compiled_one_by_one_are_known(family):
+    model = families.build(family)
+    plain = [str(update_of(model, site)) for site in fastheads.find_sites(model)]
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = torch.compile(layer)
+    assert [str(update_of(model, site)) for site in fastheads.find_sites(model)] == plain
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -315,9 +346,9 @@ def test_a_gain_that_changes_makes_new_factors():
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_layer_that_is_not_known_has_no_update():
-    model = families.build("zaya")
+    model = families.build("zamba")
     with fastheads.HookManager(model) as hooks, BasicHookManager(model) as basic, torch.no_grad():
-        model(**families.batch("zaya", MASK))
+        model(**families.batch("zamba", MASK))
         for results in (hooks.get_results(), basic.get_results()):
             assert (results[METRIC]["count"] == 0).all() and results[METRIC]["mean"].isnan().all()
             assert "not known" in str(results["metadata"]["residual_update"])

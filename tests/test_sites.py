@@ -227,6 +227,64 @@ def test_attention_to_an_encoder_counts_where_there_is_one():
     assert len(named(alone, "*.encoder_attn")) == 4
 
 
+IDS = dict(vocab_size=101, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+TOWER = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
+)
+
+
+def blip2():
+    text = tf.T5Config(
+        **IDS, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    former = dict(vocab_size=101, num_hidden_layers=1, hidden_size=32, encoder_hidden_size=32)
+    former |= dict(num_attention_heads=2, intermediate_size=48)
+    config = tf.Blip2Config(
+        vision_config=TOWER, qformer_config=former, text_config=text.to_dict(), image_token_index=99
+    )
+    config.num_query_tokens, config.use_decoder_only_language_model = 3, False
+    ids = tokens(2, 7)
+    ids[:, 2:5] = 99
+    pixels = torch.zeros(2, 3, 28, 28)
+    return tf.Blip2ForConditionalGeneration(config), dict(input_ids=ids, pixel_values=pixels)
+
+
+def florence2():
+    small = dict(d_model=64, encoder_layers=1, decoder_layers=2, encoder_ffn_dim=96, decoder_ffn_dim=96)
+    heads = dict(encoder_attention_heads=2, decoder_attention_heads=4, max_position_embeddings=64)
+    text = tf.BartConfig(**IDS, **small, **heads)
+    config = tf.Florence2Config(text_config=text.to_dict(), image_token_id=99)
+    return tf.Florence2ForConditionalGeneration(config), dict(input_ids=tokens(2, 7))
+
+
+@pytest.mark.parametrize("make", [blip2, florence2])
+def test_a_language_model_with_an_encoder_of_its_own(make):
+    """Its decoder is what counts: the padding is its, and not the encoder's, and attention to the encoder runs."""
+    torch.manual_seed(0)
+    model, batch = make()
+    model = model.eval()
+    sites = find_sites(model)
+    assert [(s.layer, s.num_heads, s.head_dim) for s in sites] == [(n, 4, 16) for n in (0, 0, 1, 1)]
+    assert all(".decoder." in s.name for s in sites)
+    assert [("EncDec" in s.name or "encoder_attn" in s.name) for s in sites] == [False, True] * 2
+    others = torch.tensor([[1] * 7, [0] + [1] * 6])
+    batch |= dict(
+        attention_mask=others, decoder_input_ids=tokens(2, 7), decoder_attention_mask=torch.tensor(MASK)
+    )
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, "all") as hooks,
+        torch.no_grad(),
+    ):
+        model(**batch)
+        assert_results(hooks.get_results(), sites, inputs, [MASK], "all", 5e-6)
+
+
 def test_t5_and_encoders():
     t5 = tf.T5Config(vocab_size=101, d_model=32, d_kv=12, d_ff=32, num_layers=1, num_heads=4)
     assert named(tf.T5ForConditionalGeneration(t5)) == [

@@ -182,6 +182,27 @@ def test_a_bias_in_an_additive_mask_is_no_padding():
         assert_results(hooks.get_results(), sites, inputs, [mask.tolist()], "all", 5e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("low", [-1e4, -65504.0, -1e9, -1e38, -torch.inf, "lowest"])
+def test_additive_masks_that_people_make(low, dtype):
+    """Each of these numbers forbids as well as the dtype's lowest."""
+    low = torch.finfo(dtype).min if low == "lowest" else low
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    square = torch.ones(5, 5).tril().bool() & mask[:, None, None, :].bool()
+    for bias in (0.0, -8.0, 3.0):
+        additive = torch.where(square, bias, low).to(dtype)
+        given = dict(input_ids=tokens(1, 5), attention_mask=additive)
+        real = DecoderArguments(build().model).real_tokens((), given, 0)
+        assert torch.equal(real.valid, mask.bool())
+
+
+def test_a_4d_mask_of_whole_numbers_is_refused():
+    """Some take 1 for seen, and a model that adds it takes it for a bias."""
+    given = dict(input_ids=tokens(1, 5), attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.long).tril())
+    with pytest.raises(ValueError, match="in bool or in floating point, not torch.int64"):
+        DecoderArguments(build().model).real_tokens((), given, 0)
+
+
 def test_one_mask_for_all_rows():
     model = build()
     sites = fastheads.find_sites(model)
@@ -281,9 +302,33 @@ def test_2d_masks_beside_a_static_cache(columns):
                 attention_mask=whole[:, : part.stop] if columns == 9 else whole,
                 position_ids=positions[:, part],
                 past_key_values=cache,
+                cache_position=torch.arange(9)[part],  # which older releases do not count right themselves
             )
         results = hooks.get_results()
     assert_results(results, sites, inputs, [mask[:, part].tolist() for part in parts], "all", 5e-6)
+
+
+def test_caches_that_do_not_say_how_much_they_hold():
+    """Transformers 5.0 counts keys that are not zero, as those of padding are; the decoder is told the right number."""
+
+    class Decoder(torch.nn.Module):
+        def forward(self, input_ids, attention_mask, past_key_values, cache_position):
+            pass
+
+    class Cache:
+        def get_seq_length(self):
+            return torch.tensor(1)
+
+    mask = torch.tensor([[0, 0, 1, 1, 0]])
+    given = dict(input_ids=tokens(1, 2), attention_mask=mask, past_key_values=Cache())
+    given["cache_position"] = torch.tensor([2, 3])
+    assert DecoderArguments(Decoder()).real_tokens((), given, 0).valid.tolist() == [[True, True]]
+    four = torch.ones(2, 5).tril(2).bool() & mask[:, None, None, :].bool()
+    given["attention_mask"] = four
+    assert DecoderArguments(Decoder()).real_tokens((), given, 0).valid.tolist() == [[True, True]]
+    # RecurrentGemma's, then: a cache inside the model
+    given |= dict(attention_mask=mask, past_key_values=None)
+    assert DecoderArguments(Decoder()).real_tokens((), given, 0).valid.tolist() == [[True, True]]
 
 
 def test_padding_that_is_not_read_is_refused():
