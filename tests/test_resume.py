@@ -547,6 +547,23 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so_once(happened):
 
 
 @pytest.mark.slow
+def test_a_full_file_system_keeps_the_checkpoint_before_and_says_so_once(happened):
+    """A real one, of 64 KiB, where this machine lets its users mount; the test above does without."""
+    found, folder = happened("tiny_disk")
+    if "no" in found:
+        pytest.skip(found["no"])
+    warning, error, kept = found["said"].splitlines()
+    assert warning == (
+        "fastheads: warning: cannot write the checkpoint disk/tiny.checkpoint: No space left on device; the one before is "
+        "kept, and the run goes on"
+    )
+    assert json.loads(error) == [errno.ENOSPC, "disk/tiny.safetensors"]
+    assert json.loads(kept) == [True, ["filler", "tiny.checkpoint"]]
+    assert (found["later"], found["left"]) == ("", ["tiny.safetensors"])
+    assert_same(HeadProfile.load(folder / "tiny.safetensors"), HeadProfile.load(folder / "one.safetensors"))
+
+
+@pytest.mark.slow
 def test_sigterm_writes_a_checkpoint_and_hands_over_what_there_is(happened):
     found, folder = happened("ended")
     assert found["code"] == 43

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import random
 import re
 import subprocess
 import sys
@@ -577,17 +578,23 @@ def test_a_compiled_decoder_gives_the_same(model, tokenizer, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Resident memory after 100 batches and after 2,000, in a process of its own."""
-    save_checkpoint(tmp_path / "tiny")
-    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 5_000)
+    """Resident memory after 100 batches and after 2,000, in a process of its own; lengths as different as in real corpora."""
+    save_checkpoint(tmp_path / "tiny", positions=512)
+    chance = random.Random(0)
+    lengths = (min(int(chance.lognormvariate(4.0, 1.0)), 2_000) + 1 for _ in range(9_000))
+    texts = (json.dumps({"text": "".join(chance.choices("abc defgh ijk", k=length))}) for length in lengths)
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
     code = (
-        "import os, sys, fastheads, torch; torch.set_num_threads(1)\n"
+        "import fastheads, torch; torch.set_num_threads(1)\n"
+        "from fastheads.corpus import Corpus; from fastheads.data import text_file\n"
+        "from fastheads.loading import find_model, load_tokenizer\n"
         "calls, rss = 0, []\n"
         "def seen(done, total):\n"
         "    global calls; calls += 1\n"
         "    if calls in (101, 2001): rss.append(int(open('/proc/self/statm').read().split()[1]))\n"
-        "fastheads.profile('tiny', 'a.txt', batch_tokens=96, seq_len=48, device='cpu', progress=seen,\n"
-        "    checkpoint='c', checkpoint_every=0.2)\n"
+        "tokenizer = load_tokenizer(find_model('tiny'))\n"
+        "corpus = Corpus(text_file('a.jsonl'), tokenizer, seq_len=320, window_characters=2**15)\n"
+        "fastheads.profile('tiny', corpus, batch_tokens=320, device='cpu', progress=seen, checkpoint='c', checkpoint_every=0.2)\n"
         "print(*rss)"
     )
     done = subprocess.run(
