@@ -787,7 +787,7 @@ def test_a_tokenizer_that_cannot_be_given_away_is_refused_for_processes():
         def __call__(self, text, **_):
             return {"input_ids": [1]}
 
-    with pytest.raises(ValueError, match="cannot be given to other processes.*workers=0"):
+    with pytest.raises(OptionError, match="cannot be given to other processes.*workers=0"):
         list(corpus(TEXTS, Local(), workers=1).windows())
 
 
