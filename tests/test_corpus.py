@@ -385,6 +385,7 @@ def test_a_name_of_the_hub(write, tmp_path, monkeypatch):
         source = data.open_source("an-owner/some_name:part", split="train", streaming=streaming)
         assert asked.pop() == ("an-owner/some_name", "part", {"split": "train", "streaming": streaming})
         assert (source.name, source.sha256) == ("an-owner/some_name:part, split train", None)
+        assert ("dataset" in corpus(source, tokenizer).identity) == (not streaming)
         windows = list(corpus(source, tokenizer).windows())
         assert all_ids(windows) == as_documents(TEXTS, tokenizer)
         assert_resumes(corpus(source, tokenizer), windows)
