@@ -422,6 +422,12 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
             resume()
         assert "\n" not in str(no.value)
         assert path.read_bytes() == content
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as no:
+        resume()
+    assert os.fspath(no.value.filename) == str(path)
+    path.rmdir()
     path.write_bytes(good)
     resume()
 
