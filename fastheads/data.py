@@ -133,7 +133,7 @@ def open_source(
         MissingExtraError: `datasets` is needed and not installed.
     """
     if data is None:
-        _check_is_read("the text of Python", field, chat)
+        check_is_read("the text of Python", field, chat)
         return default_text()
     if isinstance(data, Source):
         return data
@@ -154,7 +154,7 @@ def open_source(
         table = tables.object_table(data, field, chat)
         return TableSource(table.name, None, None, table, version=table.version)
     if isinstance(data, list | tuple) and data and isinstance(data[0], str):
-        _check_is_read("a list of texts", field, chat)
+        check_is_read("a list of texts", field, chat)
         return held_texts(data)
     return None
 
@@ -168,7 +168,7 @@ def names_a_data_set(name: str) -> bool:
     )
 
 
-def _check_is_read(what: str, field: str | None, chat: Chat) -> None:
+def check_is_read(what: str, field: str | None, chat: Chat) -> None:
     """Raise OptionError for options that would be passed over, for data without fields."""
     for option, given in (("field", field is not None), ("chat", chat is True)):
         if given:
@@ -224,7 +224,7 @@ def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat
             str(path), "documents", sha256, size, path=path, field=field, chat=chat, version=version
         )
     else:
-        _check_is_read(f"the text {path}", field, chat)
+        check_is_read(f"the text {path}", field, chat)
         source = TextSource(str(path), "stream", sha256, size, path=path, version=version)
     next(source.items(), None)  # most faults show at once, before a model is loaded
     return source

@@ -221,7 +221,7 @@ def test_a_look_that_is_broken_off_is_made_again(model, tokenizer, tmp_path, mon
         return found
 
     with monkeypatch.context() as patch, pytest.raises(ProfileInterrupted):
-        patch.setattr("fastheads.runner.judge", broken_off)
+        patch.setattr("fastheads.run.judge", broken_off)
         profile(model, corpus_of(texts, tokenizer), checkpoint=path, **options)
     found = profile(model, corpus_of(texts, tokenizer), checkpoint=path, resume=True, **options)
     assert_same(found, want)
@@ -234,7 +234,7 @@ def test_a_look_follows_each_window(model, tokenizer, monkeypatch):
         seen.append(int(moments.count.max()))
         return judge(moments, rule)
 
-    monkeypatch.setattr("fastheads.runner.judge", look)
+    monkeypatch.setattr("fastheads.run.judge", look)
     texts = some_texts(60)
     never = {"batch_tokens": 200, "until_stable": StableRule(tolerance=0.0)}
     profile(model, corpus_of(texts, tokenizer), **never)
@@ -256,7 +256,7 @@ def test_what_other_processes_found_before_a_stop_is_not_asked_again(model, toke
         def gathered(self, tensor):
             return [tensor]
 
-    monkeypatch.setattr("fastheads.runner.judge", None)
+    monkeypatch.setattr("fastheads.run.judge", None)
     texts = some_texts(60)
     options = {"batch_tokens": 200, "until_stable": True}
     found = profile(model, corpus_of(texts, tokenizer), job=Behind(place=Place(0, 2)), **options)
@@ -414,7 +414,14 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
     changed = buffer.clone()  # without samples, but with a mean
     changed.view(torch.int64)[0, COUNT, 0, 0, 0] = 0
     changed[0, MEAN, 0, 0, 0] = math.nan
-    for shaped in (changed, buffer[0], buffer[:, :3], buffer[..., None], buffer.float(), buffer.bool()):
+    for shaped in (
+        changed,
+        buffer[0],
+        buffer[:, :3],
+        buffer[..., None],
+        buffer.float(),
+        buffer[..., 0, 0, 0],
+    ):
         bad.append(safetensors.torch.save({"moments/0": shaped.contiguous()}, about))
     for content in bad:
         path.write_bytes(content)

@@ -68,7 +68,7 @@ def test_documents_are_padded_and_padding_changes_nothing(model, tokenizer, tmp_
     sequences = [d[i : i + 16] for d in documents for i in range(0, len(d), 16)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
-    for data, field in ((texts, "text"), (iter(texts), "text"), (str(path), "body")):
+    for data, field in ((texts, None), (iter(texts), None), (str(path), "body")):
         found = profile(model, data, tokenizer=tokenizer, seq_len=16, batch_size=3, field=field)
         assert_agrees(found, model, sequences)
         assert found.metadata["data"]["sequences"] == 4
@@ -615,6 +615,9 @@ def test_the_end_of_a_corpus_with_a_limit_is_expected_at_it(model, tokenizer):
     "given", [{"seq_len": 8}, {"cut": "stream"}, {"max_tokens": 9}, {"field": "text"}, {"tokenizer": len}]
 )
 def test_options_that_a_corpus_has_already_are_refused(model, tokenizer, given):
+    for data in (["abc"], iter(["abc"]), torch.ones(1, 4, dtype=torch.long)):
+        with pytest.raises(OptionError, match="^field is for JSON lines, tables and data sets"):
+            profile(model, data, tokenizer=tokenizer, field="text")
     with pytest.raises(OptionError, match=f"{next(iter(given))} belongs to the Corpus"):
         profile(model, corpus_of(["abc"], tokenizer), **given)
     with pytest.raises(OptionError, match="max_position_embeddings"):
