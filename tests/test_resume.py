@@ -420,7 +420,7 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
         buffer[:, :3],
         buffer[..., None],
         buffer.float(),
-        buffer[..., 0, 0, 0],
+        buffer.flatten(),
     ):
         bad.append(safetensors.torch.save({"moments/0": shaped.contiguous()}, about))
     for content in bad:
