@@ -256,6 +256,7 @@ def profile(
     Under torchrun the processes share the data out between them: torchrun --nproc-per-node 2 -m fastheads profile ...
     """
     terminal = Console(stderr=True, file=sys.stderr, highlight=False)
+    checkpoint = Path(f"{output}.checkpoint")
     try:
         # On a terminal only: elsewhere a wrong option would get two lines where one is enough.
         with _doing("starting", terminal) if terminal.is_terminal else nullcontext():
@@ -283,7 +284,6 @@ def profile(
             )
             job = Job(tp, device)
             first = job.place.rank == 0
-            checkpoint = output.with_name(f"{output.name}.checkpoint")
             if first:  # who writes them
                 _check_files(output, plot, checkpoint)
             if data == "":  # as of a variable that is not set
@@ -337,8 +337,8 @@ def profile(
     except KeyboardInterrupt:
         what = "interrupted before anything was measured; nothing is saved"
         # Ctrl-C again, while the first was being heeded; or while an earlier run was to be resumed.
-        if output.with_name(f"{output.name}.checkpoint").exists():
-            what = f"interrupted; --resume goes on from {output}.checkpoint"
+        if checkpoint.exists():
+            what = f"interrupted; --resume goes on from {checkpoint}"
         raise typer.Exit(_fail(what, INTERRUPTED)) from None
     if not first:
         return

@@ -267,6 +267,7 @@ WRONG_USAGE = {
     "--streaming is for data sets of the Hub, owner/name",
     "layers must name some of the layers 0 to 2 that have a site, not .*",
     "the output's name must end in .safetensors, not 'p.pt'",
+    "the output's name must end in .safetensors, not ''",
     "a picture's name must end in one of .png, .pdf, .svg, not 'p.bmp'",
 }
 
@@ -325,6 +326,7 @@ WRONG_USAGE = {
             "layers must name some of the layers 0 to 2 that have a site, not .*",
         ),
         (["{model}", "-o", "p.pt"], "the output's name must end in .safetensors, not 'p.pt'"),
+        (["{model}", "-o", ""], "the output's name must end in .safetensors, not ''"),
         (["{model}", "-o", "text.txt/p.safetensors"], "cannot write to the folder text.txt: it is a file"),
         (["{model}", "-o", "text.txt/a/p.safetensors"], "cannot write to the folder text.txt/a: .*"),
         (["{model}", "--plot", "p.bmp"], "a picture's name must end in one of .png, .pdf, .svg, not 'p.bmp'"),
