@@ -71,13 +71,17 @@ class Checkpoint:
             return None
         if self.path.stat().st_size > LARGEST:
             raise CheckpointError(f"{self.path} is not a checkpoint: it is too large for one")
+        with self.path.open("rb"):  # an error of this one names the file
+            pass
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 document = _parsed((file.metadata() or {}).get(FILE_KEY))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (safetensors.SafetensorError, ValueError) as error:
             line = " ".join(str(error).split())
-            raise CheckpointError(f"{self.path} is not a checkpoint: {line}") from error
+            raise CheckpointError(
+                f"{self.path} is not a checkpoint: {line}. Without --resume the run starts afresh"
+            ) from error
         return tensors, document
 
     def _of_other_numbers(self) -> list[str]:

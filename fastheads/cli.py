@@ -60,7 +60,11 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
 Metric = Annotated[
-    str | None, typer.Option(help="Which metric.", show_default="relative_head_residual_contribution_norm")
+    str | None,
+    typer.Option(
+        help="Which metric of those in the file, such as head_output_norm.",
+        show_default="relative_head_residual_contribution_norm",
+    ),
 ]
 Heads = Annotated[
     int | None,
@@ -150,6 +154,7 @@ def profile(
     cut: Annotated[
         Cut | None,
         typer.Option(
+            metavar="CUT",
             help="documents: each is a sequence of its own, cut at --seq-len. stream: blocks of --seq-len tokens, no padding.",
             show_default="stream for a text file, else documents",
         ),
@@ -169,7 +174,8 @@ def profile(
     token_agg: Annotated[
         TokenAgg,
         typer.Option(
-            help="What a sample is: a sequence's last token, the mean over all its tokens, or each token."
+            metavar="AGG",
+            help="What a sample is. last: a sequence's last token; all: the mean over its tokens; token: each token.",
         ),
     ] = TokenAgg.all,
     seq_len: Annotated[
@@ -250,6 +256,7 @@ def profile(
     Under torchrun the processes share the data out between them: torchrun --nproc-per-node 2 -m fastheads profile ...
     """
     terminal = Console(stderr=True, file=sys.stderr, highlight=False)
+    checkpoint = Path(f"{output}.checkpoint")
     try:
         # On a terminal only: elsewhere a wrong option would get two lines where one is enough.
         with _doing("starting", terminal) if terminal.is_terminal else nullcontext():
@@ -278,11 +285,17 @@ def profile(
             job = Job(tp, device)
             first = job.place.rank == 0
             if first:  # who writes them
-                _check_files(output, plot)
+                _check_files(output, plot, checkpoint)
+            if data == "":  # as of a variable that is not set
+                raise OptionError("--data is empty: name a file, or leave --data out")
             kind: bool | Literal["auto"] = "auto" if chat is None else chat
-            if data is None or "/" in data:
+            of_hub = data is not None and sources.names_a_data_set(data)
+            for option in () if of_hub else ("split", "streaming"):
+                if context.get_parameter_source(option).name != "DEFAULT":  # type: ignore[union-attr]
+                    raise OptionError(f"--{option} is for data sets of the Hub, owner/name")
+            if data is None or of_hub:
                 text = sources.open_source(data, field=field, chat=kind, split=split, streaming=streaming)
-            else:  # whatever is wrong with it, it is no data set of the Hub
+            else:
                 text = sources.text_file(data, field, kind)
             found = loading.find_model(model)
         with job:
@@ -295,7 +308,6 @@ def profile(
                     trust_remote_code=trust_remote_code,
                     mesh=job.mesh,
                 )
-            checkpoint = output.with_name(f"{output.name}.checkpoint")
             result, interrupted = _measure(
                 model=loaded,
                 name=found.name,
@@ -323,20 +335,25 @@ def profile(
                 job=job,
             )
     except KeyboardInterrupt:
-        raise typer.Exit(
-            _fail("interrupted before anything was measured; nothing is saved", INTERRUPTED)
-        ) from None
+        what = "interrupted before anything was measured; nothing is saved"
+        # Ctrl-C again, while the first was being heeded; or while an earlier run was to be resumed.
+        if checkpoint.exists():
+            what = f"interrupted; --resume goes on from {checkpoint}"
+        raise typer.Exit(_fail(what, INTERRUPTED)) from None
     if not first:
         return
-    if plot is not None:
-        from fastheads.plots import save_heatmap
-        from fastheads.results import RANKING_METRIC
+    try:
+        if plot is not None:
+            from fastheads.plots import save_heatmap
+            from fastheads.results import RANKING_METRIC
 
-        save_heatmap(result, plot, RANKING_METRIC)
-    _show(result, None)
-    typer.echo(f"\nsaved {output}; see it again with: fastheads show {output}")
-    if plot is not None:
-        typer.echo(f"drawn {plot}")
+            save_heatmap(result, plot, RANKING_METRIC)
+        _show(result, None)
+        typer.echo(f"\nsaved {output}; see it again with: fastheads show {output}")
+        if plot is not None:
+            typer.echo(f"drawn {plot}")
+    except KeyboardInterrupt:
+        interrupted = interrupted or (f"interrupted; the profile is saved in {output}", INTERRUPTED)
     if interrupted is not None:
         raise typer.Exit(_fail(*interrupted))
 
@@ -455,7 +472,9 @@ def _parse_layers(text: str | None) -> list[int] | None:
     chosen: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not dash)) or int(last or first) > 10_000:
+        if not (first.isdecimal() and (last.isdecimal() or not dash)) or not (
+            int(first) <= int(last or first) <= 10_000
+        ):
             raise OptionError(f"--layers {text!r}: expected numbers and ranges, as in 0-3,8")
         chosen += range(int(first), int(last or first) + 1)
     return chosen
@@ -500,7 +519,7 @@ def _check_options(
         raise OptionError(f"skip_first must be 0 tokens or more, not {skip_first}")
 
 
-def _check_files(output: Path, plot: Path | None) -> None:
+def _check_files(output: Path, plot: Path | None, checkpoint: Path | None = None) -> None:
     """Raise now where writing would fail after the work, or replace a file of another kind."""
     from fastheads.files import check_writable
     from fastheads.plots import check_installed, picture_format
@@ -509,6 +528,8 @@ def _check_files(output: Path, plot: Path | None) -> None:
     if output.suffix != ".safetensors":
         raise OptionError(f"the output's name must end in .safetensors, not {output.name!r}")
     check_writable(output)
+    if checkpoint is not None:
+        check_writable(checkpoint)
     if output.exists():
         try:
             HeadProfile.load(output)
@@ -540,8 +561,8 @@ def _fail(message: str, code: int) -> int:
 
 def _message(error: Exception) -> str:
     """One line; of an OSError, what happened to which file."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     line = " ".join(str(error).split())
     return line or type(error).__name__
 

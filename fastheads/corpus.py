@@ -378,7 +378,8 @@ def _window_characters(expected: int | None, shards: int = 1) -> int:
     """How long a window is, for as many characters."""
     if expected is None:
         return WINDOW_CHARACTERS
-    small = SMALL_WINDOW
+    # A limit on tokens may end far before a window of that size: what lies behind it need not be tokenised.
+    small = min(SMALL_WINDOW, max(SMALLEST_WINDOW, 2 * expected))
     if shards > 1:
         small = min(small, max(SMALLEST_WINDOW, expected // (shards * WINDOWS_OF_SHARD)))
     return min(WINDOW_CHARACTERS, max(small, expected // WINDOWS))

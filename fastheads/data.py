@@ -129,16 +129,18 @@ def open_source(
 
     Raises:
         DataError: the data cannot be read; most faults show here, before a model is loaded.
+        OptionError: `field` or `chat` is given for data that have neither.
         MissingExtraError: `datasets` is needed and not installed.
     """
     if data is None:
+        check_is_read("the text of Python", field, chat)
         return default_text()
     if isinstance(data, Source):
         return data
     if isinstance(data, str | os.PathLike):
         if not isinstance(data, str) or ("\n" not in data and _exists(data)):
             return text_file(data, field, chat)
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", data) and not _names_a_file(Path(data)):
+        if names_a_data_set(data):
             table = tables.hub_table(data, field, chat, split=split, streaming=streaming)
             return TableSource(table.name, None, None, table, version=table.version)
         raise DataError(
@@ -152,8 +154,25 @@ def open_source(
         table = tables.object_table(data, field, chat)
         return TableSource(table.name, None, None, table, version=table.version)
     if isinstance(data, list | tuple) and data and isinstance(data[0], str):
+        check_is_read("a list of texts", field, chat)
         return held_texts(data)
     return None
+
+
+def names_a_data_set(name: str) -> bool:
+    """Whether this is the name of a data set of the Hub: there is no such file, and it does not look like a file's name."""
+    return (
+        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", name) is not None
+        and not _exists(name)
+        and not _names_a_file(Path(name))
+    )
+
+
+def check_is_read(what: str, field: str | None, chat: Chat) -> None:
+    """Raise OptionError for options that would be passed over, for data without fields."""
+    for option, given in (("field", field is not None), ("chat", chat is True)):
+        if given:
+            raise OptionError(f"{option} is for JSON lines, tables and data sets: {what} has no fields")
 
 
 def _exists(name: str) -> bool:
@@ -173,8 +192,11 @@ def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat
     Raises:
         DataError: if there is no such file, it cannot be read, is empty or starts with no text.
         MissingExtraError: if reading it needs `datasets` and that is not installed.
+        OptionError: if it has no fields, or no chats, and one is asked for.
     """
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"the data file {path} is a folder: name a file in it")
     if path.exists() and not path.is_file():  # a pipe cannot be read twice, as it is here
         raise DataError(f"the data file {path} is not a regular file")
     try:
@@ -194,12 +216,15 @@ def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat
             str(path), sha256, size, tables.parquet_table(path, field, chat), version=version
         )
     elif suffix in JSON_LINES_SUFFIXES or suffix in CELLS:
+        if suffix in CELLS and chat is True:
+            raise OptionError(f"chat is for JSON lines, Parquet and data sets: the cells of {path} are texts")
         if suffix in JSON_LINES_SUFFIXES:
             field = field or _first_field(path, chat)
         source = TextSource(
             str(path), "documents", sha256, size, path=path, field=field, chat=chat, version=version
         )
     else:
+        check_is_read(f"the text {path}", field, chat)
         source = TextSource(str(path), "stream", sha256, size, path=path, version=version)
     next(source.items(), None)  # most faults show at once, before a model is loaded
     return source

@@ -10,21 +10,26 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content` to `path`, making its folders: a reader sees the old file or the new one, never a part.
 
     Raises:
-        OSError: if the folder cannot be made or written; `path` is then as it was.
+        OSError: if the folder cannot be made or written; `path`, which it names, is then as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, for a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, _mode_of(path))
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        # In the same folder, for a rename is atomic only within one file system.
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, _mode_of(path))
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        # Of a full disk the system names no file, and of a folder that cannot be written the temporary one.
+        error.filename, error.filename2 = os.fspath(path), None
         raise
     _sync_folder(path.parent)
 

@@ -262,7 +262,9 @@ def choose_field(fields: Sequence[str], field: str | None, chat: Chat, where: st
             return wanted
     names = ", ".join(f"{str(name)[:40]!r}" for name in fields[:8]) or "none"
     missing = usual[0] if field is None else field
-    raise DataError(f"{where} has no field {missing!r} (its fields: {names})")
+    raise DataError(
+        f"{where} has no field {missing!r} (its fields: {names}; field=, or --field, chooses one)"
+    )
 
 
 def as_item(value: Any, field: str, chat: Chat, where: str) -> Item:

@@ -257,8 +257,17 @@ WRONG_USAGE = {
     "unknown precision 'high': choose one of exact, fast",
     "unknown dtype 'int3': choose one of .*",
     "--layers '1-': expected numbers and ranges, as in 0-3,8",
+    "--layers '2-1': expected numbers and ranges, as in 0-3,8",
+    "--data is empty: name a file, or leave --data out",
+    "field is for JSON lines, .*: the text text.txt has .*",
+    "chat is for JSON lines, .*: the text text.txt has .*",
+    "chat is for JSON lines, .*: the cells of cells.csv are .*",
+    "field is for JSON lines, .*: the text of Python has no fields",
+    "--split is for data sets of the Hub, owner/name",
+    "--streaming is for data sets of the Hub, owner/name",
     "layers must name some of the layers 0 to 2 that have a site, not .*",
     "the output's name must end in .safetensors, not 'p.pt'",
+    "the output's name must end in .safetensors, not ''",
     "a picture's name must end in one of .png, .pdf, .svg, not 'p.bmp'",
 }
 
@@ -271,7 +280,36 @@ WRONG_USAGE = {
         (["{model}", "--data", "latin.txt"], "latin.txt is not UTF-8 text: .*"),
         (["{model}", "--data", "broken.jsonl"], "broken.jsonl, line 2 is not JSON: .*"),
         (["{model}", "--data", "lines.jsonl"], "lines.jsonl, line 1 has no field 'text' .*"),
-        (["{model}", "--data", "."], "the data file . is not a regular file"),
+        (["{model}", "--data", "."], "the data file . is a folder: name a file in it"),
+        (["{model}", "--data", "/dev/zero"], "the data file /dev/zero is not a regular file"),
+        (
+            ["{model}", "--data", "no/such.txt"],
+            "cannot read the data file no/such.txt: No such file or directory",
+        ),
+        (
+            ["{model}", "--data", "/no/such/text"],
+            "cannot read the data file /no/such/text: No such file or .*",
+        ),
+        (["{model}", "--data", ""], "--data is empty: name a file, or leave --data out"),
+        (
+            ["{model}", "--data", "text.txt", "--field", "a"],
+            "field is for JSON lines, .*: the text text.txt has .*",
+        ),
+        (["{model}", "--data", "text.txt", "--chat"], "chat is for JSON lines, .*: the text text.txt has .*"),
+        (
+            ["{model}", "--data", "cells.csv", "--chat"],
+            "chat is for JSON lines, .*: the cells of cells.csv are .*",
+        ),
+        (["{model}", "--field", "a"], "field is for JSON lines, .*: the text of Python has no fields"),
+        (
+            ["{model}", "--data", "text.txt", "--split", "train"],
+            "--split is for data sets of the Hub, owner/name",
+        ),
+        (["{model}", "--streaming"], "--streaming is for data sets of the Hub, owner/name"),
+        (
+            ["{model}", "-o", "taken.safetensors"],
+            "taken.safetensors.checkpoint is a folder; name a file in it",
+        ),
         (["{model}", "--max-tokens", "0"], "max_tokens must be at least 1, not 0: nothing would be measured"),
         (["{model}", "--seq-len", "0"], "seq_len must be at least 1 token, not 0"),
         (["{model}", "--seq-len", "65"], "seq_len 65 is more than the model's max_position_embeddings, 64"),
@@ -282,11 +320,13 @@ WRONG_USAGE = {
         (["{model}", "--dtype", "int3"], "unknown dtype 'int3': choose one of .*"),
         (["{model}", "--device", "quantum"], "no device 'quantum' here: .*"),
         (["{model}", "--layers", "1-"], "--layers '1-': expected numbers and ranges, as in 0-3,8"),
+        (["{model}", "--layers", "2-1"], "--layers '2-1': expected numbers and ranges, as in 0-3,8"),
         (
             ["{model}", "--layers", "99"],
             "layers must name some of the layers 0 to 2 that have a site, not .*",
         ),
         (["{model}", "-o", "p.pt"], "the output's name must end in .safetensors, not 'p.pt'"),
+        (["{model}", "-o", ""], "the output's name must end in .safetensors, not ''"),
         (["{model}", "-o", "text.txt/p.safetensors"], "cannot write to the folder text.txt: it is a file"),
         (["{model}", "-o", "text.txt/a/p.safetensors"], "cannot write to the folder text.txt/a: .*"),
         (["{model}", "--plot", "p.bmp"], "a picture's name must end in one of .png, .pdf, .svg, not 'p.bmp'"),
@@ -302,6 +342,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, here, model, monkeypatch,
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (here / "empty.txt").touch()
+    (here / "cells.csv").write_text("text\na\n")
+    (here / "taken.safetensors.checkpoint").mkdir()
     (here / "lines.jsonl").write_text('{"body": "x"}\n')
     write_latin(here)
     write_broken_lines(here)
@@ -492,6 +534,36 @@ def test_ctrl_c_in_the_first_batch_saves_nothing(run, here, model, monkeypatch):
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "fastheads: interrupted before anything was measured; nothing is saved"
     assert files(here) == {"text.txt"}
+
+
+def test_ctrl_c_while_the_table_is_printed_says_where_the_profile_is(run, here, model, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastheads.cli._show", interrupt)
+    code, out, err = run("profile", model, "--data", "text.txt", "-o", "p.safetensors")
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "fastheads: interrupted; the profile is saved in p.safetensors"
+    assert HeadProfile.load("p.safetensors").metadata["data"]["complete"]
+
+
+def test_ctrl_c_twice_does_not_say_that_nothing_is_saved_where_a_checkpoint_is(run, here, model, monkeypatch):
+    def interrupt(**_):
+        (here / "p.safetensors.checkpoint").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastheads.runner.profile", interrupt)
+    code, out, err = run("profile", model, "--data", "text.txt", "-o", "p.safetensors")
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == "fastheads: interrupted; --resume goes on from p.safetensors.checkpoint"
+
+
+def test_an_error_of_the_system_is_told_without_its_number(run, here, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(HeadProfile, "load", full)
+    assert run("show", "p.safetensors") == (1, "", "fastheads: No space left on device\n")
 
 
 def test_warnings_are_lines_of_their_own(run, here, model, monkeypatch):

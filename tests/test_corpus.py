@@ -249,7 +249,9 @@ def test_a_window_that_is_resumed_is_not_read_from_the_start(write, monkeypatch)
 )
 def test_the_column_is_chosen_or_the_columns_are_named(write, name, says):
     path = write(name, ["one", "two"], "body")
-    with pytest.raises(DataError, match=rf"has no field 'text' \(its fields: {says}\)"):
+    with pytest.raises(
+        DataError, match=rf"has no field 'text' \(its fields: {says}; field=, or --field, chooses one\)"
+    ):
         data.open_source(path)
     with pytest.raises(DataError, match="has no field 'none'"):
         data.open_source(path, field="none")
@@ -385,6 +387,7 @@ def test_a_name_of_the_hub(write, tmp_path, monkeypatch):
         source = data.open_source("an-owner/some_name:part", split="train", streaming=streaming)
         assert asked.pop() == ("an-owner/some_name", "part", {"split": "train", "streaming": streaming})
         assert (source.name, source.sha256) == ("an-owner/some_name:part, split train", None)
+        assert ("dataset" in corpus(source, tokenizer).identity) == (not streaming)
         windows = list(corpus(source, tokenizer).windows())
         assert all_ids(windows) == as_documents(TEXTS, tokenizer)
         assert_resumes(corpus(source, tokenizer), windows)
@@ -407,6 +410,13 @@ def test_a_data_set_that_cannot_be_had_is_an_error_of_one_line(monkeypatch):
 def test_what_is_neither_a_file_nor_of_the_hub(name):
     with pytest.raises(DataError, match="no data file .*owner/name"):
         data.open_source(name)
+
+
+def test_options_that_would_be_passed_over_are_refused():
+    for given in ({"field": "text"}, {"chat": True}):
+        with pytest.raises(OptionError, match=f"{next(iter(given))} is for .* a list of texts has no fields"):
+            data.open_source(TEXTS, **given)
+    assert data.open_source(TEXTS, chat=False).held == tuple(TEXTS)
 
 
 def test_what_is_no_source():
@@ -592,7 +602,7 @@ def test_windows_follow_the_size_of_the_corpus():
         corpus(["one " * n], window_characters=None, max_tokens=m, shard=(0, shards)).window_characters
         for n, m, shards in cases
     ]
-    assert sizes == [2**20, 2**21, 2**20, 2**20, 2**21, 2**19, 2**18, 2**16]
+    assert sizes == [2**16, 2**21, 2**20, 2**16, 2**21, 2**19, 2**18, 2**16]
     assert corpora._window_characters(None) == corpora._window_characters(2**40) == 2**22
 
 
@@ -787,7 +797,7 @@ def test_a_tokenizer_that_cannot_be_given_away_is_refused_for_processes():
         def __call__(self, text, **_):
             return {"input_ids": [1]}
 
-    with pytest.raises(ValueError, match="cannot be given to other processes.*workers=0"):
+    with pytest.raises(OptionError, match="cannot be given to other processes.*workers=0"):
         list(corpus(TEXTS, Local(), workers=1).windows())
 
 

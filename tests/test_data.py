@@ -116,7 +116,7 @@ def test_another_field_can_hold_the_text(write):
         ("[" * 100_000, "line 2 is not JSON"),
         ("9" * 5000, "line 2 is not JSON"),
         ('["text"]', "line 2 is not a JSON object: one object a line"),
-        ('{"body": "x", "id": 1}', r"line 2 has no field 'text' \(its fields: 'body', 'id'\)"),
+        ('{"body": "x", "id": 1}', r"line 2 has no field 'text' \(its fields: 'body', 'id'; field=, or"),
         ('{"text": 3}', "line 2: field 'text' is not a text"),
         (r'{"text": "\ud800"}', "line 2: field 'text' is not a text"),
     ],
@@ -161,7 +161,7 @@ def test_empty_data_are_refused(write, name, content, says):
 def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"cannot read the data file .*No such file"):
         data.text_file(tmp_path / "none.txt")
-    with pytest.raises(DataError, match="not a regular file"):
+    with pytest.raises(DataError, match="is a folder: name a file in it"):
         data.text_file(tmp_path)
 
 

@@ -8,6 +8,7 @@ from whole_profiles import assert_same
 
 from fastheads import HeadProfile, distributed
 from fastheads.distributed import Job, Place, place_in_environment
+from fastheads.errors import OptionError
 
 RESUME = "Ended; its last checkpoint is kept, and the same command with --resume goes on from it"
 
@@ -99,6 +100,7 @@ def test_what_was_said_of_one_profile_is_no_news_of_the_next(pulses):
     assert first.all_arrived(3)
     assert first.total == 200
     first.begin()
+    assert (first.tokens, first.total) == (0, 0)
     first.tokens = 5
     first.arrive(1)
     assert not first.all_reached("measured")
@@ -112,6 +114,21 @@ def test_what_was_said_of_one_profile_is_no_news_of_the_next(pulses):
     assert first.all_arrived(1)
     assert not first.all_reached("measured")
     second.tell("ended", "")
+    assert first.all_reached("saved")
+
+
+@processes
+def test_the_end_of_the_store_ends_the_wait_of_any_run(pulses, monkeypatch):
+    """The first process, which has it, ends as soon as all have saved."""
+    first, _ = pulses()
+    monkeypatch.setattr(distributed._Pulse, "_looked", lambda pulse: pulse._signs.values())
+    first.begin()
+    first.tell("saved", "")
+    first._store = None
+    monkeypatch.setattr(first, "_leave", lambda: torch.empty(1).view(2))  # any RuntimeError
+    assert not first.all_reached("saved")
+    first._beat()
+    assert first.lost is None
     assert first.all_reached("saved")
 
 
@@ -198,5 +215,5 @@ def test_an_environment_that_makes_no_sense_is_refused(monkeypatch, environment,
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(OptionError if "tp=" in says else ValueError, match=says):
         Job(tp)

@@ -12,7 +12,8 @@ from fastheads import terminal
 from fastheads.corpus import Corpus
 from fastheads.data import held_texts
 from fastheads.progress import Status
-from fastheads.runner import _Run, profile
+from fastheads.run import Run
+from fastheads.runner import profile
 
 
 def test_a_line_soon_and_then_one_a_minute(monkeypatch):
@@ -59,9 +60,9 @@ def test_the_number_of_tokens_is_expected_from_what_was_read(monkeypatch):
     """Of each shard, also of the first, which is a window ahead of the others."""
     texts = some_texts(400)
     statuses = []
-    tell = _Run._tell
+    tell = Run._tell
     monkeypatch.setattr(
-        _Run, "_tell", lambda run: (tell(run), statuses.append((run.tokens, run.feed.expected)))
+        Run, "_tell", lambda run: (tell(run), statuses.append((run.tokens, run.feed.expected)))
     )
     model, tokenizer = tiny_llama(), ascii_tokenizer()
     for i in range(3):

@@ -24,10 +24,11 @@ from fastheads.batching import GivenFeed, WindowFeed
 from fastheads.checkpoint import Checkpoint
 from fastheads.corpus import Corpus
 from fastheads.data import as_batch, held_texts
+from fastheads.distributed import Job, Place
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
 from fastheads.moments import COUNT, M2, MAX, MEAN, MIN, NONFINITE
 from fastheads.runner import profile
-from fastheads.stable import StableRule
+from fastheads.stable import StableRule, judge
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,41 @@ def test_token_batches_are_told_by_all_that_is_in_them(model, tmp_path):
         with pytest.raises(CheckpointError, match="no position in token batches"):
             resume(batches())
     path.write_bytes(good)
+    inside = {"row": 1, "spans": [2]}  # of batches of two rows
+    path.write_bytes(edited(path, lambda document: document["position"].update(inside)))
+    with pytest.raises(CheckpointError, match="the token batches are not those of the checkpoint$"):
+        resume(batches())
+    path.write_bytes(good)
     resume(batches())
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (
+            {"input_ids": torch.ones(2, 6, dtype=torch.long)},
+            {"input_ids": torch.ones(3, 4, dtype=torch.long)},
+        ),
+        (
+            {"attention_mask": torch.ones(2, 4, dtype=torch.uint8)},
+            {"attention_mask": torch.ones(2, 4).bool()},
+        ),
+        ({"output_attentions": False}, {"output_attentions": True}),
+        ({"output_attentions": False}, {"output_attentions": None}),
+        ({"scale": 1}, {"scale": 1.0}),
+        ({"scale": 1}, {"scale": "1"}),
+    ],
+)
+def test_token_batches_differ_by_shapes_types_and_what_is_no_tensor(one, two):
+    ids = {"input_ids": torch.ones(2, 4, dtype=torch.long)}
+
+    def digest(batch):
+        feed = GivenFeed([ids | batch], max_tokens=None, digested=True)
+        feed.next()
+        return feed.position()["digest"]
+
+    assert digest(one) == digest(dict(one))
+    assert digest(one) != digest(two)
 
 
 def want_batches(model, corpus, **options) -> int:
@@ -171,6 +206,64 @@ def test_a_run_until_stable_ends_at_the_same_window(model, tokenizer, tmp_path):
     assert not data["until_stable"]["settled"]
     with pytest.raises(ValueError, match="until_stable cannot be used with token_agg 'token'"):
         profile(model, texts, tokenizer=tokenizer, token_agg="token", until_stable=True)
+
+
+def test_a_look_that_is_broken_off_is_made_again(model, tokenizer, tmp_path, monkeypatch):
+    path = tmp_path / "c"
+    texts = some_texts(400)
+    options = {"batch_tokens": 400, "until_stable": StableRule(tolerance=0.3)}
+    want = profile(model, corpus_of(texts, tokenizer), **options)
+
+    def broken_off(moments, rule):
+        found = judge(moments, rule)
+        if found.settled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(ProfileInterrupted):
+        patch.setattr("fastheads.run.judge", broken_off)
+        profile(model, corpus_of(texts, tokenizer), checkpoint=path, **options)
+    found = profile(model, corpus_of(texts, tokenizer), checkpoint=path, resume=True, **options)
+    assert_same(found, want)
+
+
+def test_a_look_follows_each_window(model, tokenizer, monkeypatch):
+    seen = []
+
+    def look(moments, rule):
+        seen.append(int(moments.count.max()))
+        return judge(moments, rule)
+
+    monkeypatch.setattr("fastheads.run.judge", look)
+    texts = some_texts(60)
+    never = {"batch_tokens": 200, "until_stable": StableRule(tolerance=0.0)}
+    profile(model, corpus_of(texts, tokenizer), **never)
+    windows = [len(window.sequences) for window in corpus_of(texts, tokenizer).windows()]
+    assert len(windows) > 3
+    assert seen == list(itertools.accumulate(windows))
+
+
+def test_what_other_processes_found_before_a_stop_is_not_asked_again(model, tokenizer, monkeypatch):
+    """One was stopped before it heard that the ranking had settled with the second look."""
+
+    class Behind(Job):
+        def check_entered(self):
+            pass
+
+        def told(self, document):
+            return [document, [2, True, True]] if isinstance(document, list) else [document]
+
+        def gathered(self, tensor):
+            return [tensor]
+
+    monkeypatch.setattr("fastheads.run.judge", None)
+    texts = some_texts(60)
+    options = {"batch_tokens": 200, "until_stable": True}
+    found = profile(model, corpus_of(texts, tokenizer), job=Behind(place=Place(0, 2)), **options)
+    windows = corpus_of(texts, tokenizer, shard=(0, 2)).windows()
+    two = sum(len(window.sequences) for window in itertools.islice(windows, 2))
+    assert found.metadata["data"]["sequences"] == two
+    assert found.metadata["data"]["until_stable"]["settled"]
 
 
 def test_where_nothing_is_to_be_resumed_the_run_starts(model, tmp_path):
@@ -318,13 +411,30 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
         else:
             changed[0, plane, 0, 0, 0] = value
         bad.append(safetensors.torch.save({"moments/0": changed}, about))
-    bad.append(safetensors.torch.save({"moments/0": buffer[0]}, about))
+    changed = buffer.clone()  # without samples, but with a mean
+    changed.view(torch.int64)[0, COUNT, 0, 0, 0] = 0
+    changed[0, MEAN, 0, 0, 0] = math.nan
+    for shaped in (
+        changed,
+        buffer[0],
+        buffer[:, :3],
+        buffer[..., None],
+        buffer.float(),
+        buffer.flatten(),
+    ):
+        bad.append(safetensors.torch.save({"moments/0": shaped.contiguous()}, about))
     for content in bad:
         path.write_bytes(content)
         with pytest.raises((CheckpointError, DataError)) as no:
             resume()
         assert "\n" not in str(no.value)
         assert path.read_bytes() == content
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as no:
+        resume()
+    assert os.fspath(no.value.filename) == str(path)
+    path.rmdir()
     path.write_bytes(good)
     resume()
 
@@ -372,12 +482,13 @@ def test_wherever_a_run_stops_it_goes_on_with_the_batches_that_were_left(tokeniz
             **{"pinned": False, "embeddings": None, "position": position},
         )
 
-    def batches(feed, tokens, positions=None):
+    def batches(feed, tokens, positions=None, last=None):
         shapes = []
         try:
             while True:
+                position = json.loads(json.dumps(feed.position()))
                 if positions is not None:
-                    positions.append((json.loads(json.dumps(feed.position())), tokens, len(shapes)))
+                    positions.append((position, tokens, len(shapes)))
                 batch = feed.next()
                 if batch is None:
                     return shapes
@@ -385,16 +496,23 @@ def test_wherever_a_run_stops_it_goes_on_with_the_batches_that_were_left(tokeniz
                 if batch.area > most:
                     assert feed.halve()
                     continue
+                if last is not None:
+                    last.append(position)
                 feed.done()
                 tokens += batch.tokens
                 shapes.append(batch.arguments["input_ids"].tolist())
         finally:
             feed.close()
 
-    positions = []
-    want = batches(feed(None), 0, positions)
+    positions, last = [], []
+    want = batches(feed(None), 0, positions, last)
     for position, tokens, done in positions:
         assert batches(feed(position), tokens) == want[done:]
+    # Where there is more memory than before it is the batch that was found to fit, and no larger one.
+    for position, ids in zip(last, want, strict=True):
+        again = feed(position)
+        assert again.next().arguments["input_ids"].tolist() == ids
+        again.close()
 
 
 def test_a_second_ctrl_c_breaks_into_a_forward(model, tokenizer, tmp_path, monkeypatch):
@@ -544,6 +662,23 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so_once(happened):
         "and the run goes on"
     ]
     assert_same(saved(folder, "full"), saved(folder, "one"))
+
+
+@pytest.mark.slow
+def test_a_full_file_system_keeps_the_checkpoint_before_and_says_so_once(happened):
+    """A real one, of 64 KiB, where this machine lets its users mount; the test above does without."""
+    found, folder = happened("tiny_disk")
+    if "no" in found:
+        pytest.skip(found["no"])
+    warning, error, kept = found["said"].splitlines()
+    assert warning == (
+        "fastheads: warning: cannot write the checkpoint disk/tiny.checkpoint: No space left on device; the one before is "
+        "kept, and the run goes on"
+    )
+    assert json.loads(error) == [errno.ENOSPC, "disk/tiny.safetensors"]
+    assert json.loads(kept) == [True, ["filler", "tiny.checkpoint"]]
+    assert (found["later"], found["left"]) == ("", ["tiny.safetensors"])
+    assert_same(HeadProfile.load(folder / "tiny.safetensors"), HeadProfile.load(folder / "one.safetensors"))
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import json
+import os
+import random
 import re
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from whole_profiles import some_texts
 import fastheads
 from fastheads import HeadProfile, find_sites
 from fastheads.corpus import Corpus
-from fastheads.data import held_texts
+from fastheads.data import held_texts, text_file
 from fastheads.distributed import Job, Place
 from fastheads.errors import DataError, LoadError, OptionError, ProfileInterrupted
 from fastheads.runner import profile
@@ -66,7 +68,7 @@ def test_documents_are_padded_and_padding_changes_nothing(model, tokenizer, tmp_
     sequences = [d[i : i + 16] for d in documents for i in range(0, len(d), 16)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
-    for data, field in ((texts, "text"), (iter(texts), "text"), (str(path), "body")):
+    for data, field in ((texts, None), (iter(texts), None), (str(path), "body")):
         found = profile(model, data, tokenizer=tokenizer, seq_len=16, batch_size=3, field=field)
         assert_agrees(found, model, sequences)
         assert found.metadata["data"]["sequences"] == 4
@@ -261,7 +263,7 @@ def test_bad_data_are_refused_in_one_line(model, tokenizer, data, says):
     ],
 )
 def test_bad_options_are_refused(model, tokenizer, options, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(OptionError, match=says):
         profile(model, [TEXT], **{"tokenizer": tokenizer, **options})
 
 
@@ -548,10 +550,74 @@ def test_processes_with_other_models_data_or_options_are_refused(model, tokenize
     both("until stable", until_stable=True)
 
 
+def test_processes_may_have_their_own_copies_of_the_data(model, tokenizer, tmp_path, monkeypatch):
+    """Each host its own, by another path and with another time; and each process has another shard of it."""
+    monkeypatch.setattr("fastheads.data.HASHED_BYTES", 10)
+    first = []
+
+    class Both(OneOf):
+        said = 0
+
+        def told(self, document):
+            if self.place.rank == 0:
+                first.append(document)
+            self.said += 1
+            return [first[self.said - 1], document]
+
+    for rank in range(2):
+        path = tmp_path / str(rank) / "a.jsonl"
+        path.parent.mkdir()
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in some_texts(20)))
+        os.utime(path, ns=(rank, rank))
+        corpus = Corpus(text_file(path), tokenizer, seq_len=48, shard=(rank, 2), window_characters=200)
+        assert corpus.identity["modified_ns"] == rank
+        profile(model, corpus, job=Both(place=Place(rank, 2)))
+    assert len(first) > 1
+
+
+def test_a_profile_begins_a_run_of_the_job_before_it_says_anything(model, tokenizer):
+    said = []
+
+    class Listening(OneOf):
+        def begin(self):
+            said.append("begin")
+
+        def told(self, document):
+            said.append("told")
+            return [document]
+
+        def finish(self, stage):
+            said.append(stage)
+
+    job = Listening(place=Place(0, 2))
+    for _ in range(2):
+        profile(model, corpus_of(["abc"], tokenizer), job=job)
+    assert said == ["begin", "told", "measured", "told", "told"] * 2
+
+
+def test_the_end_of_a_corpus_with_a_limit_is_expected_at_it(model, tokenizer):
+    found = []
+
+    def report(status):
+        found.append(status.expected)
+
+    @contextlib.contextmanager
+    def bar(*_):
+        yield report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastheads.runner._progress", bar)
+        profile(model, corpus_of(some_texts(80), tokenizer, max_tokens=300), batch_tokens=100)
+    assert max(found) == 300
+
+
 @pytest.mark.parametrize(
     "given", [{"seq_len": 8}, {"cut": "stream"}, {"max_tokens": 9}, {"field": "text"}, {"tokenizer": len}]
 )
 def test_options_that_a_corpus_has_already_are_refused(model, tokenizer, given):
+    for data in (["abc"], iter(["abc"]), torch.ones(1, 4, dtype=torch.long)):
+        with pytest.raises(OptionError, match="^field is for JSON lines, tables and data sets"):
+            profile(model, data, tokenizer=tokenizer, field="text")
     with pytest.raises(OptionError, match=f"{next(iter(given))} belongs to the Corpus"):
         profile(model, corpus_of(["abc"], tokenizer), **given)
     with pytest.raises(OptionError, match="max_position_embeddings"):
@@ -563,13 +629,24 @@ def test_options_that_a_corpus_has_already_are_refused(model, tokenizer, given):
 @pytest.mark.slow
 def test_a_compiled_decoder_gives_the_same(model, tokenizer, monkeypatch):
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiler(*a, **k, backend="aot_eager"))
-    texts = [TEXT[: 20 + n // 4] for n in range(24)]  # batches of six widths
+    masks = []
+
+    def compile(*arguments, **options):
+        compiled = compiler(*arguments, **options, backend="aot_eager")
+        return lambda real, given: masks.append(real) or compiled(real, given)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    # Batches of six widths, every other one padded.
+    texts = [TEXT[: 20 + n // 4 - (n % 8 == 1)] for n in range(24)]
     want = profile(model, corpus_of(texts, tokenizer), batch_size=4)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     found = profile(model, corpus_of(texts, tokenizer), batch_size=4, compile=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert all(
+        mask is not None for mask in masks
+    )  # else there would be a graph more for batches without padding
+    assert {bool(mask.all()) for mask in masks} == {True, False}
     for metric in want.metrics:
         assert torch.equal(found.moments[metric].count, want.moments[metric].count)
         torch.testing.assert_close(found.moments[metric].mean, want.moments[metric].mean, rtol=2e-5, atol=0)
@@ -577,17 +654,23 @@ def test_a_compiled_decoder_gives_the_same(model, tokenizer, monkeypatch):
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """Resident memory after 100 batches and after 2,000, in a process of its own."""
-    save_checkpoint(tmp_path / "tiny")
-    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 5_000)
+    """Resident memory after 100 batches and after 2,000, in a process of its own; lengths as different as in real corpora."""
+    save_checkpoint(tmp_path / "tiny", positions=512)
+    chance = random.Random(0)
+    lengths = (min(int(chance.lognormvariate(4.0, 1.0)), 2_000) + 1 for _ in range(9_000))
+    texts = (json.dumps({"text": "".join(chance.choices("abc defgh ijk", k=length))}) for length in lengths)
+    (tmp_path / "a.jsonl").write_text("\n".join(texts))
     code = (
-        "import os, sys, fastheads, torch; torch.set_num_threads(1)\n"
+        "import fastheads, torch; torch.set_num_threads(1)\n"
+        "from fastheads.corpus import Corpus; from fastheads.data import text_file\n"
+        "from fastheads.loading import find_model, load_tokenizer\n"
         "calls, rss = 0, []\n"
         "def seen(done, total):\n"
         "    global calls; calls += 1\n"
         "    if calls in (101, 2001): rss.append(int(open('/proc/self/statm').read().split()[1]))\n"
-        "fastheads.profile('tiny', 'a.txt', batch_tokens=96, seq_len=48, device='cpu', progress=seen,\n"
-        "    checkpoint='c', checkpoint_every=0.2)\n"
+        "tokenizer = load_tokenizer(find_model('tiny'))\n"
+        "corpus = Corpus(text_file('a.jsonl'), tokenizer, seq_len=320, window_characters=2**15)\n"
+        "fastheads.profile('tiny', corpus, batch_tokens=320, device='cpu', progress=seen, checkpoint='c', checkpoint_every=0.2)\n"
         "print(*rss)"
     )
     done = subprocess.run(

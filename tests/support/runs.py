@@ -9,6 +9,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -16,6 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
+import tiny_disk
 import torch
 
 import fastheads
@@ -82,9 +84,10 @@ class Runs:
     def wait(self, child):
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    def alone(self, name, **options):
+    def alone(self, name, run=None, **options):
         """A run from start to end."""
-        assert self.wait(self.fork(name, lambda: self.profile(name, **options))) == 0, self.said(name)
+        run = run or (lambda: self.profile(name, **options))
+        assert self.wait(self.fork(name, run)) == 0, self.said(name)
 
     def said(self, name):
         return (self.folder / f"{name}.log").read_text()
@@ -160,6 +163,48 @@ class Runs:
         said = self.said("full")
         self.alone("full", resume=True)
         return {"code": code, "kept": kept, "said": said}
+
+    def tiny_disk(self):
+        """The output and the checkpoints go to a tmpfs; something fills it, and it stays full to the end of the run; later there
+        is room again.
+        """
+        self.one()
+        disk, written = self.folder / "disk", self.folder / "disk/tiny.checkpoint"
+        disk.mkdir(exist_ok=True)
+        found = {}
+
+        def run():
+            def seen(tokens):
+                if written.exists() and not (disk / "filler").exists():
+                    found["before"] = written.read_bytes()
+                    tiny_disk.fill(disk)
+                time.sleep(0.002)
+
+            try:
+                self.profile("disk/tiny", seen=seen)
+            except OSError as error:
+                print(json.dumps([error.errno, error.filename]))
+            kept = written.read_bytes() == found["before"]
+            print(json.dumps([kept, sorted(os.listdir(disk))]))
+
+        def supervise():
+            try:
+                tiny_disk.mount(disk, 64 * 1024)
+            except tiny_disk.NoMounts as no:
+                (self.folder / "no-mounts").write_text(str(no))
+                return
+            self.alone("full-tiny", run)
+            (disk / "filler").unlink()
+            self.alone("more-tiny", lambda: self.profile("disk/tiny", resume=True))
+            (self.folder / "left-tiny").write_text(json.dumps(os.listdir(disk)))
+            shutil.copy(disk / "tiny.safetensors", self.folder / "tiny.safetensors")
+
+        code = self.wait(self.fork("supervise-tiny", supervise))
+        if (self.folder / "no-mounts").exists():
+            return {"no": (self.folder / "no-mounts").read_text()}
+        assert code == 0, self.said("supervise-tiny")
+        left = json.loads((self.folder / "left-tiny").read_text())
+        return {"said": self.said("full-tiny"), "later": self.said("more-tiny"), "left": left}
 
     def ended(self):
         """SIGTERM, and on from there."""
