@@ -31,21 +31,29 @@ class Channel:
 class Updates:
     """What the layers make of their attention's output, by row, as far as it is known."""
 
-    def __init__(self, model: nn.Module, sites: dict[int, HeadSite], whole_outputs: bool = True) -> None:
-        """`whole_outputs`: what a projection gives is the attention's output, and not a rank's part of it."""
+    def __init__(self, model: nn.Module, sites: dict[int, HeadSite], ranks: Ranks | None = None) -> None:
+        self._sites = sites
         self.known: dict[int, Update] = {}
         self.unknown: dict[int, str] = {}
         for row, site in sites.items():
             try:
                 update = update_of(model, site)
-                if update.norm is not None and not whole_outputs:
-                    raise UnknownUpdateError(
-                        "not measured under tensor parallelism: the norm needs the sum over ranks"
-                    )
+                if update.norm is not None and ranks is not None and not ranks.whole_output(row):
+                    raise UnknownUpdateError("the norm needs the sum over ranks, and each has a part of it")
                 update.check()
                 self.known[row] = update
             except UnknownUpdateError as error:
                 self.unknown[row] = str(error)
+        self.renew()
+
+    def renew(self) -> None:
+        """Take the multipliers as they are now."""
+        self._multipliers = {row: update.multiplier for row, update in self.known.items()}
+
+    def changed(self) -> list[str]:
+        """The names of the sites whose layer has another multiplier than it had at first, or at the last `renew`."""
+        before = self._multipliers
+        return [self._sites[row].name for row, u in self.known.items() if u.multiplier != before[row]]
 
     @property
     def normed(self) -> dict[int, Update]:
@@ -71,12 +79,16 @@ def channel_of_updates(
     sites: dict[int, HeadSite],
     normed: dict[int, Update],
     *,
+    ranks: Ranks | None,
     backend: str,
     precision: str,
     token_agg: str,
 ) -> Channel:
     """The norm of what each head adds to the residual stream, through a norm."""
     rows = {row: sites[row] for row in normed}
+    if ranks is not None:
+        backend = ranks.torch_backend(backend)
+    # Without the ranks: there is no mean over heads here that would need them all.
     dispatcher = Dispatcher(rows, backend, precision, token_agg, updates=normed)
     return Channel(index, dispatcher, {UPDATE_METRIC: CONTRIBUTION})
 

@@ -135,7 +135,7 @@ class HookManager:
                 name = "verify=True cannot check" if verify else "kv_groups=True cannot measure"
                 raise OptionError(f"{name} tensor-parallel projections: no rank has all their heads")
             chosen = self._ranks.own(chosen)
-        self._updates = Updates(self.model, chosen, whole_outputs=self._ranks is None)
+        self._updates = Updates(self.model, chosen, self._ranks)
         how = {"backend": backend, "precision": precision, "token_agg": token_agg}
         self._channels = [channel_of_heads(chosen, self._ranks, **how)]
         if kv_groups:
@@ -143,7 +143,9 @@ class HookManager:
         self._at_input = tuple(self._channels)  # the others are measured behind the projection
         if self._updates.normed:
             self._channels.append(
-                channel_of_updates(len(self._channels), chosen, self._updates.normed, **how)
+                channel_of_updates(
+                    len(self._channels), chosen, self._updates.normed, ranks=self._ranks, **how
+                )
             )
         self._dispatcher = self._channels[0].dispatcher
         self._max_heads = max(site.num_heads for site in self.sites)
@@ -212,12 +214,11 @@ class HookManager:
                 self._handles.append(module.register_forward_pre_hook(self._pre_hook(tap, profiled)))
             update = self._updates.normed.get(profiled.row)
             if update is not None:
+                hook = self._output_hook(profiled, update)
+                if self._ranks is not None:
+                    hook = self._ranks.own_heads(profiled.row, hook)
                 # Before hooks of others, which may change the output.
-                self._handles.append(
-                    profiled.site.module.register_forward_hook(
-                        self._output_hook(profiled, update), prepend=True
-                    )
-                )
+                self._handles.append(module.register_forward_hook(hook, prepend=True))
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Fused optimizers write weights without a trace."""
@@ -731,30 +732,35 @@ class HookManager:
     def to_profile(self) -> HeadProfile:
         """What the forwards that ended normally gave so far, as a HeadProfile. Waits for the device.
 
-        Raises StaleFactorError where a weight was changed in a way that showed only in its bits (`weight.data.mul_()`):
-        what was measured since may be wrong, and `reset()` starts afresh.
+        Raises StaleFactorError where a weight was changed in a way that showed only in its bits (`weight.data.mul_()`), or the
+        number that a layer multiplies its attention's output with: what was measured since may be wrong, and `reset()` starts
+        afresh.
 
         With tensor parallelism every rank must ask (it waits for the others), and each gets the whole model's profile. Raises
         RuntimeError, on every rank, where an error ended a forward on some ranks only, so that the counts differ, or where
         another rank could not give its results.
         """
-        heads = self._measured() if self._ranks is None else self._ranks.whole(self._measured)
-        self._check_that_all_ran(heads)
-        self._check_that_all_verified(heads)
-        self._warn_of_nonfinite(heads)
-        totals = [heads, *[self._total(channel) for channel in self._channels[1:]]]
+        measured = self._measured() if self._ranks is None else self._ranks.whole(self._measured)
+        by_channel = zip(*(plane.split(len(METRICS)) for plane in measured), strict=True)
+        totals = [Moments(*planes) for planes in by_channel]
+        self._check_that_all_ran(totals[0])
+        self._check_that_all_verified(totals[0])
         by_metric = {
             name: Moments(*(plane[m].clone() for plane in total))
             for channel, total in zip(self._channels, totals, strict=True)
             for name, m in channel.metrics.items()
         }
+        self._warn_of_nonfinite(by_metric.values())
         by_metric[UPDATE_METRIC] = self._update_moments(by_metric)
         return HeadProfile(by_metric, self._metadata())
 
     def _measured(self) -> Moments:
-        """The moments `[metrics, rows, heads]` of the heads that are measured here, on the CPU. Raises StaleFactorError."""
+        """The moments `[channels * metrics, rows, heads]` of the heads that are measured here, on the CPU. Raises
+        StaleFactorError.
+        """
         self._check_fresh()
-        return self._total(self._channels[0])
+        totals = [self._total(channel) for channel in self._channels]
+        return Moments(*(torch.cat(planes) for planes in zip(*totals, strict=True)))
 
     def _check_fresh(self) -> None:
         self._waiting.catch_up_all()
@@ -764,6 +770,11 @@ class HookManager:
             raise StaleFactorError(
                 f"the weight of {', '.join(stale)} was changed in place behind autograd's back while profiling: what was "
                 "measured since may be wrong. Call reset() after such a change, or use backend='einsum', which reads it each time"
+            )
+        if changed := self._updates.changed():
+            raise StaleFactorError(
+                f"what the layer multiplies the output of {', '.join(changed)} with was changed while profiling: all samples of "
+                f"{UPDATE_METRIC} are multiplied with one number. Call reset() after such a change"
             )
 
     def _total(self, channel: Channel) -> Moments:
@@ -811,6 +822,7 @@ class HookManager:
         for channel in self._channels:
             channel.dispatcher.rebuild()
             channel.dispatcher.used.clear()
+        self._updates.renew()
         self._weights = self._fingerprint()
         self._warned = False
 
@@ -884,8 +896,8 @@ class HookManager:
                 "batch before that"
             )
 
-    def _warn_of_nonfinite(self, moments: Moments) -> None:
-        number = int(moments.nonfinite.sum())
+    def _warn_of_nonfinite(self, moments: Iterable[Moments]) -> None:
+        number = sum(int(of_metric.nonfinite.sum()) for of_metric in moments)
         if number and not self._warned:
             self._warned = True
             warnings.warn(

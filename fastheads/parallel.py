@@ -41,6 +41,7 @@ class Shard:
     num_heads: int
     head_dim: int
     split_input: bool  # the projection is given the heads of all ranks, and takes its own of them
+    whole_output: bool  # each rank gets the sum over all ranks, as a plain tensor
     mesh: Any = field(compare=False)
     device: torch.device = field(compare=False)
 
@@ -89,7 +90,16 @@ def shard_of(site: HeadSite) -> Shard | None:
             "a number of ranks that divides the heads is needed"
         )
     split_input = not style.input_layouts.is_shard()
-    return Shard(mesh.get_local_rank() * heads, heads, site.head_dim, split_input, mesh, local.device)
+    whole_output = style.output_layouts.is_replicate() and style.use_local_output
+    return Shard(
+        start=mesh.get_local_rank() * heads,
+        num_heads=heads,
+        head_dim=site.head_dim,
+        split_input=split_input,
+        whole_output=whole_output,
+        mesh=mesh,
+        device=local.device,
+    )
 
 
 def _weight(module: nn.Module) -> Any:
@@ -147,15 +157,19 @@ class Ranks:
             )
         return "factored" if backend == "auto" else backend
 
+    def whole_output(self, row: int) -> bool:
+        """Whether this rank sees all that the projection of `row` gives."""
+        return row not in self.shards or self.shards[row].whole_output
+
     def own_heads(self, row: int, hook: Callable[..., None]) -> Callable[..., None]:
-        """The pre-hook of the projection of `row`, given this rank's heads alone."""
+        """A hook before or behind the projection of `row`, given this rank's heads alone."""
         if not self._takes_all_heads(row):
             return hook
 
-        def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            hook(module, (self.own_part(row, args[0]),))
+        def hook_of_rank(module: nn.Module, args: tuple[Any, ...], *output: Tensor) -> None:
+            hook(module, (self.own_part(row, args[0]),), *output)
 
-        return pre_hook
+        return hook_of_rank
 
     def own_part(self, row: int, x: Tensor) -> Tensor:
         """What this rank's heads gave of an input `[..., width]` of the projection of `row`."""
@@ -201,7 +215,7 @@ class Ranks:
 
     def whole(self, measured: Callable[[], Moments]) -> Moments:
         """Collective: the moments of the whole model `[metrics, rows, heads]`, the same bits on every rank, from the ones that
-        `measured` gives here, this rank's heads first in each row. CPU tensors.
+        `measured` gives here, this rank's heads first in each row; those of `METRICS` come first. CPU tensors.
 
         Raises RuntimeError, on every rank, where `measured` raised on another one (here its own error is raised), or where
         the ranks did not count the same samples.
@@ -246,7 +260,7 @@ class Ranks:
             # As many of other forwards: then the relative metrics of a layer's heads do not average to 1 any more.
             numbers = "as many of others"
             for row, shard in self.shards.items():
-                heads = (slice(len(METRICS) // 2, None), row, slice(shard.num_heads * self._size))
+                heads = (slice(len(METRICS) // 2, len(METRICS)), row, slice(shard.num_heads * self._size))
                 finite = (everyone.count[heads] > 0).all() and not everyone.nonfinite[heads].any()
                 if finite and (everyone.mean[heads].mean(dim=-1) - 1).abs().max() > SAME:
                     break

@@ -8,6 +8,7 @@ where c is a multiplier (1 of most) and g the gain of an RMS norm. A head's shar
 each token, is given: c W_h z_h, or (c / rms(a)) diag(g) W_h z_h.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastheads.forms import is_dtensor
 from fastheads.sites import HeadSite, unwrapped
 
 
@@ -110,12 +112,18 @@ class Update:
         return text if self.multiplier == 1.0 else f"{text}, times {self.multiplier:g}"
 
     def check(self) -> None:
-        """Raises UnknownUpdateError for a norm that is no RMS norm, or cannot be asked. Waits for the device."""
+        """Raises UnknownUpdateError for a multiplier that is no number, or a norm that is no RMS norm or cannot be asked. Waits
+        for the device.
+        """
+        if not math.isfinite(self.multiplier):
+            raise UnknownUpdateError(f"its {self.rule.multiplier} is {self.multiplier}")
         norm = self.norm
         if norm is None:
             return
         if next(norm.children(), None) is not None or "_hf_hook" in vars(norm) or self.device.type == "meta":
             raise UnknownUpdateError(f"{type(norm).__name__} is wrapped or offloaded")
+        if any(is_dtensor(parameter) for parameter in self.parameters()):
+            raise UnknownUpdateError(f"{type(norm).__name__} is spread over ranks")
         gain, width = self.gain(self.width, self.device), self.width
         with torch.no_grad():
             probe = torch.linspace(-1.0, 2.0, width, device=self.device)

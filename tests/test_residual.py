@@ -6,6 +6,7 @@ without is what the attention adds. A family whose layer does something else has
 
 import os
 import re
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -14,6 +15,7 @@ from oracle import captured_inputs
 
 import fastheads
 from fastheads.basic import HookManager as BasicHookManager
+from fastheads.channels import Updates
 from fastheads.residual import RULES, UNKNOWN, UnknownUpdateError, update_of
 
 MASK = [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
@@ -221,6 +223,37 @@ def test_a_multiplier_scales_every_statistic():
     torch.testing.assert_close(got[METRIC]["max"], contribution["max"] / 4)
 
 
+@pytest.mark.parametrize("family", [f for f in ("granite", "hyperclovax") if f in families.FAMILIES])
+def test_a_multiplier_that_changes_in_the_middle_is_refused(family):
+    """The samples before and after do not go together; the profile tells of one number."""
+    model = families.build(family)
+    batch = families.batch(family, MASK)
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        model(**batch)
+        model.model.layers[1].residual_multiplier = 0.5
+        model(**batch)
+        for ask in (hooks.get_results, hooks.state):
+            with pytest.raises(
+                fastheads.StaleFactorError, match=r"multiplies the output of model\.layers\.1"
+            ):
+                ask()
+        hooks.reset()
+        model(**batch)
+        assert "times 0.5" in hooks.get_results()["metadata"]["residual_update"][1]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_multiplier_that_is_no_number_is_not_known(number):
+    model = families.build("granite")
+    model.model.layers[1].residual_multiplier = number
+    with fastheads.HookManager(model, layers=[1]) as hooks, torch.no_grad():
+        model(**families.batch("granite", MASK))
+        results = hooks.get_results()
+    assert results["metadata"]["residual_update"][1] == f"its residual_multiplier is {number}"
+    assert results[METRIC]["mean"].isnan().all() and (results[METRIC]["count"] == 0).all()
+    assert (results["head_residual_contribution_norm"]["count"][1] == 2).all()
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_multiplier_of_falcon_h1_is_found():
     model = families.build("falcon_h1")
@@ -314,6 +347,32 @@ def test_an_infinite_output_is_no_sample():
         model(**families.batch("gemma2", MASK))
         for results in (hooks.get_results(), basic.get_results()):
             assert (results[METRIC]["nonfinite"][1] > 0).all() and (results[METRIC]["count"][1] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_ranks_have_in_part_is_no_norm(monkeypatch):
+    """Of tensor parallelism that leaves each rank a part of the output, or of the gain: no plan of transformers does."""
+    model = families.build("gemma2")
+    sites = dict(enumerate(fastheads.find_sites(model)))
+    parts = SimpleNamespace(whole_output=lambda row: row > 0)
+    updates = Updates(model, sites, parts)
+    assert updates.unknown == {0: "the norm needs the sum over ranks, and each has a part of it"}
+    assert set(updates.normed) == set(sites) - {0}
+    monkeypatch.setattr("fastheads.residual.is_dtensor", lambda parameter: parameter.dim() == 1)
+    assert set(Updates(model, sites).unknown.values()) == {"Gemma2RMSNorm is spread over ranks"}
+
+
+def test_updates_that_are_infinite_are_told_of():
+    """The heads are finite, what the layer adds is not."""
+    model = families.build("gemma2")
+    last = fastheads.find_sites(model)[-1].module
+    last.bias = torch.nn.Parameter(torch.full((last.out_features,), torch.inf))
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        model(**families.batch("gemma2", MASK))
+        with pytest.warns(RuntimeWarning, match="8 samples were NaN or infinite"):
+            results = hooks.get_results()
+    assert (results["head_residual_contribution_norm"]["nonfinite"] == 0).all()
+    assert (results[METRIC]["nonfinite"][-1] == 2).all()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import METRICS, assert_results, equal_results
+from oracle import METRICS, UPDATE_METRIC, assert_results, equal_results
 from parallel_ranks import MASKS, RESULTS, measured
 from tiny_models import build
 from transformers import AutoModelForCausalLM
@@ -34,6 +34,7 @@ CHECKPOINTS = {
         "olmo2",
         {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 72},
     ),
+    "gemma2": ("gemma2", {}),
     "phi3": ("phi3", {}),
     "gpt-oss": ("gpt-oss", {}),
 }
@@ -149,7 +150,7 @@ def alone(folder, device, checkpoint, dtype=torch.float32):
 
 def assert_close(got, want, rtol):
     """Results of one model, computed in another order."""
-    for metric in METRICS:
+    for metric in (*METRICS, UPDATE_METRIC):
         for stat, value in want[metric].items():
             if stat in ("count", "nonfinite"):
                 assert torch.equal(got[metric][stat], value), (metric, stat)
@@ -180,6 +181,9 @@ def test_results_are_those_of_one_process(case, device, seen, folder):
     results = ranks[0]["results"]
     assert equal_results(results, ranks[1]["results"])
     assert results["metadata"] == ranks[1]["results"]["metadata"]
+    if checkpoint in ("gemma2", "olmo2"):
+        assert results["metadata"]["residual_update"].startswith("normed")
+        assert (results[UPDATE_METRIC]["count"] > 0).all()
 
     dtype = torch.float64 if special == "float64" else torch.float32
     rtol = 1e-12 if special == "float64" else RTOL[device]

@@ -42,6 +42,8 @@ RESULTS = {
     "olmo2-one-kv-head": ("olmo2-one-kv-head", "all", {}, ""),
     "olmo2-grad": ("olmo2", "all", {}, "grad"),
     "olmo2-compiled": ("olmo2", "all", {}, "compiled"),
+    "gemma2": ("gemma2", "last", {}, ""),
+    "gemma2-at-once": ("gemma2", "token", {"group_bytes": 0, "skip_first": 1}, ""),
     "phi3": ("phi3", "token", {}, ""),
     "gpt-oss": ("gpt-oss", "all", {}, ""),
 }
