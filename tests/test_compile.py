@@ -166,8 +166,8 @@ def test_what_a_graph_reads_of_a_hooked_projection_is_constants():
     assert not any(TRACED_ATTRIBUTE in vars(module) for module in model.modules())
 
 
-def test_a_graph_looks_at_a_hooked_layer_in_one_look(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "use_recursive_dict_tags_for_guards", True)
+@torch._dynamo.config.patch(use_recursive_dict_tags_for_guards=True)
+def test_a_graph_looks_at_a_hooked_layer_in_one_look():
     model = build()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad(), fastheads.HookManager(model, "all"):
