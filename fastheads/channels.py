@@ -8,10 +8,12 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from fastheads.dispatch import TORCH_BACKENDS, Dispatcher
 from fastheads.metrics import KV_METRIC, METRICS, UPDATE_METRIC
+from fastheads.moments import Moments, RunningMoments
 from fastheads.parallel import Ranks
 from fastheads.residual import UnknownUpdateError, Update, update_of
 from fastheads.sites import HeadSite
@@ -59,6 +61,25 @@ class Updates:
     def normed(self) -> dict[int, Update]:
         """Those for which the norm of each token is needed: they are measured behind the projection."""
         return {row: update for row, update in self.known.items() if update.norm is not None}
+
+    def moments(self, by_metric: dict[str, Moments]) -> Moments:
+        """Of what is really added, `[rows, heads]` as all of them: behind a norm those that were measured, else a multiple of the
+        contribution's. Rows that are not known are empty.
+        """
+        contribution, measured = by_metric[METRICS[CONTRIBUTION]], by_metric.get(UPDATE_METRIC)
+        rows = contribution.count.shape[0]
+        factor = torch.ones(rows, 1, dtype=torch.float64, device="cpu")
+        for row, update in self.known.items():
+            factor[row] = abs(update.multiplier)
+        found = Moments(*(plane.clone() for plane in contribution.scaled(factor)))
+        empty = RunningMoments(1, 1, 1, torch.device("cpu")).views()
+        for row in range(rows):
+            for plane, name in zip(found, Moments._fields, strict=True):
+                if row in self.normed:
+                    plane[row] = getattr(measured, name)[row]
+                elif row not in self.known:
+                    plane[row] = getattr(empty, name)[0, 0, 0]
+        return found
 
     def describe(self, rows: Iterable[int]) -> str | list[str]:
         """For a profile's metadata: of each row, or once where all are alike."""

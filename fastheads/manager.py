@@ -20,7 +20,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastheads import boundary, operator, parallel
 from fastheads.channels import (
-    CONTRIBUTION,
     Channel,
     Updates,
     channel_of_heads,
@@ -48,7 +47,7 @@ from fastheads.moments import CommittedMoments, Moments, RunningMoments
 from fastheads.residual import Update
 from fastheads.results import HeadProfile, warn_where_empty
 from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle, Tap, add_tap, takes_taps
-from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
+from fastheads.sites import HeadSite, checked_layers, decoder_of, find_sites, sites_of_layers, unwrapped
 from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
 from fastheads.verify import Finding, SelfCheck
 from fastheads.waiting import Waiting, is_capturing
@@ -127,8 +126,8 @@ class HookManager:
         self.token_agg, self.precision, self.skip_first = token_agg, precision, skip_first
         self.allow_skipped = allow_skipped
         self.sites = find_sites(self.model, include)
-        self.layers = _checked_layers(layers)
-        chosen = _choose(self.sites, self.layers)
+        self.layers = checked_layers(layers)
+        chosen = sites_of_layers(self.sites, self.layers)
         self._ranks = parallel.ranks_of(chosen)
         if self._ranks is not None:
             if verify or kv_groups:
@@ -751,7 +750,7 @@ class HookManager:
             for name, m in channel.metrics.items()
         }
         self._warn_of_nonfinite(by_metric.values())
-        by_metric[UPDATE_METRIC] = self._update_moments(by_metric)
+        by_metric[UPDATE_METRIC] = self._updates.moments(by_metric)
         return HeadProfile(by_metric, self._metadata())
 
     def _measured(self) -> Moments:
@@ -785,23 +784,6 @@ class HookManager:
             total = here if total is None else total.merged(here)
         assert total is not None  # the constructor made one for each weight's device
         return total
-
-    def _update_moments(self, by_metric: dict[str, Moments]) -> Moments:
-        """Of what is really added to the residual stream: where no norm comes between, that is a multiple of the contribution."""
-        contribution = by_metric[METRICS[CONTRIBUTION]]
-        factor = torch.ones(len(self.sites), 1, dtype=torch.float64, device="cpu")
-        for row, update in self._updates.known.items():
-            factor[row] = abs(update.multiplier)
-        found = Moments(*(plane.clone() for plane in contribution.scaled(factor)))
-        empty = RunningMoments(1, 1, 1, torch.device("cpu")).views()
-        measured = by_metric.get(UPDATE_METRIC)
-        for row in range(len(self.sites)):
-            for plane, name in zip(found, Moments._fields, strict=True):
-                if row in self._updates.normed:
-                    plane[row] = getattr(measured, name)[row]
-                elif row not in self._updates.known:
-                    plane[row] = getattr(empty, name)[0, 0, 0]
-        return found
 
     def get_results(self) -> dict[str, Any]:
         """`{metric: {statistic: tensor}, ..., "metadata": {...}}`; every tensor is on the CPU, `[num_layers, num_heads]`, float64
@@ -913,28 +895,6 @@ def _frame_of_call() -> FrameType | None:
     while frame is not None and frame.f_code is not _CALL_IMPL:
         frame = frame.f_back
     return frame
-
-
-def _checked_layers(layers: Iterable[int] | None) -> list[int] | None:
-    if layers is None:
-        return None
-    chosen = list(layers) if isinstance(layers, Iterable) else [None]
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in chosen):
-        raise OptionError(f"layers must be whole numbers in a list, not {layers!r}")
-    return sorted(set(chosen))
-
-
-def _choose(sites: list[HeadSite], layers: list[int] | None) -> dict[int, HeadSite]:
-    """The sites to profile, by row."""
-    rows = dict(enumerate(sites))
-    if layers is None:
-        return rows
-    known = {site.layer for site in sites}
-    if not layers or not known.issuperset(layers):
-        raise OptionError(
-            f"layers must name some of the layers {min(known)} to {max(known)} that have a site, not {layers}"
-        )
-    return {row: site for row, site in rows.items() if site.layer in layers}
 
 
 def _place(model: nn.Module, site: HeadSite) -> tuple[dict[str, nn.Module | None], str, nn.Module]:

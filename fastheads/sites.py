@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from fastheads.errors import OptionError
+
 # The output projection of an attention module, as a path from it; the first that is there is taken. ".." is the module's parent,
 # if that is an attention module too: a BERT-like keeps the projection beside the attention.
 PROJECTION_PATHS = (
@@ -126,6 +128,29 @@ def _decoder_within(module: nn.Module) -> nn.Module | None:
     if not isinstance(decoder, nn.Module) or all(decoder is not inside for inside in module.modules()):
         return None
     return decoder if next(decoder.children(), None) is not None else None  # ModernBERT so calls its head
+
+
+def checked_layers(layers: Iterable[int] | None) -> list[int] | None:
+    """`layers` in order, each once. Raises OptionError where they are no whole numbers."""
+    if layers is None:
+        return None
+    chosen = list(layers) if isinstance(layers, Iterable) else [None]
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in chosen):
+        raise OptionError(f"layers must be whole numbers in a list, not {layers!r}")
+    return sorted(set(chosen))
+
+
+def sites_of_layers(sites: list[HeadSite], layers: list[int] | None) -> dict[int, HeadSite]:
+    """Those of `sites` in these layers (None: all), by their place in the list. Raises OptionError for layers that have none."""
+    rows = dict(enumerate(sites))
+    if layers is None:
+        return rows
+    known = {site.layer for site in sites}
+    if not layers or not known.issuperset(layers):
+        raise OptionError(
+            f"layers must name some of the layers {min(known)} to {max(known)} that have a site, not {layers}"
+        )
+    return {row: site for row, site in rows.items() if site.layer in layers}
 
 
 def heads_per_unit(owner: nn.Module) -> int:
