@@ -87,7 +87,9 @@ class _Planned:
 
 
 class WindowFeed:
-    """The batches of a corpus: rows of one window each, of about equal length, made in a thread ahead of the model."""
+    """The batches of a corpus: rows of one window, or of small ones that are joined, of about equal length; made in a thread
+    ahead of the model.
+    """
 
     def __init__(
         self,
@@ -99,10 +101,11 @@ class WindowFeed:
         with_mask: bool,
         pinned: bool,
         embeddings: int | None,
+        each_window: bool = False,
         position: dict[str, Any] | None = None,
     ) -> None:
         """`budget`: tokens in a batch, padding included. `with_mask`: whether padded batches get an attention mask.
-        `embeddings`: how many tokens the model knows.
+        `embeddings`: how many tokens the model knows. `each_window`: small windows are not joined (`Corpus.stretches`).
 
         Raises:
             CheckpointError: if `position` is none that `position()` gives.
@@ -127,7 +130,7 @@ class WindowFeed:
         self.total: int | None = None
         self.expected: int | None = None
         self._corpus = corpus
-        self._windows = corpus.windows(resume)
+        self._windows = corpus.windows(resume) if each_window else corpus.stretches(resume)
 
     def next(self) -> Batch | None:
         self._fill()

@@ -50,12 +50,39 @@ class Updates:
 
     def renew(self) -> None:
         """Take the multipliers as they are now."""
-        self._multipliers = {row: update.multiplier for row, update in self.known.items()}
+        self._changed: set[str] = set()
+        self._is_over = False
+        self._multipliers: dict[int, float] = {}
+        for row, update in list(self.known.items()):
+            if update.rule.multiplier is not None:
+                try:
+                    update.check()
+                    self._multipliers[row] = update.multiplier
+                except UnknownUpdateError as error:
+                    self.unknown[row] = str(error)
+                    del self.known[row]
+        self._texts = {row: str(update) for row, update in self.known.items()}
+
+    def look(self) -> None:
+        """At the start of each forward: a profile is of one number, and where no norm comes between, so are its samples."""
+        if self._multipliers and not self._is_over:
+            for row, before in self._multipliers.items():
+                try:
+                    changed = self.known[row].multiplier != before
+                except (TypeError, ValueError, RuntimeError):
+                    changed = True
+                if changed:
+                    self._changed.add(self._sites[row].name)
+
+    def close(self) -> None:
+        """No forward comes any more: what the layers become is of no account."""
+        self.look()
+        self._is_over = True
 
     def changed(self) -> list[str]:
-        """The names of the sites whose layer has another multiplier than it had at first, or at the last `renew`."""
-        before = self._multipliers
-        return [self._sites[row].name for row, u in self.known.items() if u.multiplier != before[row]]
+        """The names of the sites whose layer was seen with another multiplier than at first, or at the last `renew`, in order."""
+        self.look()
+        return [site.name for site in self._sites.values() if site.name in self._changed]
 
     @property
     def normed(self) -> dict[int, Update]:
@@ -69,8 +96,8 @@ class Updates:
         contribution, measured = by_metric[METRICS[CONTRIBUTION]], by_metric.get(UPDATE_METRIC)
         rows = contribution.count.shape[0]
         factor = torch.ones(rows, 1, dtype=torch.float64, device="cpu")
-        for row, update in self.known.items():
-            factor[row] = abs(update.multiplier)
+        for row, multiplier in self._multipliers.items():
+            factor[row] = abs(multiplier)
         found = Moments(*(plane.clone() for plane in contribution.scaled(factor)))
         empty = RunningMoments(1, 1, 1, torch.device("cpu")).views()
         for row in range(rows):
@@ -83,7 +110,7 @@ class Updates:
 
     def describe(self, rows: Iterable[int]) -> str | list[str]:
         """For a profile's metadata: of each row, or once where all are alike."""
-        texts = [str(self.known[row]) if row in self.known else self.unknown.get(row, "") for row in rows]
+        texts = [self._texts[row] if row in self.known else self.unknown.get(row, "") for row in rows]
         return texts[0] if len(set(texts)) == 1 else texts
 
 

@@ -21,7 +21,7 @@ from fastheads.files import write_atomic
 from fastheads.moments import PLANES, RunningMoments
 
 FILE_KEY = "fastheads_checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LARGEST = 2**30  # bytes; more than any run writes
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -31,13 +31,12 @@ from fastheads.tokenising import Tokenising, encoder_of
 
 # A window of a large corpus: about a million tokens, a few dozen batches of a large GPU.
 WINDOW_CHARACTERS = 2**22
-# Of a small one: a quarter of a million tokens, eight batches of a large GPU. Fewer sequences cannot be sorted into such batches
-# with little padding (one batch: 14 %, four: 6 %, eight: under 5 %, for log-normal lengths up to 2,048).
-SMALL_WINDOW = 2**20
-WINDOWS = 32  # of a corpus between the two
-# Where a small corpus has several shards, each gets so many windows, if they hold that much.
-WINDOWS_OF_SHARD = 4
+# Of a small one: few enough that the first is soon ready and several ranks get some.
 SMALLEST_WINDOW = 2**16
+WINDOWS = 32  # of a corpus between the two
+# Small windows make batches together: a quarter of a million tokens, eight batches of a large GPU. Fewer sequences cannot be
+# sorted into such batches with little padding (one: 14 %, four: 6 %, eight: under 5 %, for log-normal lengths up to 2,048).
+STRETCH_CHARACTERS = 2**20
 WINDOW_DOCUMENTS = 2**16  # at most, for those that hold hardly anything
 
 TASK_CHARACTERS = 2**18  # tokenised by one worker at a time
@@ -100,8 +99,7 @@ class Corpus:
         max_tokens: stop after so many tokens of the corpus, all ranks together; the last sequence is cut.
         shard: this rank and the number of ranks.
         workers: processes that tokenise; 0: a thread. None: by the size of the corpus and the number of cores.
-        window_characters: a window ends with the document that makes it as long. None: by the size of the corpus and the
-            number of shards.
+        window_characters: a window ends with the document that makes it as long. None: by the size of the corpus.
 
     Raises:
         DataError: the source cannot be read.
@@ -140,7 +138,8 @@ class Corpus:
             small = expected is not None and expected < WORTH_PROCESSES
             workers = 0 if small else max(1, min(4, cores - 1))
         self.workers = workers
-        self.window_characters = window_characters or _window_characters(expected, shard[1])
+        self.window_characters = window_characters or _window_characters(expected)
+        self._stretch_characters = STRETCH_CHARACTERS if window_characters is None else 0
         head, probe, chat = _head(source)
         self._encoder = encoder_of(tokenizer, probe, chat)
         # A stream of one text is no sequence of documents: nothing comes between its pieces.
@@ -189,7 +188,21 @@ class Corpus:
         """
         return self._windows(self._start() if resume is None else self._checked(resume))
 
-    def _windows(self, start: dict[str, Any]) -> Iterator[Window]:
+    def stretches(self, resume: Mapping[str, Any] | None = None) -> Iterator[Window]:
+        """The same, with small windows joined until they hold enough sequences to be sorted into batches with little padding;
+        where the size of windows was given, each by itself. `resume` is that of a stretch, or its `after`.
+        """
+        with closing(self._windows(self._start() if resume is None else self._checked(resume))) as windows:
+            stretch: list[Window] = []
+            for window in windows:
+                stretch.append(window)
+                if sum(part.characters for part in stretch) >= self._stretch_characters:
+                    yield _joined(stretch)
+                    stretch = []
+            if stretch:
+                yield _joined(stretch)
+
+    def _windows(self, start: dict[str, Any]) -> Generator[Window]:
         rest = torch.tensor(start["rest"], dtype=torch.int32)
         total = start["tokens"]
         seen = bool(start["index"])
@@ -374,15 +387,23 @@ def fingerprint(tokenizer: Any, chat: bool = False) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _window_characters(expected: int | None, shards: int = 1) -> int:
+def _window_characters(expected: int | None) -> int:
     """How long a window is, for as many characters."""
     if expected is None:
         return WINDOW_CHARACTERS
-    # A limit on tokens may end far before a window of that size: what lies behind it need not be tokenised.
-    small = min(SMALL_WINDOW, max(SMALLEST_WINDOW, 2 * expected))
-    if shards > 1:
-        small = min(small, max(SMALLEST_WINDOW, expected // (shards * WINDOWS_OF_SHARD)))
-    return min(WINDOW_CHARACTERS, max(small, expected // WINDOWS))
+    return min(WINDOW_CHARACTERS, max(SMALLEST_WINDOW, expected // WINDOWS))
+
+
+def _joined(windows: list[Window]) -> Window:
+    """One window of several that follow one another."""
+    return Window(
+        index=windows[-1].index,
+        sequences=[sequence for window in windows for sequence in window.sequences],
+        resume=windows[0].resume,
+        after=windows[-1].after,
+        documents=sum(window.documents for window in windows),
+        characters=sum(window.characters for window in windows),
+    )
 
 
 def _cores() -> int:

@@ -29,8 +29,9 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
             raise
     except OSError as error:
         # Of a full disk the system names no file, and of a folder that cannot be written the temporary one.
-        error.filename, error.filename2 = os.fspath(path), None
-        raise
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     _sync_folder(path.parent)
 
 

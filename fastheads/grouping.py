@@ -138,18 +138,15 @@ class Repeat:
             or set(map(_SHAPE, inputs)) != {self._shape}
         ):
             return False
-        return self._launched(inputs, skip_first, apart=False)
+        return self._launched(inputs, skip_first)
 
     def again_in_graph(self, inputs: Sequence[Tensor], skip_first: int) -> bool:
-        """The same of a graph's inputs, which it made one group of: their types, shapes and dtypes are alike, and all are still
-        there.
-        """
+        """The same of a graph's inputs, which it made one group of: their types, shapes and dtypes are alike."""
         if len(inputs) != self._count or inputs[0].dtype not in self._dtypes:
             return False
-        return self._launched(inputs, skip_first, apart=True)
+        return self._launched(inputs, skip_first)
 
-    def _launched(self, inputs: Sequence[Tensor], skip_first: int, apart: bool) -> bool:
-        """`apart`: none lies in the memory of another."""
+    def _launched(self, inputs: Sequence[Tensor], skip_first: int) -> bool:
         if not inputs or inputs[0].shape != self._shape or skip_first != self._skip_first:
             return False
         if self._is_contiguous:
@@ -160,10 +157,9 @@ class Repeat:
         addresses = list(map(Tensor.data_ptr, inputs))
         if reduce(or_, addresses) & 15:
             return False  # the kernel cannot read it there
-        if not apart:
-            ordered = sorted(addresses)
-            if len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < self._extent:
-                return False  # one may lie where another lay
+        ordered = sorted(addresses)
+        if len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < self._extent:
+            return False  # one may lie where another lay
         if self._device is not None and torch.cuda.current_device() != self._device:
             return False
         if not self._valid_while():
@@ -205,7 +201,7 @@ class Backlog:
             return False
         if not self._is_safe:
             probe, self._probe = self._probe, None
-            if probe is None or not _apart([*probe, *kept]):
+            if probe is None or not are_apart([x for _, x, _ in (*probe, *kept)]):
                 return False
             self._is_safe = True
         self._candidate, self._candidate_places = kept, places
@@ -346,15 +342,23 @@ def check_form(site: Profiled | TracedSite, x: Tensor) -> None:
         raise RuntimeError(f"{site.name}: expected an input [batch, seq, {site.width}], got {list(x.shape)}")
 
 
-def _apart(kept: list[Kept]) -> bool:
+def are_apart(inputs: Sequence[Tensor]) -> bool:
     """Whether all lie in memory of their own."""
     # By address: of one memory there may be several storages, as a replayed CUDA graph makes them for its outputs.
-    return len({x.untyped_storage().data_ptr() for _, x, _ in kept}) == len(kept)
+    return len({x.untyped_storage().data_ptr() for x in inputs}) == len(inputs)
+
+
+OVERWRITTEN = (
+    "was {} before it was measured: the model reuses its memory. "
+    "HookManager(..., group_bytes=0) measures each input at once"
+)
 
 
 def check_unchanged(kept: list[Kept]) -> None:
     """Raises RuntimeError where a kept input was changed, or may have been: another one lies in the same memory."""
-    if _apart(kept) and not any(version is not None and x._version != version for _, x, version in kept):
+    if are_apart([x for _, x, _ in kept]) and not any(
+        version is not None and x._version != version for _, x, version in kept
+    ):
         return
     storages: set[int] = set()
     for profiled, x, version in kept:
@@ -362,10 +366,7 @@ def check_unchanged(kept: list[Kept]) -> None:
         changed = version is not None and x._version != version
         if changed or (storage in storages and x.numel()):
             what = "modified in place" if changed else "overwritten"
-            raise RuntimeError(
-                f"the input of {profiled.site.name} was {what} before it was measured: the model reuses its memory. "
-                "HookManager(..., group_bytes=0) measures each input at once"
-            )
+            raise RuntimeError(f"the input of {profiled.name} {OVERWRITTEN.format(what)}")
         storages.add(storage)
 
 

@@ -31,12 +31,14 @@ from fastheads.errors import OptionError
 from fastheads.factors import SiteFactor, StaleFactorError
 from fastheads.fingerprint import fingerprint
 from fastheads.grouping import (
+    OVERWRITTEN,
     DeviceQueue,
     Kept,
     Profiled,
     Repeat,
     Scaled,
     TracedSite,
+    are_apart,
     check_form,
     check_unchanged,
     grouped,
@@ -239,6 +241,7 @@ class HookManager:
             handle.remove()
         self._handles.clear()
         operator.release(self._handle)
+        self._updates.close()
         try:
             self._waiting.catch_up_all()
         finally:
@@ -345,6 +348,7 @@ class HookManager:
 
     def _prepare(self) -> None:
         """What the start of a forward does in Python: no launch, no wait."""
+        self._updates.look()
         self._ran.clear()
         self._skipped.clear()
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -623,6 +627,9 @@ class HookManager:
         repeat = None if capturing or valid is not None or scale is not None else self._repeats.get(key)
         if repeat is not None and repeat.again_in_graph(inputs, self.skip_first):
             return
+        if len(inputs) > 1 and inputs[0].numel() and not are_apart(inputs):
+            names = ", ".join(self.sites[row].name for row in rows)
+            raise RuntimeError(f"the input of one of {names} {OVERWRITTEN.format('overwritten')}")
         real, moments = RealTokens(valid, self.skip_first, bounds), RunningMoments.over(state[channel])
         dispatcher.record(rows, inputs, real, moments, scale=scale)
         dispatcher.finish()

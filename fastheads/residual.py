@@ -115,8 +115,12 @@ class Update:
         """Raises UnknownUpdateError for a multiplier that is no number, or a norm that is no RMS norm or cannot be asked. Waits
         for the device.
         """
-        if not math.isfinite(self.multiplier):
-            raise UnknownUpdateError(f"its {self.rule.multiplier} is {self.multiplier}")
+        try:
+            multiplier = self.multiplier
+        except (TypeError, ValueError, RuntimeError) as error:  # a tensor of several numbers, say
+            raise UnknownUpdateError(f"its {self.rule.multiplier} is no number") from error
+        if not math.isfinite(multiplier):
+            raise UnknownUpdateError(f"its {self.rule.multiplier} is {multiplier}")
         norm = self.norm
         if norm is None:
             return

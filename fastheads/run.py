@@ -212,6 +212,7 @@ class Run:
             with_mask=not _looks_back_only(self.model, self.hooks.sites),
             pinned=self.device.type == "cuda",
             embeddings=getattr(_embedding(self.model), "num_embeddings", None),
+            each_window=settings.until_stable is not None,  # at the end of which it looks
             position=position,
         )
 

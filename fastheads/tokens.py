@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# An additive mask forbids with -10,000 or less (-1e9, the dtype's lowest number, -inf), and may hold a bias where it does not.
-# Half of that, for bfloat16 rounds.
-FORBIDDEN = -5e3
+# An additive mask forbids with -10,000 (-9,984 in bfloat16) or less (-1e9, the dtype's lowest number, -inf), and may hold a bias
+# where it does not.
+FORBIDDEN = -9.9e3
 
 # What a caller who knows better says of one call of the decoder: the mask, or a function that makes it of the call's arguments.
 TokenMask = Tensor | Callable[[dict[str, Any]], Tensor | None]

@@ -241,6 +241,33 @@ def test_a_failed_forward_counts_nothing():
         assert_same(hooks.get_results(), want)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_inputs_in_one_buffer_are_refused(backend):
+    """As without compiling: what the first layers left there is gone when the group is measured."""
+    model = build()
+    projections = [layer.self_attn.o_proj for layer in model.model.layers]
+    buffer = torch.zeros(2, 5, projections[0].in_features)
+
+    def into_the_buffer(module, args):
+        buffer.copy_(args[0])
+        return (buffer,)
+
+    for module in projections:
+        module.register_forward_pre_hook(into_the_buffer)
+    batch = dict(input_ids=tokens(2, 5), use_cache=False)
+    want = eagerly(model, batches=[batch], group_bytes=0)
+    compiled = torch.compile(model, backend=backend)
+    with (
+        torch.no_grad(),
+        fastheads.HookManager(model, "all"),
+        pytest.raises(RuntimeError, match="reuses its"),
+    ):
+        compiled(**batch)
+    with torch.no_grad(), fastheads.HookManager(model, "all", group_bytes=0) as hooks:
+        compiled(**batch)
+        assert_same(hooks.get_results(), want)
+
+
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # torch's own, while it traces

@@ -596,13 +596,9 @@ def test_windows_are_cut_by_characters_and_by_documents(monkeypatch):
 
 
 def test_windows_follow_the_size_of_the_corpus():
-    cases = ((10, None, 1), (2**24, None, 1), (2**24, 2**23, 1), (10, 100, 1),
-             (2**24, None, 4), (2**20, None, 2), (2**20, None, 4), (10, None, 4))  # fmt: skip
-    sizes = [
-        corpus(["one " * n], window_characters=None, max_tokens=m, shard=(0, shards)).window_characters
-        for n, m, shards in cases
-    ]
-    assert sizes == [2**16, 2**21, 2**20, 2**16, 2**21, 2**19, 2**18, 2**16]
+    sizes = [corpus(["one " * n], window_characters=None, max_tokens=m).window_characters
+             for n, m in ((10, None), (2**21, None), (2**21, 2**20), (10, 100))]  # fmt: skip
+    assert sizes == [2**16, 2**18, 2**17, 2**16]
     assert corpora._window_characters(None) == corpora._window_characters(2**40) == 2**22
 
 
@@ -893,23 +889,41 @@ def test_lognormal_documents_are_padded_by_less_than_five_percent(seq_len, budge
 
 
 def test_real_documents_are_padded_by_less_than_five_percent():
-    """The topics of Python's own documentation, in windows of the size that the corpus gives them."""
+    """The topics of Python's own documentation, in what a corpus of that size gives batches."""
     from pydoc_data.topics import topics
 
     found = corpus(list(topics.values()) * 4, ascii_tokenizer(), seq_len=2048, window_characters=None)
-    for window in found.windows():
+    for window in found.stretches():
         lengths = list(map(len, window.sequences))
         assert padding(lengths, plan(lengths, 2**15)) < 0.05
 
 
+def test_small_windows_are_joined_and_resume_where_they_ended():
+    texts = ["wor " * 1_000] * 900  # 3.6 million characters, in 32 windows
+    found = corpus(texts, seq_len=512, window_characters=None)
+    windows, stretches = list(found.windows()), list(found.stretches())
+    assert len(windows) == 32 and len(stretches) == 4
+    assert all(stretch.characters >= corpora.STRETCH_CHARACTERS for stretch in stretches[:-1])
+    joined = [ids.tolist() for stretch in stretches for ids in stretch.sequences]
+    assert joined == [ids.tolist() for window in windows for ids in window.sequences]
+    assert sum(stretch.documents for stretch in stretches) == 900
+    for i, stretch in enumerate(stretches):
+        again = next(found.stretches(json.loads(json.dumps(stretch.resume))))
+        assert (again.index, ids(again), again.after) == (stretch.index, ids(stretch), stretch.after)
+        rest = [part.index for part in found.stretches(json.loads(json.dumps(stretch.after)))]
+        assert rest == [part.index for part in stretches[i + 1 :]]
+    given = corpus(texts, seq_len=512, window_characters=2**18)
+    assert [part.index for part in given.stretches()] == [part.index for part in given.windows()]
+
+
 @pytest.mark.parametrize("documents", [1_000, 5_000])
 def test_small_corpora_are_padded_by_less_than_five_percent_in_the_batches_of_a_large_gpu(documents):
-    """Log-normal lengths, tokens of about four characters; the windows that a corpus of that size gets."""
+    """Log-normal lengths, tokens of about four characters, in what a corpus of that size gives batches."""
     chance = random.Random(0)
     lengths = [min(int(chance.lognormvariate(5.5, 1.0)) + 1, 2048) for _ in range(documents)]
     found = corpus(["wor " * n for n in lengths], seq_len=2048, window_characters=None)
     real = area = 0
-    for window in found.windows():
+    for window in found.stretches():
         rows = list(map(len, window.sequences))
         batches = plan(rows, 2**15)
         real += sum(rows)

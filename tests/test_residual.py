@@ -242,6 +242,46 @@ def test_a_multiplier_that_changes_in_the_middle_is_refused(family):
         assert "times 0.5" in hooks.get_results()["metadata"]["residual_update"][1]
 
 
+def test_a_multiplier_that_changes_for_one_forward_is_refused_and_one_after_all_is_not():
+    model, batch = families.build("granite"), families.batch("granite", MASK)
+    layer = model.model.layers[1]
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        before, layer.residual_multiplier = layer.residual_multiplier, 5.0
+        model(**batch)
+        layer.residual_multiplier = before
+        with pytest.raises(fastheads.StaleFactorError, match=r"multiplies the output of model\.layers\.1"):
+            hooks.get_results()
+        hooks.reset()
+        model(**batch)
+        want = hooks.get_results()
+    layer.residual_multiplier = 7.0  # after the hooks are gone
+    found = hooks.get_results()
+    assert torch.equal(found[METRIC]["mean"], want[METRIC]["mean"])
+    assert found["metadata"]["residual_update"] == want["metadata"]["residual_update"]
+
+
+@pytest.mark.filterwarnings("ignore:.*NaN or infinite")  # of the layers behind
+def test_a_multiplier_that_becomes_no_number_is_not_known_after_a_reset():
+    model, batch = families.build("granite"), families.batch("granite", MASK)
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        model.model.layers[1].residual_multiplier = float("nan")
+        hooks.reset()
+        model(**batch)
+        results = hooks.get_results()
+    assert results["metadata"]["residual_update"][1] == "its residual_multiplier is nan"
+    assert (results[METRIC]["count"][1] == 0).all() and (results[METRIC]["count"][0] == 2).all()
+
+
+def test_a_multiplier_of_several_numbers_is_not_known():
+    model = families.build("granite")
+    model.model.layers[0].residual_multiplier = torch.full((model.config.hidden_size,), 0.5)
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        model(**families.batch("granite", MASK))
+        results = hooks.get_results()
+    assert results["metadata"]["residual_update"][0] == "its residual_multiplier is no number"
+    assert (results[METRIC]["count"][0] == 0).all()
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_multiplier_that_is_no_number_is_not_known(number):
     model = families.build("granite")

@@ -17,6 +17,7 @@ from whole_profiles import some_texts
 
 import fastheads
 from fastheads import HeadProfile, find_sites
+from fastheads.batching import WindowFeed
 from fastheads.corpus import Corpus
 from fastheads.data import held_texts, text_file
 from fastheads.distributed import Job, Place
@@ -678,3 +679,26 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     )
     early, late = map(int, done.stdout.split())
     assert late < 1.02 * early
+
+
+@pytest.mark.parametrize("each_window", [False, True])
+def test_small_windows_make_batches_together_but_where_each_is_looked_at(each_window):
+    texts = ["wor " * 30] * 3_400  # 408,000 characters: seven windows of the smallest size
+    corpus = Corpus(held_texts(texts), ascii_tokenizer(), seq_len=128)
+    windows = len(list(corpus.windows()))
+    feed = WindowFeed(
+        corpus,
+        budget=2**20,
+        max_rows=None,
+        pad_token_id=0,
+        with_mask=False,
+        pinned=False,
+        embeddings=None,
+        each_window=each_window,
+    )
+    batches = 0
+    while feed.next() is not None:
+        feed.done()
+        batches += 1
+    feed.close()
+    assert windows > 1 and batches == (windows if each_window else 1)
