@@ -201,7 +201,7 @@ class Backlog:
             return False
         if not self._is_safe:
             probe, self._probe = self._probe, None
-            if probe is None or not are_apart([x for _, x, _ in (*probe, *kept)]):
+            if probe is None or not _apart([x for _, x, _ in (*probe, *kept)]):
                 return False
             self._is_safe = True
         self._candidate, self._candidate_places = kept, places
@@ -342,7 +342,7 @@ def check_form(site: Profiled | TracedSite, x: Tensor) -> None:
         raise RuntimeError(f"{site.name}: expected an input [batch, seq, {site.width}], got {list(x.shape)}")
 
 
-def are_apart(inputs: Sequence[Tensor]) -> bool:
+def _apart(inputs: Sequence[Tensor]) -> bool:
     """Whether all lie in memory of their own."""
     # By address: of one memory there may be several storages, as a replayed CUDA graph makes them for its outputs.
     return len({x.untyped_storage().data_ptr() for x in inputs}) == len(inputs)
@@ -356,7 +356,7 @@ OVERWRITTEN = (
 
 def check_unchanged(kept: list[Kept]) -> None:
     """Raises RuntimeError where a kept input was changed, or may have been: another one lies in the same memory."""
-    if are_apart([x for _, x, _ in kept]) and not any(
+    if _apart([x for _, x, _ in kept]) and not any(
         version is not None and x._version != version for _, x, version in kept
     ):
         return

@@ -38,7 +38,6 @@ from fastheads.grouping import (
     Repeat,
     Scaled,
     TracedSite,
-    are_apart,
     check_form,
     check_unchanged,
     grouped,
@@ -627,7 +626,7 @@ class HookManager:
         repeat = None if capturing or valid is not None or scale is not None else self._repeats.get(key)
         if repeat is not None and repeat.again_in_graph(inputs, self.skip_first):
             return
-        if len(inputs) > 1 and inputs[0].numel() and not are_apart(inputs):
+        if inputs[0].numel() and len({x.data_ptr() for x in inputs}) < len(inputs):
             names = ", ".join(self.sites[row].name for row in rows)
             raise RuntimeError(f"the input of one of {names} {OVERWRITTEN.format('overwritten')}")
         real, moments = RealTokens(valid, self.skip_first, bounds), RunningMoments.over(state[channel])
