@@ -94,7 +94,7 @@ class Updates:
         contribution's. Rows that are not known are empty.
         """
         contribution, measured = by_metric[METRICS[CONTRIBUTION]], by_metric.get(UPDATE_METRIC)
-        rows = contribution.count.shape[0]
+        rows, normed = contribution.count.shape[0], self.normed
         factor = torch.ones(rows, 1, dtype=torch.float64, device="cpu")
         for row, multiplier in self._multipliers.items():
             factor[row] = abs(multiplier)
@@ -102,7 +102,7 @@ class Updates:
         empty = RunningMoments(1, 1, 1, torch.device("cpu")).views()
         for row in range(rows):
             for plane, name in zip(found, Moments._fields, strict=True):
-                if row in self.normed:
+                if row in normed:
                     plane[row] = getattr(measured, name)[row]
                 elif row not in self.known:
                     plane[row] = getattr(empty, name)[0, 0, 0]

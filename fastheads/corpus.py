@@ -177,7 +177,7 @@ class Corpus:
         other.identity = self.identity | {"shard": list(shard)}
         return other
 
-    def windows(self, resume: Mapping[str, Any] | None = None) -> Iterator[Window]:
+    def windows(self, resume: Mapping[str, Any] | None = None) -> Generator[Window]:
         """The windows of this rank that hold tokens, from the first on or from where `resume` says.
 
         The next ones are read and tokenised meanwhile; closing the iterator ends that.
@@ -192,7 +192,7 @@ class Corpus:
         """The same, with small windows joined until they hold enough sequences to be sorted into batches with little padding;
         where the size of windows was given, each by itself. `resume` is that of a stretch, or its `after`.
         """
-        with closing(self._windows(self._start() if resume is None else self._checked(resume))) as windows:
+        with closing(self.windows(resume)) as windows:
             stretch: list[Window] = []
             for window in windows:
                 stretch.append(window)
