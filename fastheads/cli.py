@@ -265,7 +265,7 @@ def profile(
             from fastheads.distributed import Job
             from fastheads.stable import check_token_agg
 
-            if until_stable and context.get_parameter_source("max_tokens").name == "DEFAULT":  # type: ignore[union-attr]
+            if until_stable and not _is_given(context, "max_tokens"):
                 max_tokens = None
             if until_stable:
                 check_token_agg(str(token_agg))
@@ -291,7 +291,7 @@ def profile(
             kind: bool | Literal["auto"] = "auto" if chat is None else chat
             of_hub = data is not None and sources.names_a_data_set(data)
             for option in () if of_hub else ("split", "streaming"):
-                if context.get_parameter_source(option).name != "DEFAULT":  # type: ignore[union-attr]
+                if _is_given(context, option):
                     raise OptionError(f"--{option} is for data sets of the Hub, owner/name")
             if data is None or of_hub:
                 text = sources.open_source(data, field=field, chat=kind, split=split, streaming=streaming)
@@ -463,6 +463,12 @@ def _show(result: "HeadProfile", metric: str | None, heads: int | None = LISTED)
 
     default = RANKING_METRIC if RANKING_METRIC in result.metrics else result.metrics[0]
     show_profile(result, metric or default, Console(highlight=False), heads)
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    """Whether the option was said, and is not its default because nobody did."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _parse_layers(text: str | None) -> list[int] | None:
