@@ -224,7 +224,7 @@ class Dispatcher:
     ) -> Repeat | None:
         """What makes the launch again that `record` has just made of `inputs`, all alike; None where it cannot."""
         x = inputs[0]
-        if real.valid is not None or self._ranks is not None or self.backend in TORCH_BACKENDS:
+        if real.bounds is not None or self._ranks is not None or self.backend in TORCH_BACKENDS:
             return None
         if self._choice(x.device, x.dtype, self._sites[rows[0]].head_dim) != "triton":
             return None
@@ -234,13 +234,14 @@ class Dispatcher:
             moments.buffer,
             rows,
             token_agg=self.token_agg,
+            valid=None if real.valid is None else real.mask(x),
             skip_first=real.skip_first,
             keep_scratch=keep_scratch,
         )
         if launch is None:
             return None
         forms = self._forms
-        return Repeat(profiled, inputs, real.skip_first, launch, lambda: self._forms is forms)
+        return Repeat(profiled, inputs, real, launch, lambda: self._forms is forms)
 
     def _kernel_forms(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
         """The factors of these rows as the kernel reads them; asked for once until one changes, or all were verified."""
@@ -351,7 +352,7 @@ class Dispatcher:
 
     def check_unmoved(self) -> None:
         """Raises StaleFactorError where a weight changed during a forward."""
-        if not self._watch.moved():
+        if not self._watch.moved_since_look():
             return
         moved = [
             factor.site.name for factor in self.factors.values() if factor.moved() and not factor.moves_itself

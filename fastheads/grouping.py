@@ -1,7 +1,7 @@
 """What one device holds for a manager: its moments, and the inputs that wait for one launch.
 
 With small batches the time goes to launches, not to the GPU. So the hook of a small input only keeps a reference to it, and one
-launch at the end of the decoder's call serves all layers; of the smallest, one launch serves several forwards. A byte budget
+launch at the end of the decoder's call serves all layers; the smallest wait until several forwards have ended. A byte budget
 bounds what is kept.
 """
 
@@ -53,10 +53,10 @@ class TracedSite(NamedTuple):
     device: str
 
 
-# Forwards in one launch, at most; of how many the inputs must fit into the budget, and how many must come between changes of the
+# Forwards that wait, at most; of how many the inputs must fit into the budget, and how many must come between changes of the
 # weights, or it is not worth while.
 FORWARDS_IN_BACKLOG = 32
-MOST_OF_BACKLOG = 8
+LEAST_IN_BUDGET = 4
 FEWEST_IN_BACKLOG = 4
 
 # What the hook of a small input leaves behind: the site, its input, and the input's version (None for an inference tensor: it
@@ -92,94 +92,109 @@ class Repeat:
         self,
         profiled: tuple[Profiled, ...],
         inputs: Sequence[Tensor],
-        skip_first: int,
-        launch: Callable[[list[int]], None],
+        real: RealTokens,
+        launch: Callable[[list[int], Tensor, Tensor | None], bool],
         valid_while: Callable[[], bool],
     ) -> None:
         """`inputs`: all of one type, shape, strides and dtype, on the current GPU; of `profiled`, where they were kept. `launch`
-        takes their addresses; `valid_while` tells whether it still may be made.
+        takes their addresses, the moments and which tokens are real; False, and it did nothing, where these do not lie as
+        they did. `valid_while` tells whether it still may be made.
         """
         x = inputs[0]
-        self.profiled, self.rows = profiled, {p.row for p in profiled}
+        self.rows = {p.row for p in profiled}
+        self._profiled = list(profiled)
         self._shape, self._strides, self._is_contiguous = x.shape, x.stride(), x.is_contiguous()
         self._count, self._dtypes, self._types = len(inputs), {x.dtype}, {type(x)}
-        self._no_versions = (None,) * len(inputs)
+        self._no_versions = [None] * len(inputs)
         # Bytes from the first to beyond the last.
         steps = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
         self._extent = x.element_size() * (1 + steps)
         self._device = x.device.index
-        self._skip_first, self._launch, self._valid_while = skip_first, launch, valid_while
+        self._skip_first, self._is_masked = real.skip_first, real.valid is not None
+        self._launch, self._valid_while = launch, valid_while
 
-    def is_like(self, kept: list[Kept]) -> bool:
-        """Whether these are of the same rows, types and dtypes, and the first one of the same shape."""
-        profiled, inputs, _ = zip(*kept, strict=True)
+    def is_like(self, kept: list[Kept], real: RealTokens) -> bool:
+        """Whether these are of the same projections, and the first one of the same shape: else no further look is worth while."""
         return (
-            profiled == self.profiled
-            and inputs[0].shape == self._shape
-            and set(map(type, inputs)) == self._types
-            and set(map(_DTYPE, inputs)) == self._dtypes
+            kept[0][1].shape == self._shape
+            and (real.valid is not None) == self._is_masked
+            and real.bounds is None
+            and [profiled for profiled, _, _ in kept] == self._profiled
         )
 
-    def of_kept(self, kept: list[Kept], real: RealTokens) -> bool:
-        """Measure `kept`; False, and nothing was done, where it is not certain to be the same launch, or an input was changed."""
-        profiled, inputs, versions = zip(*kept, strict=True)
-        if profiled != self.profiled or real.valid is not None:
-            return False
-        if versions != self._no_versions and (None in versions or versions != tuple(map(_VERSION, inputs))):
-            return False
-        return self.again(inputs, real.skip_first)
-
-    def again(self, inputs: Sequence[Tensor], skip_first: int) -> bool:
-        """Measure `inputs`, of the same rows; False, and nothing was done, as above."""
+    def addresses_of(self, kept: list[Kept], skip_first: int) -> list[int] | None:
+        """Those of the inputs; None where it is not certain to be the same launch, or an input was changed. `is_like` was so."""
+        _, inputs, versions = map(list, zip(*kept, strict=True))
+        if versions != self._no_versions and (None in versions or versions != list(map(_VERSION, inputs))):
+            return None
         if (
-            len(inputs) != self._count
-            or set(map(type, inputs)) != self._types
+            set(map(type, inputs)) != self._types
             or set(map(_DTYPE, inputs)) != self._dtypes
             or set(map(_SHAPE, inputs)) != {self._shape}
         ):
-            return False
-        return self._launched(inputs, skip_first)
-
-    def again_in_graph(self, inputs: Sequence[Tensor], skip_first: int) -> bool:
-        """The same of a graph's inputs, which it made one group of: their types, shapes and dtypes are alike."""
-        if len(inputs) != self._count or inputs[0].dtype not in self._dtypes:
-            return False
-        return self._launched(inputs, skip_first)
-
-    def _launched(self, inputs: Sequence[Tensor], skip_first: int) -> bool:
-        if not inputs or inputs[0].shape != self._shape or skip_first != self._skip_first:
-            return False
-        if self._is_contiguous:
-            if not all(map(Tensor.is_contiguous, inputs)):
-                return False
-        elif any(x.shape != self._shape or x.stride() != self._strides for x in inputs):
-            return False
-        addresses = list(map(Tensor.data_ptr, inputs))
-        if reduce(or_, addresses) & 15:
-            return False  # the kernel cannot read it there
+            return None
+        addresses = self._addresses(inputs, skip_first)
+        if addresses is None:
+            return None
         ordered = sorted(addresses)
         if len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < self._extent:
-            return False  # one may lie where another lay
+            return None  # one may lie where another lay
+        return addresses
+
+    def launch(self, addresses: list[int], state: Tensor, valid: Tensor | None) -> bool:
+        """Measure them; False, and nothing was done, where it is not certain to be the same launch."""
+        return self._launch(addresses, state, valid)
+
+    def again_in_graph(
+        self, inputs: Sequence[Tensor], skip_first: int, state: Tensor, valid: Tensor | None
+    ) -> bool:
+        """The same of a graph's inputs, which it made one group of: their types, shapes and dtypes are alike."""
+        if (
+            len(inputs) != self._count
+            or inputs[0].dtype not in self._dtypes
+            or inputs[0].shape != self._shape
+            or (valid is not None) != self._is_masked
+        ):
+            return False
+        addresses = self._addresses(inputs, skip_first)
+        if addresses is None or len(set(addresses)) < len(addresses):
+            return False
+        return self._launch(addresses, state, valid)
+
+    def _addresses(self, inputs: Sequence[Tensor], skip_first: int) -> list[int] | None:
+        if skip_first != self._skip_first or not self._valid_while():
+            return None
+        if self._is_contiguous:
+            if not all(map(Tensor.is_contiguous, inputs)):
+                return None
+        elif any(x.shape != self._shape or x.stride() != self._strides for x in inputs):
+            return None
+        addresses = list(map(Tensor.data_ptr, inputs))
+        if reduce(or_, addresses) & 15:
+            return None  # the kernel cannot read it there
         if self._device is not None and torch.cuda.current_device() != self._device:
-            return False
-        if not self._valid_while():
-            return False
-        self._launch(addresses)
-        return True
+            return None
+        return addresses
+
+
+class Ended(NamedTuple):
+    """A forward that is measured once it has ended: its inputs, the launch for them, and its real tokens."""
+
+    repeat: Repeat
+    kept: list[Kept]
+    real: RealTokens
 
 
 class Backlog:
-    """Inputs of forwards that ended, all of one form, which wait for one launch: where a forward is a decode step, the launch of
-    its own would cost more of the host's time than all its hooks.
+    """Inputs of forwards that ended, which wait: where a forward is a decode step, a launch between its kernels costs more of
+    the host's time than all its hooks. Launches right after one another cost a fraction.
     """
 
     def __init__(self) -> None:
-        self.forwards: list[list[Kept]] = []
+        self.forwards: list[Ended] = []
         self.size = 0  # bytes that these keep from being freed
-        self._candidate: list[Kept] | None = None  # those of the forward under way, which may yet fail
-        self._candidate_places: set[int] = set()
-        self._places: set[int] = set()  # where the inputs lie that wait
-        self._form_size = 0  # bytes of a forward of this form
+        self._candidate: Ended | None = None  # of the forward under way, which may yet fail
+        self._form_size = 0  # bytes of a forward of the form that was launched last
         # The inputs of a forward that was launched at once: where those of the next lie elsewhere, the model does not reuse their
         # memory, and they may wait.
         self._probe: list[Kept] | None = None
@@ -188,28 +203,29 @@ class Backlog:
 
     def watch(self, kept: list[Kept], budget: int) -> None:
         """`kept` was just launched, and those that are like it may wait if that is safe."""
-        self._is_safe, self._probe = False, None
+        self.forget_form()
         self._form_size = sum(x.untyped_storage().nbytes() for _, x, _ in kept)
-        if self._pays and MOST_OF_BACKLOG * self._form_size <= budget:
+        if self._pays and LEAST_IN_BUDGET * self._form_size <= budget:
             self._probe = kept
 
-    def offer(self, kept: list[Kept], places: set[int]) -> bool:
-        """Keep inputs that are like those watched until the forward has ended; False where they have to be measured now.
-        `places`: their addresses.
-        """
-        if self._candidate is not None:
-            return False
+    def may_take(self) -> bool:
+        """Whether the inputs of the forward under way might wait."""
+        return (self._is_safe or self._probe is not None) and self._candidate is None
+
+    def offer(self, ended: Ended) -> bool:
+        """Keep inputs that are like those watched until the forward has ended; False where they have to be measured now."""
         if not self._is_safe:
             probe, self._probe = self._probe, None
-            if probe is None or not _apart([x for _, x, _ in (*probe, *kept)]):
+            if probe is None or not _apart([x for _, x, _ in (*probe, *ended.kept)]):
                 return False
             self._is_safe = True
-        self._candidate, self._candidate_places = kept, places
+        self._candidate = ended
         return True
 
-    def overwritten_by(self, places: set[int]) -> bool:
+    def overwritten_by(self, kept: list[Kept]) -> bool:
         """Whether an input lies where one lies that waits."""
-        return not self._places.isdisjoint(places)
+        places = {x.data_ptr() for forward in self.forwards for _, x, _ in forward.kept}
+        return not places.isdisjoint([x.data_ptr() for _, x, _ in kept])
 
     def confirm(self) -> bool:
         """The forward ended: whether something of it waits now."""
@@ -217,7 +233,6 @@ class Backlog:
             return False
         self.forwards.append(self._candidate)
         self.size += self._form_size
-        self._places |= self._candidate_places
         self._candidate = None
         return True
 
@@ -226,13 +241,12 @@ class Backlog:
         self._candidate = None
 
     def is_full(self, budget: int) -> bool:
-        """Whether it is time for the launch. It copies what waits, so half the budget is for that."""
-        return len(self.forwards) >= FORWARDS_IN_BACKLOG or 2 * (self.size + self._form_size) > budget
+        """Whether it is time for the launches."""
+        return len(self.forwards) >= FORWARDS_IN_BACKLOG or self.size + self._form_size > budget
 
-    def take(self) -> list[list[Kept]]:
+    def take(self) -> list[Ended]:
         """What waited; nothing waits any more."""
         taken, self.forwards, self.size = self.forwards, [], 0
-        self._places.clear()
         return taken
 
     def interrupted(self) -> None:

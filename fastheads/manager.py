@@ -154,7 +154,7 @@ class HookManager:
         self._running: nn.Module | None = None
         self._frame: FrameType | None = None
         self._queues: dict[torch.device, DeviceQueue] = {}
-        self._waiting = Waiting(self._queues, self._dispatcher, skip_first)
+        self._waiting = Waiting(self._queues, self._dispatcher)
         self._profiled = [
             Profiled(row, site, self._queue_on(self._dispatcher.weights[row][0]))
             for row, site in chosen.items()
@@ -461,16 +461,15 @@ class HookManager:
         kept, scaled = queue.take()
         if not kept:
             return
-        if self._waiting.takes(queue, kept, self._real if may_wait and not scaled else None):
+        assert self._real is not None  # within a decoder's call
+        if not may_wait or scaled:
+            self._waiting.check_not_overwritten(queue, kept)
+        elif self._waiting.takes(queue, kept, self._real):
             assert queue.repeat is not None  # which it is like
             self._ran |= queue.repeat.rows
             return
-        if queue.repeat is not None and not scaled and self._real is not None and not self._capturing:
-            if not queue.off_stream() and queue.repeat.of_kept(kept, self._real):
-                self._ran |= queue.repeat.rows
-                queue.recorded = True
-                return
-            queue.repeat = None
+        if not scaled and self._repeated(queue, kept, self._real):
+            return
         check_unchanged(kept)
         rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
         kinds = {
@@ -491,6 +490,21 @@ class HookManager:
                 self._record(queue, group.rows, group.inputs)
         if scaled:
             self._record_scaled(queue, scaled)
+
+    def _repeated(self, queue: DeviceQueue, kept: list[Kept], real: RealTokens) -> bool:
+        """Measure them by the launch that served the last forward; False where it cannot."""
+        repeat = queue.repeat
+        if repeat is None or self._capturing:
+            return False
+        if repeat.is_like(kept, real) and not queue.off_stream():
+            addresses = repeat.addresses_of(kept, real.skip_first)
+            state = queue.moments.pending[0].buffer
+            if addresses is not None and repeat.launch(addresses, state, real.valid):
+                self._ran |= repeat.rows
+                queue.recorded = True
+                return True
+        queue.repeat = None
+        return False
 
     def _remember(self, queue: DeviceQueue, kept: list[Kept], rows: list[int], inputs: list[Tensor]) -> None:
         """The launch that was just made, for forwards like this one."""
@@ -623,8 +637,8 @@ class HookManager:
             if not capturing:
                 dispatcher.refresh(before=self._waiting.weights_changed_in_graph)
         key = (channel, state.data_ptr(), *rows)
-        repeat = None if capturing or valid is not None or scale is not None else self._repeats.get(key)
-        if repeat is not None and repeat.again_in_graph(inputs, self.skip_first):
+        repeat = None if capturing or bounds is not None or scale is not None else self._repeats.get(key)
+        if repeat is not None and repeat.again_in_graph(inputs, self.skip_first, state[channel], valid):
             return
         if inputs[0].numel() and len({x.data_ptr() for x in inputs}) < len(inputs):
             names = ", ".join(self.sites[row].name for row in rows)
@@ -632,7 +646,7 @@ class HookManager:
         real, moments = RealTokens(valid, self.skip_first, bounds), RunningMoments.over(state[channel])
         dispatcher.record(rows, inputs, real, moments, scale=scale)
         dispatcher.finish()
-        if not capturing and scale is None and self._is_pending(state):
+        if not capturing and scale is None and bounds is None and self._is_pending(state):
             self._remember_in_graph(key, rows, inputs, real, moments)
 
     def _is_pending(self, state: Tensor) -> bool:

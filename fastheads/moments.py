@@ -141,6 +141,7 @@ class CommittedMoments:
             )
         self.pending = [RunningMoments.over(channel) for channel in self.pending_buffer]
         self._begun = False  # since the last commit: pending may hold what committed does not
+        self._begun_in_graph = False  # what a graph leaves pending, Python does not know
         self.clear()
 
     @property
@@ -154,7 +155,13 @@ class CommittedMoments:
         """
         if always or self._begun:
             self.pending_buffer.copy_(self.committed_buffer)
+        if always:
+            self._begun_in_graph = True
         self._begun = True
+
+    def is_even(self) -> bool:
+        """Whether it is certain that what is pending is what is committed."""
+        return not (self._begun or self._begun_in_graph)
 
     def commit(self) -> None:
         """End a forward: its samples count."""

@@ -195,7 +195,7 @@ class DecoderArguments:
             raise ValueError(
                 f"token_mask must speak of the call's own tokens, [batch, seq] = {list(tokens)}, not {list(mask.shape)}"
             )
-        return mask
+        return mask.clone()  # the caller may change it while the inputs wait
 
     def _bounds_of_positions(self, given: dict[str, Any]) -> Tensor | None:
         """Where the positions do not go up by one, as transformers tells packed rows: bounds `[N + 1]`; None where they all do.

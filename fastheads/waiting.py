@@ -1,18 +1,16 @@
-"""Small forwards that ended wait for one launch (`grouping.Backlog`): when they may, and what then measures them.
+"""Small forwards that ended wait until there are several (`grouping.Backlog`): when they may, and what then measures them.
 
 They count. So an error in their late measurement must not pass for one of the forward in which it shows: from then on nobody gets
 results, until a reset.
 """
 
-import contextlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from fastheads.dispatch import Dispatcher
-from fastheads.grouping import DeviceQueue, Kept, check_form, check_unchanged, grouped
+from fastheads.grouping import DeviceQueue, Ended, Kept, check_form, check_unchanged, grouped
+from fastheads.moments import RunningMoments
 from fastheads.tokens import RealTokens
 
 
@@ -25,38 +23,34 @@ def is_capturing(queues: Mapping[torch.device, DeviceQueue]) -> bool:
 class Waiting:
     """The forwards that wait, on every device."""
 
-    def __init__(
-        self, queues: Mapping[torch.device, DeviceQueue], dispatcher: Dispatcher, skip_first: int
-    ) -> None:
+    def __init__(self, queues: Mapping[torch.device, DeviceQueue], dispatcher: Dispatcher) -> None:
         """`queues` may grow. Whoever else than `dispatcher` measures inputs lets none wait."""
         self._queues, self._dispatcher = queues, dispatcher
-        self._real = RealTokens(None, skip_first)
         self._lost = 0  # forwards that ended, and that an error kept from being measured
 
-    def takes(self, queue: DeviceQueue, kept: list[Kept], real: RealTokens | None) -> bool:
-        """Whether what was kept waits for the next forwards; not where `real` is None.
+    def takes(self, queue: DeviceQueue, kept: list[Kept], real: RealTokens) -> bool:
+        """Whether what was kept waits for the next forwards.
 
-        So it is where a launch has just served a forward like this one: small, without padding, and all of it kept. Raises
-        RuntimeError where one of the inputs lies in the memory of one that waits.
+        So it is where a launch has just served a forward like this one: small, and all of it kept. Raises RuntimeError where one
+        that cannot wait lies in the memory of one that waits.
         """
         repeat = queue.repeat
-        fits = (
-            real is not None
-            and real.valid is None
-            and repeat is not None
+        if (
+            repeat is not None
+            and queue.backlog.may_take()
             and not queue.off_stream()
-            and repeat.is_like(kept)
-        )
-        if not fits and not queue.backlog.forwards:
-            return False
-        places = {x.data_ptr() for _, x, _ in kept}
-        if queue.backlog.overwritten_by(places):
+            and repeat.is_like(kept, real)
+            and queue.backlog.offer(Ended(repeat, kept, real))
+        ):
+            return True
+        self.check_not_overwritten(queue, kept)
+        return False
+
+    def check_not_overwritten(self, queue: DeviceQueue, kept: list[Kept]) -> None:
+        """Before these are measured at once. Raises RuntimeError where one lies in the memory of one that waits."""
+        if queue.backlog.forwards and queue.backlog.overwritten_by(kept):
             self._lost += len(queue.backlog.take())
-            raise RuntimeError(
-                "inputs of earlier forwards were overwritten before they were measured: the model reuses its memory. "
-                "HookManager(..., group_bytes=0) measures each input at once"
-            )
-        return fits and queue.backlog.offer(kept, places)
+            raise RuntimeError(_REUSED)
 
     def catch_up(self, queue: DeviceQueue) -> None:
         """Measure what waits of forwards that ended: into the committed moments, and into the pending ones of a forward that may
@@ -113,38 +107,43 @@ class Waiting:
         for queue in self._queues.values():
             queue.backlog.clear()
 
-    def _measure(self, queue: DeviceQueue, forwards: list[list[Kept]]) -> None:
-        every = [item for forward in forwards for item in forward]
-        check_unchanged(every)
-        for profiled, x, _ in every:
-            check_form(profiled, x)
+    def _measure(self, queue: DeviceQueue, forwards: list[Ended]) -> None:
+        moments = queue.moments
         with torch.no_grad(), queue.on_own_stream():
-            groups = stacked(forwards)
-            for moments in (queue.moments.pending[0], queue.moments.committed[0]):
-                for rows, inputs, alike in groups:
-                    self._dispatcher.record(rows, inputs, self._real, moments, alike=alike)
-                self._dispatcher.finish()
+            addresses = [ended.repeat.addresses_of(ended.kept, ended.real.skip_first) for ended in forwards]
+            _check_apart(forwards, addresses)
+            # Most often nothing is pending that is not committed: then a copy does for the second time.
+            is_even = moments.is_even()
+            targets = moments.pending[:1] if is_even else [moments.pending[0], moments.committed[0]]
+            for target in targets:
+                for ended, places in zip(forwards, addresses, strict=True):
+                    valid = ended.real.valid
+                    if places is None or not ended.repeat.launch(places, target.buffer, valid):
+                        self._measure_anew(ended, target)
+            if is_even:
+                moments.commit()
+
+    def _measure_anew(self, ended: Ended, moments: RunningMoments) -> None:
+        """Without what the forward before it showed."""
+        check_unchanged(ended.kept)
+        for profiled, x, _ in ended.kept:
+            check_form(profiled, x)
+        for group in grouped(ended.kept):
+            self._dispatcher.record(group.rows, group.inputs, ended.real, moments)
+        self._dispatcher.finish()
 
 
-def stacked(forwards: list[list[Kept]]) -> list[tuple[list[int], Sequence[Tensor], bool]]:
-    """The inputs of several forwards in groups that one launch serves: rows, an input for each, and whether these are all alike.
+_REUSED = (
+    "inputs of earlier forwards were overwritten before they were measured: the model reuses its memory. "
+    "HookManager(..., group_bytes=0) measures each input at once"
+)
 
-    Forwards that are alike become one group, with the batches of all: it copies their inputs.
-    """
-    groups: list[tuple[list[int], Sequence[Tensor], bool]] = []
-    by_form: dict[tuple[Any, ...], list[list[Kept]]] = {}
-    for forward in forwards:
-        form = tuple([(p.row, x.shape, x.dtype) for p, x, _ in forward])
-        by_form.setdefault(form, []).append(forward)
-    for alike in by_form.values():
-        kept = alike[0]
-        kinds = {(type(x), x.shape, x.dtype, p.width, p.head_dim) for p, x, _ in kept}
-        rows = [p.row for p, _, _ in kept]
-        if len(alike) > 1 and len(kinds) == 1 and len(set(rows)) == len(rows):
-            by_layer = [x for layer in zip(*alike, strict=True) for _, x, _ in layer]
-            with contextlib.suppress(torch.OutOfMemoryError):  # one by one they need no copy
-                together = torch.stack(by_layer).unflatten(0, (len(rows), len(alike))).flatten(1, 2)
-                groups.append((rows, together.unbind(0), True))
-                continue
-        groups += [(group.rows, group.inputs, False) for forward in alike for group in grouped(forward)]
-    return groups
+
+def _check_apart(forwards: list[Ended], addresses: list[list[int] | None]) -> None:
+    """Raises RuntimeError where an input lies where one of another forward lies."""
+    seen: set[int] = set()
+    for ended, places in zip(forwards, addresses, strict=True):
+        here = set([x.data_ptr() for _, x, _ in ended.kept] if places is None else places)
+        if not seen.isdisjoint(here):
+            raise RuntimeError(_REUSED)
+        seen |= here

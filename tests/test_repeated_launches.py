@@ -13,6 +13,7 @@ from tiny_models import build, tokens
 import fastheads
 from fastheads.dispatch import Dispatcher
 from fastheads.grouping import Backlog, Repeat
+from fastheads.manager import HookManager
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = (
@@ -29,13 +30,16 @@ def repeats(monkeypatch):
     """Whether a launch was repeated, each time that it was tried; no forward waits for the next."""
     monkeypatch.setattr(Backlog, "offer", lambda *_: False)
     seen = []
-    of_kept = Repeat.of_kept
+    repeated = HookManager._repeated
 
-    def spy(self, kept, real):
-        seen.append(of_kept(self, kept, real))
-        return seen[-1]
+    def spy(self, queue, *args):
+        tried = queue.repeat is not None
+        done = repeated(self, queue, *args)
+        if tried:
+            seen.append(done)
+        return done
 
-    monkeypatch.setattr(Repeat, "of_kept", spy)
+    monkeypatch.setattr(HookManager, "_repeated", spy)
     return seen
 
 
@@ -59,13 +63,13 @@ def test_it_is_taken_from_the_second_forward_on_with_the_same_numbers(repeats, t
         fastheads.HookManager(model, token_agg, backend="triton", skip_first=skip_first) as hooks,
         mode(),
     ):
-        for shape, attention_mask in [((2, 6), None)] * 3 + [((2, 6), mask), ((1, 5), None), ((1, 5), None)]:
+        for shape, attention_mask in [((2, 6), None)] * 3 + [((2, 6), mask)] * 2 + [((1, 5), None)] * 2:
             ids = some(*shape, len(masks))
             model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
             masks.append(None if attention_mask is None else attention_mask.cpu().numpy())
         results = hooks.get_results()
-    # True: a repeat; False: another form, after which a new one is remembered, but not of a mask.
-    assert repeats == [True, True, False, True]
+    # True: a repeat; False: another form, after which a new one is remembered.
+    assert repeats == [True, True, False, True, False, True]
     assert_results(results, sites, inputs, masks, token_agg, RTOL, skip_first)
 
 
@@ -149,9 +153,24 @@ def launches(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def late(monkeypatch):
+    """The number of real tokens in each repeated launch; None where all are."""
+    seen = []
+    launch = Repeat.launch
+
+    def spy(self, addresses, state, valid):
+        assert launch(self, addresses, state, valid)
+        seen.append(None if valid is None else int(valid.sum()))
+        return True
+
+    monkeypatch.setattr(Repeat, "launch", spy)
+    return seen
+
+
 @pytest.mark.parametrize(("token_agg", "skip_first"), [("all", 0), ("all", 2), ("last", 0)])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_forwards_that_ended_wait_for_one_launch(launches, token_agg, skip_first, mode):
+def test_forwards_that_ended_wait(launches, late, token_agg, skip_first, mode):
     model = model_on_device()
     sites = fastheads.find_sites(model)
     shapes = [(2, 6)] * 5 + [(1, 5)] * 4
@@ -163,26 +182,73 @@ def test_forwards_that_ended_wait_for_one_launch(launches, token_agg, skip_first
         for i, shape in enumerate(shapes):
             model(input_ids=some(*shape, i), use_cache=False)
         assert launches == [2, 1]  # the first of each form
+        assert late == []
         results = hooks.get_results()
-    # The others' four and three, into the pending moments and into the committed ones.
-    assert launches == [2, 1, 8, 3, 8, 3]
+    assert launches == [2, 1]
+    assert late == [None] * 7
     assert_results(results, sites, inputs, [None] * len(shapes), token_agg, RTOL, skip_first)
 
 
-def test_what_waits_is_bounded(launches):
+@pytest.mark.parametrize(("token_agg", "skip_first"), [("all", 0), ("all", 1), ("last", 0)])
+@pytest.mark.parametrize("lengths", [[(5, 3), (6, 1), (4, 5), (0, 2), (6, 6)], [(1, 1)] * 3 + [(0, 1)] * 2])
+def test_forwards_with_padding_wait_too(launches, late, token_agg, skip_first, lengths):
+    model = model_on_device()
+    sites = fastheads.find_sites(model)
+    seq = max(max(pair) for pair in lengths)
+    masks = [torch.tensor([[1] * n + [0] * (seq - n) for n in pair], device=DEVICE) for pair in lengths]
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, token_agg, backend="triton", skip_first=skip_first) as hooks,
+        torch.inference_mode(),
+    ):
+        for i, mask in enumerate(masks):
+            model(input_ids=some(2, seq, i), attention_mask=mask, use_cache=False)
+        assert (launches, late) == ([2], [])
+        results = hooks.get_results()
+    assert launches == [2]
+    assert late == [sum(max(0, n - skip_first) for n in pair) for pair in lengths[1:]]
+    assert_results(results, sites, inputs, [m.cpu().numpy() for m in masks], token_agg, RTOL, skip_first)
+
+
+def test_the_steps_of_generate_wait_and_a_mask_of_the_callers_own_may_change_after_them(launches, late):
+    model = model_on_device()
+    prompt = some(2, 5, 0)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=DEVICE)
+    told = torch.tensor([[True], [False]], device=DEVICE)
+    with fastheads.HookManager(model, "token", backend="triton") as by_token, torch.no_grad():
+        model.generate(prompt, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
+        want = by_token.get_results()["head_output_norm"]
+    launches.clear()
+    with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
+        model.generate(prompt, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
+        assert launches == [2, 2]  # the prompt and the first step
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2 * 9).all()
+        assert late == [2] * 7
+        hooks.reset()
+        for i in range(4):
+            with hooks.token_mask(told):
+                model(input_ids=some(2, 1, i), use_cache=False)
+        told.zero_()
+        assert (hooks.get_results()["head_output_norm"]["count"] == 4).all()
+    assert (want["count"] == 8 + 2 * 8).all()
+
+
+def test_what_waits_is_bounded(launches, late):
     model = model_on_device()
     one = 3 * 2 * 6 * 64 * 4  # bytes of a forward's inputs
-    with fastheads.HookManager(model, backend="triton", group_bytes=16 * one) as hooks, torch.no_grad():
+    with fastheads.HookManager(model, backend="triton", group_bytes=8 * one) as hooks, torch.no_grad():
         for i in range(1 + 8):
+            assert late == []
             model(input_ids=some(2, 6, i), use_cache=False)
-        assert launches == [2, 16, 16]  # eight forwards are half the budget; the copy takes the other half
+        assert late == [None] * 8
         assert (hooks.get_results()["head_output_norm"]["count"] == 18).all()
-    launches.clear()
-    with fastheads.HookManager(model, backend="triton", group_bytes=7 * one) as hooks, torch.no_grad():
+    late.clear()
+    with fastheads.HookManager(model, backend="triton", group_bytes=4 * one - 1) as hooks, torch.no_grad():
         for i in range(4):
             model(input_ids=some(2, 6, i), use_cache=False)
+            assert late == [None] * i  # at once: so little room is not worth the wait
         assert (hooks.get_results()["head_output_norm"]["count"] == 8).all()
-    assert launches == [2]  # and three that were repeated: so little room is not worth the wait
+    assert launches == [2, 2]
 
 
 @pytest.mark.parametrize("where", ["layer", "head"])

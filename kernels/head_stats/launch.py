@@ -126,13 +126,7 @@ def launch(
     alike: bool = False,
 ) -> None:
     """`head_stats` without the operator boundary."""
-    if token_agg == "last" and last is None and valid is not None:
-        positions = torch.arange(1, valid.shape[1] + 1, device=valid.device)
-        last = torch.where(valid, positions, 0).amax(1) - 1
-    if valid is not None:
-        valid = valid.contiguous().view(torch.uint8)
-    if last is not None:
-        last = last.to(torch.int64).contiguous()
+    valid, last = _as_kernel_reads(valid, last, token_agg)
     if scale is not None:
         scale = scale.to(torch.float32).expand(len(inputs), *inputs[0].shape[:2]).contiguous()
     key = _plan_key(factors, state, rows, token_agg, skip_first)
@@ -166,29 +160,62 @@ def repeater(
     rows: Sequence[int],
     *,
     token_agg: str,
+    valid: Tensor | None = None,
     skip_first: int = 0,
     keep_scratch: bool = False,
-) -> Callable[[list[int]], None] | None:
+) -> Callable[[list[int], Tensor, Tensor | None], bool] | None:
     """A function that makes the last launch with these arguments again, for inputs of the same form at other addresses.
 
-    The addresses must be multiples of 16. It looks at nothing. `keep_scratch`: the memory of the partial sums is kept from launch
-    to launch, which is not for CUDA graphs. None where that launch cannot be made again, or was given tokens that are not real.
+    It takes the addresses, which must be multiples of 16, a state like this one, and which tokens are real, if that was told
+    the last time too. It looks at these alone: False, and nothing was done, where they do not lie as they did. `keep_scratch`:
+    the memory of the partial sums is kept from launch to launch, which is not for CUDA graphs. None where that launch cannot be
+    made again.
     """
     plan = factors[0].plans.get(_plan_key(factors, state, rows, token_agg, skip_first))
-    if not isinstance(plan, _Plan) or not plan.serves(inputs, state, None, None, None):
+    mask, last = _as_kernel_reads(valid, None, token_agg)
+    if not isinstance(plan, _Plan) or not plan.serves(inputs, state, mask, last, None):
         return None
     run, padding, tables, numbers, size = plan.run, plan.padding, plan.tables, plan.numbers, plan.partial
+    tokens, device = inputs[0].shape[:2], state.device
 
     def scratch() -> Tensor:
-        return torch.empty(size, dtype=torch.float64, device=state.device)
+        return torch.empty(size, dtype=torch.float64, device=device)
 
     kept = scratch() if keep_scratch else None
 
-    def again(addresses: list[int]) -> None:
+    def again(addresses: list[int], state: Tensor, valid: Tensor | None) -> bool:
         partial = scratch() if kept is None else kept
-        run((*addresses, *padding), *tables, state, partial, None, None, None, None, *numbers)
+        mask = last = None
+        if valid is not None:
+            if valid.shape != tokens or valid.device != device:
+                return False
+            mask, last = _as_kernel_reads(valid, None, token_agg)
+            if any([tensor is not None and tensor.data_ptr() & 15 for tensor in (mask, last)]):
+                return False
+        run((*addresses, *padding), *tables, state, partial, None, mask, last, None, *numbers)
+        return True
 
     return again
+
+
+def _last_of(valid: Tensor) -> Tensor:
+    """The last real token of each row of `valid` `[B, S]`, -1 where there is none: int64 `[B]`."""
+    if valid.shape[1] == 1:
+        return valid.squeeze(1).to(torch.int64) - 1
+    positions = torch.arange(1, valid.shape[1] + 1, device=valid.device)
+    return torch.where(valid, positions, 0).amax(1) - 1
+
+
+def _as_kernel_reads(
+    valid: Tensor | None, last: Tensor | None, token_agg: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """The mask in bytes, and the last real tokens in int64 where they are the samples."""
+    if valid is not None and last is None and token_agg == "last":
+        last = _last_of(valid)
+    return (
+        None if valid is None else valid.contiguous().view(torch.uint8),
+        None if last is None else last.to(torch.int64).contiguous(),
+    )
 
 
 def _is_elsewhere(device: torch.device) -> bool:
