@@ -24,6 +24,9 @@ pytestmark = (
 DEVICE = "cpu" if INTERPRETED else "cuda"
 RTOL = 5e-6
 
+pytest.importorskip("triton")
+from fastheads.kernels import launch as launcher  # noqa: E402
+
 
 @pytest.fixture
 def repeats(monkeypatch):
@@ -71,6 +74,26 @@ def test_it_is_taken_from_the_second_forward_on_with_the_same_numbers(repeats, t
     # True: a repeat; False: another form, after which a new one is remembered.
     assert repeats == [True, True, False, True, False, True]
     assert_results(results, sites, inputs, masks, token_agg, RTOL, skip_first)
+
+
+@pytest.mark.parametrize("token_agg", ["all", "last"])
+def test_more_layers_than_one_launch_takes_are_several(repeats, token_agg, monkeypatch):
+    monkeypatch.setattr(launcher, "_TABLE_SIZES", (1, 2))
+    model = model_on_device(num_hidden_layers=5)
+    sites = fastheads.find_sites(model)
+    mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4], device=DEVICE)
+    masks = [None] * 3 + [mask] * 3
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, token_agg, backend="triton") as hooks,
+        torch.no_grad(),
+    ):
+        for i, attention_mask in enumerate(masks):
+            model(input_ids=some(2, 6, i), attention_mask=attention_mask, use_cache=False)
+        results = hooks.get_results()
+    assert repeats == [True, True, False, True, True]
+    masks = [None if m is None else m.cpu().numpy() for m in masks]
+    assert_results(results, sites, inputs, masks, token_agg, RTOL)
 
 
 def test_a_weight_that_changes_in_between_is_followed(repeats):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,9 @@ class KernelFactor:
     dtype: torch.dtype  # of x
     precision: str
     config: Config
-    plans: dict[object, object] = field(default_factory=dict)  # of launches that this factor comes first in
+    plans: dict[object, tuple[Any, ...]] = field(
+        default_factory=dict
+    )  # of launches that this factor comes first in
 
     @property
     def pieces(self) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """From tensors to launches: what the kernel cannot take is copied or refused here, and nothing waits for the GPU."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -130,21 +131,20 @@ def launch(
     if scale is not None:
         scale = scale.to(torch.float32).expand(len(inputs), *inputs[0].shape[:2]).contiguous()
     key = _plan_key(factors, state, rows, token_agg, skip_first)
-    plan = factors[0].plans.get(key) if factors else None
-    if isinstance(plan, _Plan) and plan.serves(inputs[:1] if alike else inputs, state, valid, last, scale):
-        if plan.launch(inputs, state, valid, last, scale):
-            return
+    plans = factors[0].plans.get(key) if factors else None
+    if plans is not None and _launch_again(plans, inputs, state, valid, last, scale, alike):
+        return
     _check(inputs, factors, state, rows, token_agg)
     if inputs[0].shape[0] == 0 or inputs[0].shape[1] == 0:
         return
     loadable = [_loadable(x) for x in inputs]
     if _is_elsewhere(state.device):
         with torch.cuda.device(state.device):
-            plan = _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
+            plans = _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
     else:
-        plan = _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
-    if plan is not None:
-        factors[0].plans[key] = plan
+        plans = _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
+    if plans is not None:
+        factors[0].plans[key] = plans
 
 
 def _plan_key(
@@ -164,19 +164,19 @@ def repeater(
     skip_first: int = 0,
     keep_scratch: bool = False,
 ) -> Callable[[list[int], Tensor, Tensor | None], bool] | None:
-    """A function that makes the last launch with these arguments again, for inputs of the same form at other addresses.
+    """A function that makes the last launches with these arguments again, for inputs of the same form at other addresses.
 
     It takes the addresses, which must be multiples of 16, a state like this one, and which tokens are real, if that was told
     the last time too. It looks at these alone: False, and nothing was done, where they do not lie as they did. `keep_scratch`:
-    the memory of the partial sums is kept from launch to launch, which is not for CUDA graphs. None where that launch cannot be
-    made again.
+    the memory of the partial sums is kept from launch to launch, which is not for CUDA graphs. None where those launches cannot
+    be made again.
     """
-    plan = factors[0].plans.get(_plan_key(factors, state, rows, token_agg, skip_first))
+    plans = factors[0].plans.get(_plan_key(factors, state, rows, token_agg, skip_first))
     mask, last = _as_kernel_reads(valid, None, token_agg)
-    if not isinstance(plan, _Plan) or not plan.serves(inputs, state, mask, last, None):
+    if plans is None or not all(plan.serves(inputs[plan.part], state, mask, last, None) for plan in plans):
         return None
-    run, padding, tables, numbers, size = plan.run, plan.padding, plan.tables, plan.numbers, plan.partial
-    tokens, device = inputs[0].shape[:2], state.device
+    launches = [(plan.run, plan.part, plan.padding, plan.tables, plan.numbers) for plan in plans]
+    size, tokens, device = max(plan.partial for plan in plans), inputs[0].shape[:2], state.device
 
     def scratch() -> Tensor:
         return torch.empty(size, dtype=torch.float64, device=device)
@@ -192,7 +192,8 @@ def repeater(
             mask, last = _as_kernel_reads(valid, None, token_agg)
             if any([tensor is not None and tensor.data_ptr() & 15 for tensor in (mask, last)]):
                 return False
-        run((*addresses, *padding), *tables, state, partial, None, mask, last, None, *numbers)
+        for run, part, padding, tables, numbers in launches:
+            run((*addresses[part], *padding), *tables, state, partial, None, mask, last, None, *numbers)
         return True
 
     return again
@@ -231,6 +232,7 @@ class _Plan:
     """
 
     run: Callable[..., object]
+    part: slice  # of the inputs
     like: Tensor  # of no elements, with the inputs' dtype and device
     shape: torch.Size  # of an input
     strides: tuple[int, ...]
@@ -269,34 +271,39 @@ class _Plan:
 
     def launch(
         self,
-        inputs: Sequence[Tensor],
-        state: Tensor,
-        valid: Tensor | None,
-        last: Tensor | None,
-        scale: Tensor | None,
-    ) -> bool:
-        """Launch; False, and nothing is done, where an input's address is not what the kernel can read."""
-        addresses = [x.data_ptr() for x in inputs]
-        if any([address & 15 for address in addresses]):
-            return False
-        if _is_elsewhere(state.device):
-            with torch.cuda.device(state.device):
-                self._run(addresses, state, valid, last, scale)
-        else:
-            self._run(addresses, state, valid, last, scale)
-        return True
-
-    def _run(
-        self,
         addresses: list[int],
         state: Tensor,
         valid: Tensor | None,
         last: Tensor | None,
         scale: Tensor | None,
     ) -> None:
+        """On the current GPU; the addresses are multiples of 16."""
         partial = torch.empty(self.partial, dtype=torch.float64, device=state.device)
         table = (*addresses, *self.padding)
         self.run(table, *self.tables, state, partial, None, valid, last, scale, *self.numbers)
+
+
+def _launch_again(
+    plans: Sequence[_Plan],
+    inputs: Sequence[Tensor],
+    state: Tensor,
+    valid: Tensor | None,
+    last: Tensor | None,
+    scale: Tensor | None,
+    alike: bool,
+) -> bool:
+    """Launch; False, and nothing is done, where a plan does not serve, or an address is not what the kernel can read."""
+    parts = [(plan, inputs[plan.part], None if scale is None else scale[plan.part]) for plan in plans]
+    for plan, xs, part in parts:
+        if not plan.serves(xs[:1] if alike else xs, state, valid, last, part):
+            return False
+    addresses = [x.data_ptr() for x in inputs]
+    if any([address & 15 for address in addresses]):
+        return False
+    with torch.cuda.device(state.device) if _is_elsewhere(state.device) else nullcontext():
+        for plan, _, part in parts:
+            plan.launch(addresses[plan.part], state, valid, last, part)
+    return True
 
 
 def _check(
@@ -354,9 +361,11 @@ def _launch_groups(
     last: Tensor | None,
     skip_first: int,
     scale: Tensor | None,
-) -> _Plan | None:
-    """Launches of layers with the same strides, no factor twice in one (its ticket counts one layer); if it was one, its plan."""
-    plan = None
+) -> tuple[_Plan, ...] | None:
+    """Launches of layers with the same strides, no factor twice in one (its ticket counts one layer); their plans, if each is of
+    neighbours.
+    """
+    plans: list[_Plan | None] = []
     waiting = list(zip(inputs, factors, rows, range(len(rows)), strict=True))
     while waiting:
         strides = _strides(waiting[0][0])
@@ -374,13 +383,17 @@ def _launch_groups(
         part = scale
         if scale is not None and len(group) < len(inputs):
             part = torch.stack([scale[place] for place in places])
+        plan = None
         if token_agg == "token":
             _launch_tokens(xs, fs, state, rs, valid, skip_first, part)
         else:
             plan = _launch_one(xs, fs, state, rs, token_agg, valid, last, skip_first, part, None)
-        if len(group) < len(inputs):
-            plan = None
-    return plan
+        first, stop = places[0], places[0] + len(places)
+        if plan is not None:
+            plan = replace(plan, part=slice(first, stop)) if places == tuple(range(first, stop)) else None
+        plans.append(plan)
+    known = [plan for plan in plans if plan is not None]
+    return tuple(known) if len(known) == len(plans) else None
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -491,6 +504,7 @@ def _launch_one(
         return None
     return _Plan(
         bind(launcher, **options) if IS_INTERPRETED else compiled[grid],  # type: ignore[index]
+        slice(0, len(xs)),
         xs[0].new_empty(0),
         xs[0].shape,
         xs[0].stride(),
