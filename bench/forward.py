@@ -69,6 +69,7 @@ def main() -> None:
     )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=[*SHAPES, *NORMED], help="GPU")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="GPU")
+    parser.add_argument("--masked", action="store_true", help="with an attention mask, as in generate()")
     parser.add_argument("--commit", help="the commit that is measured, where git cannot say")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument(
@@ -100,7 +101,8 @@ def rows_before(report: dict[str, Any], here: dict[str, Any], path: Path) -> lis
 
 def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row is measured of."""
-    return tuple(row[key] for key in ("model", "dtype", "mode", "backend", "token_agg", "batch", "seq"))
+    keys = ("model", "dtype", "mode", "backend", "token_agg", "batch", "seq")
+    return (*[row[key] for key in keys], row.get("masked", False))
 
 
 def cpu_rows(options: argparse.Namespace) -> Any:
@@ -118,8 +120,8 @@ def cpu_rows(options: argparse.Namespace) -> Any:
                     "backend": backend,
                     "token_agg": token_agg,
                 }
-                row |= {"batch": batch, "seq": seq, "gate": error}
-                yield row | measure(model, model, "eager", backend, token_agg, batch, seq, options.pairs)
+                row |= {"batch": batch, "seq": seq, "gate": error} | masked(options)
+                yield row | measure(model, model, row, options.pairs)
 
 
 def gpu_rows(options: argparse.Namespace) -> Any:
@@ -133,9 +135,10 @@ def gpu_rows(options: argparse.Namespace) -> Any:
                     for batch, seq in cases(options, CASES):
                         row = {"model": shape, "dtype": "bfloat16", "mode": mode, "backend": backend}
                         row |= {"token_agg": token_agg, "batch": batch, "seq": seq, "gate": error}
+                        row |= masked(options)
                         # Compiled, a twin that shares the weights: each attaching would make the compiler start again.
                         twin = model if mode == "eager" else sharing_twin(model)
-                        yield row | measure(model, twin, mode, backend, token_agg, batch, seq, options.pairs)
+                        yield row | measure(model, twin, row, options.pairs)
                         del twin
         del model
         gc.collect()
@@ -200,18 +203,22 @@ def correctness_gate(model: Any, backend: str, token_agg: str) -> float:
     return worst
 
 
+def masked(options: argparse.Namespace) -> dict[str, Any]:
+    return {"masked": True} if options.masked else {}
+
+
 @torch.inference_mode()
-def measure(
-    model: Any, twin: Any, mode: str, backend: str, token_agg: str, batch: int, seq: int, pairs: int | None
-) -> dict[str, Any]:
+def measure(model: Any, twin: Any, case: dict[str, Any], pairs: int | None) -> dict[str, Any]:
     """Times of plain forwards of `model` and profiled ones of `twin` in turn, and the peak memory of both."""
+    mode, backend, token_agg = case["mode"], case["backend"], case["token_agg"]
     device = next(model.parameters()).device
-    ids = torch.randint(0, model.config.vocab_size, (batch, seq), device=device)
+    ids = torch.randint(0, model.config.vocab_size, (case["batch"], case["seq"]), device=device)
+    mask = torch.ones_like(ids) if case.get("masked") else None
     cuda = device.type == "cuda"
 
     def runner(m: Any) -> Callable[[], Any]:
         call = m if MODES[mode] is None else torch.compile(m, fullgraph=True, dynamic=False, mode=MODES[mode])
-        return lambda: call(input_ids=ids, use_cache=False)
+        return lambda: call(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def attach() -> Any:
         if backend == "seed":
@@ -342,8 +349,9 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     low, high = row["quartiles"]
+    shape = f"{row['batch']}x{row['seq']}" + (" masked" if row.get("masked") else "")
     text = (
-        f"{row['model']:22} {row['mode']:15} {row['backend']:8} {row['token_agg']:5} {row['batch']}x{row['seq']:<5}"
+        f"{row['model']:22} {row['mode']:15} {row['backend']:8} {row['token_agg']:5} {shape:7}"
         f"{row['plain_ms']:9.2f} ms {row['profiled_ms']:9.2f} ms {row['overhead']:+8.2%}  ({low:+.2%} to {high:+.2%})"
     )
     if "held_mb" in row:

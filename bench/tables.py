@@ -46,7 +46,8 @@ def forward_gpu() -> str:
     found: dict[tuple[str, ...], dict[str, str]] = {}
     earlier = {row["commit"][:7] for row in report["rows"] if "commit" in row}
     for row in sorted(report["rows"], key=_order):
-        kind = (row["model"], row["mode"], row["backend"], row["token_agg"])
+        mode = row["mode"] + (" with a mask" if row.get("masked") else "")
+        kind = (row["model"], mode, row["backend"], row["token_agg"])
         cell = f"{row['plain_ms']:.1f} ms, {row['overhead']:+.1%}" + (" *" if "commit" in row else "")
         found.setdefault(kind, {})[f"{row['batch']}×{row['seq']}"] = cell
     columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
@@ -75,6 +76,7 @@ def _order(row: dict[str, Any]) -> tuple[Any, ...]:
     return (
         row["backend"] != "auto",
         modes.index(row["mode"]),
+        row.get("masked", False),
         place,
         row["backend"],
         row["token_agg"] != "last",

@@ -410,3 +410,31 @@ def test_nothing_waits_where_weights_change_in_each_step(launches):
             weight.mul_(1.01)
         assert (hooks.get_results()["head_output_norm"]["count"] == 16).all()
     assert len(launches) <= 8 + 1  # one forward waited, and was measured twice
+
+
+@pytest.mark.parametrize(("token_agg", "padded"), [("all", False), ("last", True)])
+def test_compiled_forwards_repeat_their_launch(monkeypatch, token_agg, padded):
+    seen = []
+    again = Repeat.again_in_graph
+
+    def spy(self, *args):
+        seen.append(again(self, *args))
+        return seen[-1]
+
+    monkeypatch.setattr(Repeat, "again_in_graph", spy)
+    model = model_on_device()
+    sites = fastheads.find_sites(model)
+    masks = [torch.tensor([[1] * n + [0] * (6 - n), [1] * 6], device=DEVICE) for n in (6, 3, 0, 5)]
+    masks = masks if padded else [None] * 4
+    with captured_inputs([s.module for s in sites]) as inputs, torch.no_grad():
+        for i, mask in enumerate(masks):
+            model(input_ids=some(2, 6, i), attention_mask=mask, use_cache=False)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with fastheads.HookManager(model, token_agg, backend="triton") as hooks, torch.no_grad():
+        for i, mask in enumerate(masks):
+            compiled(input_ids=some(2, 6, i), attention_mask=mask, use_cache=False)
+        results = hooks.get_results()
+    assert seen == [True] * 3
+    masks = [None if m is None else m.cpu().numpy() for m in masks]
+    assert_results(results, sites, inputs, masks, token_agg, RTOL)
