@@ -228,13 +228,16 @@ class Dispatcher:
             return None
         if self._choice(x.device, x.dtype, self._sites[rows[0]].head_dim) != "triton":
             return None
+        valid = real.valid
+        if valid is not None and (valid.shape != x.shape[:2] or valid.device != x.device):
+            return None  # `RealTokens.mask` has something to do each time
         launch = _kernels().repeater(
             inputs,
             self._kernel_forms(rows, x.dtype),
             moments.buffer,
             rows,
             token_agg=self.token_agg,
-            valid=None if real.valid is None else real.mask(x),
+            valid=valid,
             skip_first=real.skip_first,
             keep_scratch=keep_scratch,
         )
@@ -352,7 +355,7 @@ class Dispatcher:
 
     def check_unmoved(self) -> None:
         """Raises StaleFactorError where a weight changed during a forward."""
-        if not self._watch.moved_since_look():
+        if not self._watch.moved():
             return
         moved = [
             factor.site.name for factor in self.factors.values() if factor.moved() and not factor.moves_itself

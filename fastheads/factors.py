@@ -7,7 +7,6 @@ float64: it squares W's condition number, and in float32 the weak directions of 
 import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -26,8 +25,6 @@ from fastheads.weights import (
 
 # float64 elements of W to widen at a time: 256 MiB, so that a 405B layer does not need 2 GB at once.
 CHUNK_ELEMENTS = 2**25
-
-_WEIGHT, _VERSION, _DTYPE = itemgetter("weight"), attrgetter("_version"), attrgetter("dtype")
 
 
 @contextmanager
@@ -187,19 +184,6 @@ class WeightWatch:
         """Whether a weight, or what acts with it, is another one than at the last `refresh`; as `SiteFactor.moved` of each."""
         return self._seen is None or self._seen != self._look()
 
-    def moved_since_look(self) -> bool:
-        """The same at the end of a forward that began with `moved`: half the looks. Within a forward no weight is freed and
-        another one put in its place, but by layers that move their weights themselves.
-        """
-        seen = self._seen
-        if seen is None or self._others:
-            return self.moved()
-        try:
-            weights = list(map(_WEIGHT, self._parameters))
-            return seen[1:3] != [list(map(Tensor.data_ptr, weights)), list(map(_VERSION, weights))]
-        except (KeyError, AttributeError, RuntimeError, TypeError):
-            return self.moved()
-
     def refresh(self) -> None:
         """`SiteFactor.refresh` of each."""
         for factor in self._factors:
@@ -217,18 +201,15 @@ class WeightWatch:
 
     def _look(self) -> list[Any]:
         try:
-            weights = list(map(_WEIGHT, self._parameters))
-            # Attribute by attribute: a call for each weight would take twice as long.
-            return [
-                [w.untyped_storage()._cdata for w in weights],
-                list(map(Tensor.data_ptr, weights)),
-                list(map(_VERSION, weights)),
-                list(map(_DTYPE, weights)),
-                [factor.key() for factor in self._others],
+            weights = [parameters["weight"] for parameters in self._parameters]
+            # Written out: a call for each would take twice as long.
+            seen: list[Any] = [
+                (w.untyped_storage()._cdata, w.data_ptr(), w._version, w.dtype) for w in weights
             ]
-        except (KeyError, AttributeError, RuntimeError, TypeError):
+        except (KeyError, AttributeError, RuntimeError):
             # A weight was taken away, or is an inference tensor, which has no version.
-            return [[factor.key() for factor in self._factors]]
+            return [factor.key() for factor in self._factors]
+        return seen + [factor.key() for factor in self._others] if self._others else seen
 
 
 def lower_factor(weight: Tensor, num_heads: int, gain: Tensor | None = None) -> Tensor:

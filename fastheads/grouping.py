@@ -1,4 +1,4 @@
-"""What one device holds for a manager: its moments, and the inputs that wait for one launch.
+"""What one device holds for a manager: its moments, and the inputs that wait to be measured.
 
 With small batches the time goes to launches, not to the GPU. So the hook of a small input only keeps a reference to it, and one
 launch at the end of the decoder's call serves all layers; the smallest wait until several forwards have ended. A byte budget
@@ -6,9 +6,10 @@ bounds what is kept.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import pairwise
 from operator import attrgetter, or_, sub
 from typing import Any, NamedTuple
 
@@ -84,8 +85,8 @@ _DTYPE, _SHAPE, _VERSION = attrgetter("dtype"), attrgetter("shape"), attrgetter(
 
 
 class Repeat:
-    """The launch that served all inputs of a forward, to be made again for those of the next: decode steps differ in nothing
-    but addresses, and what is looked at here is all that the time of such a step allows.
+    """The launches that served all inputs of a forward (one, up to 32 layers), to be made again for those of the next: decode
+    steps differ in nothing but addresses, and what is looked at here is all that the time of such a step allows.
     """
 
     def __init__(
@@ -108,23 +109,17 @@ class Repeat:
         self._no_versions = [None] * len(inputs)
         # Bytes from the first to beyond the last.
         steps = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-        self._extent = x.element_size() * (1 + steps)
+        self.extent = x.element_size() * (1 + steps)
         self._device = x.device.index
-        self._skip_first, self._is_masked = real.skip_first, real.valid is not None
+        self._skip_first = real.skip_first
+        self._valid_like = None if real.valid is None else (real.valid.shape, real.valid.device)
         self._launch, self._valid_while = launch, valid_while
 
-    def is_like(self, kept: list[Kept], real: RealTokens) -> bool:
-        """Whether these are of the same projections, and the first one of the same shape: else no further look is worth while."""
-        return (
-            kept[0][1].shape == self._shape
-            and (real.valid is not None) == self._is_masked
-            and real.bounds is None
-            and [profiled for profiled, _, _ in kept] == self._profiled
-        )
-
-    def addresses_of(self, kept: list[Kept], skip_first: int) -> list[int] | None:
-        """Those of the inputs; None where it is not certain to be the same launch, or an input was changed. `is_like` was so."""
-        _, inputs, versions = map(list, zip(*kept, strict=True))
+    def addresses_of(self, kept: list[Kept], real: RealTokens) -> list[int] | None:
+        """Those of the inputs; None where it is not certain that these launches serve them, or an input was changed."""
+        profiled, inputs, versions = map(list, zip(*kept, strict=True))
+        if profiled != self._profiled or not self._takes(real.valid) or real.bounds is not None:
+            return None
         if versions != self._no_versions and (None in versions or versions != list(map(_VERSION, inputs))):
             return None
         if (
@@ -133,11 +128,11 @@ class Repeat:
             or set(map(_SHAPE, inputs)) != {self._shape}
         ):
             return None
-        addresses = self._addresses(inputs, skip_first)
+        addresses = self._addresses(inputs, real.skip_first)
         if addresses is None:
             return None
         ordered = sorted(addresses)
-        if len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < self._extent:
+        if len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < self.extent:
             return None  # one may lie where another lay
         return addresses
 
@@ -153,13 +148,18 @@ class Repeat:
             len(inputs) != self._count
             or inputs[0].dtype not in self._dtypes
             or inputs[0].shape != self._shape
-            or (valid is not None) != self._is_masked
+            or not self._takes(valid)
         ):
             return False
         addresses = self._addresses(inputs, skip_first)
         if addresses is None or len(set(addresses)) < len(addresses):
             return False
         return self._launch(addresses, state, valid)
+
+    def _takes(self, valid: Tensor | None) -> bool:
+        if valid is None or self._valid_like is None:
+            return valid is self._valid_like
+        return (valid.shape, valid.device) == self._valid_like
 
     def _addresses(self, inputs: Sequence[Tensor], skip_first: int) -> list[int] | None:
         if skip_first != self._skip_first or not self._valid_while():
@@ -178,11 +178,22 @@ class Repeat:
 
 
 class Ended(NamedTuple):
-    """A forward that is measured once it has ended: its inputs, the launch for them, and its real tokens."""
+    """A forward that is measured once it has ended: its inputs and where they lie, the launches for them, its real tokens."""
 
     repeat: Repeat
     kept: list[Kept]
+    addresses: list[int]
     real: RealTokens
+
+    def spans(self) -> list[tuple[int, int]]:
+        """From where to where each input reaches."""
+        return [(start, start + self.repeat.extent) for start in self.addresses]
+
+
+def overlap(spans: list[tuple[int, int]]) -> bool:
+    """Whether any two of these have an address in common."""
+    spans = sorted(spans)
+    return any([stop > start for (_, stop), (start, _) in pairwise(spans)])
 
 
 class Backlog:
@@ -222,10 +233,13 @@ class Backlog:
         self._candidate = ended
         return True
 
-    def overwritten_by(self, kept: list[Kept]) -> bool:
-        """Whether an input lies where one lies that waits."""
-        places = {x.data_ptr() for forward in self.forwards for _, x, _ in forward.kept}
-        return not places.isdisjoint([x.data_ptr() for _, x, _ in kept])
+    def overwritten_by(self, inputs: Iterable[Tensor]) -> bool:
+        """Whether one of these may lie where one lies that waits, or of the forward under way will."""
+        waiting = self.forwards if self._candidate is None else [*self.forwards, self._candidate]
+        if not waiting:
+            return False
+        theirs = {x.untyped_storage().data_ptr() for ended in waiting for _, x, _ in ended.kept}
+        return not theirs.isdisjoint([x.untyped_storage().data_ptr() for x in inputs])
 
     def confirm(self) -> bool:
         """The forward ended: whether something of it waits now."""
@@ -236,9 +250,10 @@ class Backlog:
         self._candidate = None
         return True
 
-    def withdraw(self) -> None:
-        """The forward failed."""
-        self._candidate = None
+    def withdraw(self) -> list[Tensor]:
+        """The forward failed: what it left."""
+        left, self._candidate = self._candidate, None
+        return [] if left is None else [x for _, x, _ in left.kept]
 
     def is_full(self, budget: int) -> bool:
         """Whether it is time for the launches."""
@@ -327,6 +342,10 @@ class DeviceQueue:
         """Whether the current stream is another than the one the forward began on."""
         return self.is_cuda and torch._C._cuda_getCurrentRawStream(self.index) != self.raw_stream
 
+    def as_current_device(self) -> AbstractContextManager[Any]:
+        """A context in which this GPU is the current one."""
+        return torch.cuda.device(self.device) if self.is_cuda else nullcontext()
+
     @contextmanager
     def on_own_stream(self) -> Iterator[None]:
         """A context whose launches are those of the forward's own stream, ordered with those on the current one."""
@@ -368,11 +387,14 @@ OVERWRITTEN = (
 )
 
 
+def is_changed(kept: list[Kept]) -> bool:
+    """Whether an input is known to have been changed in place."""
+    return any([version is not None and x._version != version for _, x, version in kept])
+
+
 def check_unchanged(kept: list[Kept]) -> None:
     """Raises RuntimeError where a kept input was changed, or may have been: another one lies in the same memory."""
-    if _apart([x for _, x, _ in kept]) and not any(
-        version is not None and x._version != version for _, x, version in kept
-    ):
+    if _apart([x for _, x, _ in kept]) and not is_changed(kept):
         return
     storages: set[int] = set()
     for profiled, x, version in kept:

@@ -173,7 +173,7 @@ class HookManager:
         self._skipped: set[int] = set()
         self._missed: set[int] = set()
         self._in_graphs: set[int] = set()
-        self._repeats: dict[tuple[int, ...], Repeat] = {}  # by channel, address of the state, and rows
+        self._repeats: dict[tuple[int, ...], Repeat] = {}  # by channel, GPU, and rows
         self._started_in_graphs = (
             False  # a graph holds whole forwards: what one left behind, Python does not know
         )
@@ -359,8 +359,8 @@ class HookManager:
                 )
         self._capturing = is_capturing(self._queues)
         for queue in self._queues.values():
+            self._waiting.withdraw(queue)
             queue.close()
-            queue.backlog.withdraw()
             queue.recorded = False
             if queue.backlog.forwards and queue.off_stream() and not self._capturing:
                 self._waiting.catch_up(queue)
@@ -462,12 +462,11 @@ class HookManager:
         if not kept:
             return
         assert self._real is not None  # within a decoder's call
-        if not may_wait or scaled:
-            self._waiting.check_not_overwritten(queue, kept)
-        elif self._waiting.takes(queue, kept, self._real):
-            assert queue.repeat is not None  # which it is like
+        if may_wait and not scaled and self._waiting.takes(queue, kept, self._real):
+            assert queue.repeat is not None  # which serves it
             self._ran |= queue.repeat.rows
             return
+        self._waiting.check_not_overwritten(queue, [x for _, x, _ in kept])
         if not scaled and self._repeated(queue, kept, self._real):
             return
         check_unchanged(kept)
@@ -496,8 +495,8 @@ class HookManager:
         repeat = queue.repeat
         if repeat is None or self._capturing:
             return False
-        if repeat.is_like(kept, real) and not queue.off_stream():
-            addresses = repeat.addresses_of(kept, real.skip_first)
+        if not queue.off_stream():
+            addresses = repeat.addresses_of(kept, real)
             state = queue.moments.pending[0].buffer
             if addresses is not None and repeat.launch(addresses, state, real.valid):
                 self._ran |= repeat.rows
@@ -636,7 +635,7 @@ class HookManager:
             self._started_in_graphs = True
             if not capturing:
                 dispatcher.refresh(before=self._waiting.weights_changed_in_graph)
-        key = (channel, state.data_ptr(), *rows)
+        key = (channel, inputs[0].get_device(), *rows)
         repeat = None if capturing or bounds is not None or scale is not None else self._repeats.get(key)
         if repeat is not None and repeat.again_in_graph(inputs, self.skip_first, state[channel], valid):
             return
@@ -646,12 +645,8 @@ class HookManager:
         real, moments = RealTokens(valid, self.skip_first, bounds), RunningMoments.over(state[channel])
         dispatcher.record(rows, inputs, real, moments, scale=scale)
         dispatcher.finish()
-        if not capturing and scale is None and bounds is None and self._is_pending(state):
+        if not capturing and scale is None and bounds is None:
             self._remember_in_graph(key, rows, inputs, real, moments)
-
-    def _is_pending(self, state: Tensor) -> bool:
-        """Whether it is a buffer of ours, and not a copy of it."""
-        return any(q.moments.pending_buffer.data_ptr() == state.data_ptr() for q in self._queues.values())
 
     def _remember_in_graph(
         self,
@@ -728,8 +723,8 @@ class HookManager:
         for channel in self._channels:
             channel.dispatcher.discard()
         for queue in self._queues.values():
+            self._waiting.withdraw(queue)
             queue.close()
-            queue.backlog.withdraw()
 
     def _queue_on(self, device: torch.device) -> DeviceQueue:
         if device not in self._queues:

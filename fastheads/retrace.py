@@ -100,7 +100,7 @@ class _TapHandle:
 
 def _tapped_forward(self: nn.Module, input: Tensor) -> Tensor:
     _run_taps(self, (input,))
-    return nn.functional.linear(input, self.weight, self.bias)  # type: ignore[arg-type]
+    return nn.Linear.forward(self, input)  # type: ignore[arg-type]
 
 
 _tapped_forward.__name__ = "forward"  # as which a bound one is pickled

@@ -4,13 +4,13 @@ They count. So an error in their late measurement must not pass for one of the f
 results, until a reset.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
 from fastheads.dispatch import Dispatcher
-from fastheads.grouping import DeviceQueue, Ended, Kept, check_form, check_unchanged, grouped
-from fastheads.moments import RunningMoments
+from fastheads.grouping import DeviceQueue, Ended, Kept, check_unchanged, is_changed, overlap
 from fastheads.tokens import RealTokens
 
 
@@ -29,44 +29,46 @@ class Waiting:
         self._lost = 0  # forwards that ended, and that an error kept from being measured
 
     def takes(self, queue: DeviceQueue, kept: list[Kept], real: RealTokens) -> bool:
-        """Whether what was kept waits for the next forwards.
-
-        So it is where a launch has just served a forward like this one: small, and all of it kept. Raises RuntimeError where one
-        that cannot wait lies in the memory of one that waits.
-        """
+        """Whether what was kept waits for the next forwards: small ones, all of whose inputs were kept, like the one before."""
         repeat = queue.repeat
-        if (
-            repeat is not None
-            and queue.backlog.may_take()
-            and not queue.off_stream()
-            and repeat.is_like(kept, real)
-            and queue.backlog.offer(Ended(repeat, kept, real))
-        ):
-            return True
-        self.check_not_overwritten(queue, kept)
-        return False
+        if repeat is None or not queue.backlog.may_take() or queue.off_stream():
+            return False
+        addresses = repeat.addresses_of(kept, real)
+        return addresses is not None and queue.backlog.offer(Ended(repeat, kept, addresses, real))
 
-    def check_not_overwritten(self, queue: DeviceQueue, kept: list[Kept]) -> None:
+    def check_not_overwritten(self, queue: DeviceQueue, inputs: Iterable[Tensor]) -> None:
         """Before these are measured at once. Raises RuntimeError where one lies in the memory of one that waits."""
-        if queue.backlog.forwards and queue.backlog.overwritten_by(kept):
-            self._lost += len(queue.backlog.take())
+        if queue.backlog.overwritten_by(inputs):
+            self._lose(queue)
             raise RuntimeError(_REUSED)
+
+    def withdraw(self, queue: DeviceQueue) -> None:
+        """The forward under way failed. What it left in the memory of those that wait is found by what it kept."""
+        left = queue.backlog.withdraw() + [x for _, x, _ in queue.kept]
+        if left and queue.backlog.overwritten_by(left):
+            self._lose(queue)
+
+    def _lose(self, queue: DeviceQueue) -> None:
+        self._lost += len(queue.backlog.forwards)
+        queue.backlog.take()
 
     def catch_up(self, queue: DeviceQueue) -> None:
         """Measure what waits of forwards that ended: into the committed moments, and into the pending ones of a forward that may
         be under way.
         """
-        if not queue.backlog.forwards:
+        forwards = queue.backlog.forwards
+        if not forwards:
             return
         if is_capturing(self._queues):
             raise RuntimeError(
                 "forwards before this CUDA graph's are not measured yet: call get_results() before its capture"
             )
-        forwards = queue.backlog.take()
         try:
+            queue.backlog.take()
             self._measure(queue, forwards)
         except BaseException as error:
             self._lost += len(forwards)
+            queue.backlog.take()
             queue.moments.distrust()
             if isinstance(error, torch.OutOfMemoryError):  # else a caller would run the last batch again
                 raise RuntimeError(f"{len(forwards)} forwards could not be measured: {error}") from error
@@ -108,42 +110,26 @@ class Waiting:
             queue.backlog.clear()
 
     def _measure(self, queue: DeviceQueue, forwards: list[Ended]) -> None:
+        for ended in forwards:
+            if is_changed(ended.kept):
+                check_unchanged(ended.kept)  # which says of what
+        if overlap([span for ended in forwards for span in ended.spans()]):
+            raise RuntimeError(_REUSED)
         moments = queue.moments
-        with torch.no_grad(), queue.on_own_stream():
-            addresses = [ended.repeat.addresses_of(ended.kept, ended.real.skip_first) for ended in forwards]
-            _check_apart(forwards, addresses)
+        with torch.no_grad(), queue.as_current_device(), queue.on_own_stream():
             # Most often nothing is pending that is not committed: then a copy does for the second time.
             is_even = moments.is_even()
             targets = moments.pending[:1] if is_even else [moments.pending[0], moments.committed[0]]
             for target in targets:
-                for ended, places in zip(forwards, addresses, strict=True):
-                    valid = ended.real.valid
-                    if places is None or not ended.repeat.launch(places, target.buffer, valid):
-                        self._measure_anew(ended, target)
+                for repeat, kept, addresses, real in forwards:
+                    if not repeat.launch(addresses, target.buffer, real.valid):
+                        rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
+                        self._dispatcher.record(rows, inputs, real, target, alike=True)
             if is_even:
                 moments.commit()
-
-    def _measure_anew(self, ended: Ended, moments: RunningMoments) -> None:
-        """Without what the forward before it showed."""
-        check_unchanged(ended.kept)
-        for profiled, x, _ in ended.kept:
-            check_form(profiled, x)
-        for group in grouped(ended.kept):
-            self._dispatcher.record(group.rows, group.inputs, ended.real, moments)
-        self._dispatcher.finish()
 
 
 _REUSED = (
     "inputs of earlier forwards were overwritten before they were measured: the model reuses its memory. "
     "HookManager(..., group_bytes=0) measures each input at once"
 )
-
-
-def _check_apart(forwards: list[Ended], addresses: list[list[int] | None]) -> None:
-    """Raises RuntimeError where an input lies where one of another forward lies."""
-    seen: set[int] = set()
-    for ended, places in zip(forwards, addresses, strict=True):
-        here = set([x.data_ptr() for _, x, _ in ended.kept] if places is None else places)
-        if not seen.isdisjoint(here):
-            raise RuntimeError(_REUSED)
-        seen |= here

@@ -438,3 +438,187 @@ def test_compiled_forwards_repeat_their_launch(monkeypatch, token_agg, padded):
     assert seen == [True] * 3
     masks = [None if m is None else m.cpu().numpy() for m in masks]
     assert_results(results, sites, inputs, masks, token_agg, RTOL)
+
+
+def using(memory, from_forward=0):
+    """A hook for each layer that lays the projection's input into `memory(layer)`, from that forward on."""
+
+    def hook_of(layer):
+        ran = []
+
+        def use(_module, args):
+            ran.append(None)
+            if len(ran) <= from_forward:
+                return None
+            place = memory(layer)
+            place.copy_(args[0])
+            return (place,)
+
+        return use
+
+    return hook_of
+
+
+def inference_buffers(size):
+    with torch.inference_mode():
+        return [torch.empty(size, device=DEVICE) for _ in range(3)]
+
+
+def use_memory(model, memory, from_forward=0):
+    hook_of = using(memory, from_forward)
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.o_proj.register_forward_pre_hook(hook_of(i))
+
+
+def test_a_forward_of_another_dtype_does_not_wait_for_weights_that_come_after_it(late):
+    largest = []
+    for group_bytes in (0, 2**26):
+        model = model_on_device()
+        weight = fastheads.find_sites(model)[2].module.weight
+        with (
+            fastheads.HookManager(model, "all", backend="triton", group_bytes=group_bytes) as hooks,
+            torch.no_grad(),
+        ):
+            for i in range(4):
+                model(input_ids=some(2, 6, i), use_cache=False)
+            with torch.autocast(DEVICE, torch.bfloat16):
+                model(input_ids=some(2, 6, 4), use_cache=False)
+            weight.mul_(100.0)
+            largest.append(hooks.get_results()["head_residual_contribution_norm"]["max"][2])
+    assert late == [None] * 3
+    torch.testing.assert_close(*largest, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("fault", ["mask", "dtype", "subclass"])
+def test_what_cannot_be_measured_is_refused_in_its_own_forward(fault):
+    class Marked(torch.Tensor):
+        pass
+
+    model = model_on_device()
+    ids, wrong = some(2, 6, 9), {}
+    with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
+        for i in range(4):
+            mask = torch.ones(2, 6, device=DEVICE) if fault == "mask" else None
+            model(input_ids=some(2, 6, i), attention_mask=mask, use_cache=False)
+        if fault == "mask":
+            wrong["attention_mask"] = torch.ones(3, 6, device=DEVICE)
+        elif fault == "dtype":
+            model.double()
+        else:
+            model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(
+                lambda _module, args: (args[0].as_subclass(Marked),)
+            )
+        with pytest.raises((RuntimeError, ValueError)):
+            model(input_ids=ids, use_cache=False, **wrong)
+        if fault == "dtype":
+            model.float()
+        assert (hooks.get_results()["head_output_norm"]["count"] == 8).all()
+
+
+def test_one_mask_for_all_rows_is_not_taken_for_one_of_each(late):
+    model = model_on_device()
+    sites = fastheads.find_sites(model)
+    causal = torch.ones(6, 6, dtype=torch.bool, device=DEVICE).tril()
+    causal[4, 4] = False  # a token that may not attend to itself is padding
+    with (
+        captured_inputs([s.module for s in sites]) as inputs,
+        fastheads.HookManager(model, "all", backend="triton") as hooks,
+        torch.no_grad(),
+    ):
+        for i in range(4):
+            model(input_ids=some(2, 6, i), attention_mask=causal[None, None], use_cache=False)
+        results = hooks.get_results()
+    mask = causal.diagonal().expand(2, 6).cpu().numpy()
+    assert_results(results, sites, inputs, [mask] * 4, "all", RTOL)
+    assert late == []
+
+
+def test_results_in_between_do_not_end_the_repeating(launches, late):
+    model = model_on_device()
+    with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
+        for _ in range(3):
+            for i in range(5):
+                model(input_ids=some(2, 6, i), use_cache=False)
+            hooks.get_results()
+        assert (hooks.get_results()["head_output_norm"]["count"] == 30).all()
+    assert (launches, late) == ([2] * 3, [None] * 12)
+
+
+def test_waiting_inputs_that_overlap_are_an_error():
+    model = model_on_device()
+    buffers, offsets = inference_buffers(2 * 6 * 64 + 64 * 24), iter(range(0, 64 * 24, 64))
+    use_memory(model, lambda i: buffers[i][next(offsets) :][: 2 * 6 * 64].view(2, 6, 64), from_forward=3)
+    with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.inference_mode():
+        for i in range(7):
+            model(input_ids=some(2, 6, i), use_cache=False)
+        with pytest.raises(RuntimeError, match="reuses its memory"):
+            hooks.get_results()
+        with pytest.raises(RuntimeError, match="that had ended: reset"):
+            hooks.get_results()
+
+
+@pytest.mark.parametrize("where", ["head", "layer"])
+def test_a_forward_that_overwrites_what_waits_and_fails_is_not_overlooked(where):
+    model = model_on_device()
+    buffers = inference_buffers((2, 6, 64))
+    use_memory(model, lambda i: buffers[i], from_forward=3)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.inference_mode():
+        for i in range(4):
+            model(input_ids=some(2, 6, i), use_cache=False)
+        broken = model.lm_head if where == "head" else model.model.layers[2].mlp
+        broken.register_forward_pre_hook(fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(input_ids=some(2, 6, 9), use_cache=False)
+        with pytest.raises(RuntimeError, match="3 forwards that had ended: reset"):
+            hooks.get_results()
+
+
+def test_a_second_call_of_the_decoder_that_overwrites_the_firsts_inputs_is_an_error():
+    class Twice(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner, self.config = model, model.config
+
+        def forward(self, *batches):
+            for ids in batches:
+                self.inner.model(input_ids=ids, use_cache=False)
+
+    inner = model_on_device()
+    buffers = inference_buffers((2, 6, 64))
+    use_memory(inner, lambda i: buffers[i], from_forward=3)
+    model = Twice(inner)
+    with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.inference_mode():
+        for i in range(3):
+            model(some(2, 6, i))
+        with pytest.raises(RuntimeError, match="reuses its memory"):
+            model(some(2, 6, 3), some(2, 6, 4))
+        del hooks
+
+
+@pytest.mark.parametrize(("owner", "name"), [(Backlog, "take"), (Repeat, "launch")])
+def test_forwards_that_an_interrupt_loses_are_not_forgotten(monkeypatch, owner, name):
+    method, interrupts = getattr(owner, name), [KeyboardInterrupt]
+    model = model_on_device()
+    with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
+        for i in range(5):
+            model(input_ids=some(2, 6, i), use_cache=False)
+
+        def interrupted(*args):
+            done = method(*args)
+            if interrupts:
+                raise interrupts.pop()
+            return done
+
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                hooks.get_results()
+        with pytest.raises(RuntimeError, match="4 forwards that had ended: reset"):
+            hooks.get_results()
+        hooks.reset()
+        model(input_ids=some(2, 6, 0), use_cache=False)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()

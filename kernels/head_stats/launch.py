@@ -1,7 +1,7 @@
 """From tensors to launches: what the kernel cannot take is copied or refused here, and nothing waits for the GPU."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -138,10 +138,7 @@ def launch(
     if inputs[0].shape[0] == 0 or inputs[0].shape[1] == 0:
         return
     loadable = [_loadable(x) for x in inputs]
-    if _is_elsewhere(state.device):
-        with torch.cuda.device(state.device):
-            plans = _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
-    else:
+    with _on(state.device):
         plans = _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
     if plans is not None:
         factors[0].plans[key] = plans
@@ -166,8 +163,8 @@ def repeater(
 ) -> Callable[[list[int], Tensor, Tensor | None], bool] | None:
     """A function that makes the last launches with these arguments again, for inputs of the same form at other addresses.
 
-    It takes the addresses, which must be multiples of 16, a state like this one, and which tokens are real, if that was told
-    the last time too. It looks at these alone: False, and nothing was done, where they do not lie as they did. `keep_scratch`:
+    It takes the addresses, which must be multiples of 16, and tensors like `state` and `valid`; it looks at nothing but the
+    addresses of these: False, and nothing was done, where the kernel cannot read them there. `keep_scratch`:
     the memory of the partial sums is kept from launch to launch, which is not for CUDA graphs. None where those launches cannot
     be made again.
     """
@@ -175,25 +172,23 @@ def repeater(
     mask, last = _as_kernel_reads(valid, None, token_agg)
     if plans is None or not all(plan.serves(inputs[plan.part], state, mask, last, None) for plan in plans):
         return None
+    size, device = max(plan.partial for plan in plans), state.device
     launches = [(plan.run, plan.part, plan.padding, plan.tables, plan.numbers) for plan in plans]
-    size, tokens, device = max(plan.partial for plan in plans), inputs[0].shape[:2], state.device
 
     def scratch() -> Tensor:
         return torch.empty(size, dtype=torch.float64, device=device)
 
     kept = scratch() if keep_scratch else None
 
-    def again(addresses: list[int], state: Tensor, valid: Tensor | None) -> bool:
+    def again(addresses: list[int], moments: Tensor, real: Tensor | None) -> bool:
         partial = scratch() if kept is None else kept
         mask = last = None
-        if valid is not None:
-            if valid.shape != tokens or valid.device != device:
-                return False
-            mask, last = _as_kernel_reads(valid, None, token_agg)
-            if any([tensor is not None and tensor.data_ptr() & 15 for tensor in (mask, last)]):
-                return False
+        if real is not None:
+            mask, last = _as_kernel_reads(real, None, token_agg)
+        if any([tensor is not None and tensor.data_ptr() & 15 for tensor in (moments, mask, last)]):
+            return False
         for run, part, padding, tables, numbers in launches:
-            run((*addresses[part], *padding), *tables, state, partial, None, mask, last, None, *numbers)
+            run((*addresses[part], *padding), *tables, moments, partial, None, mask, last, None, *numbers)
         return True
 
     return again
@@ -219,9 +214,10 @@ def _as_kernel_reads(
     )
 
 
-def _is_elsewhere(device: torch.device) -> bool:
-    """Whether another GPU than `device` is the current one."""
-    return device.type == "cuda" and device.index != torch.cuda.current_device()
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which that GPU is the current one."""
+    is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if is_elsewhere else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,7 +296,7 @@ def _launch_again(
     addresses = [x.data_ptr() for x in inputs]
     if any([address & 15 for address in addresses]):
         return False
-    with torch.cuda.device(state.device) if _is_elsewhere(state.device) else nullcontext():
+    with _on(state.device):
         for plan, _, part in parts:
             plan.launch(addresses[plan.part], state, valid, last, part)
     return True
@@ -603,10 +599,7 @@ def token_norms(
     xs = [_loadable(x) for x in inputs]
     if scale is not None:
         scale = scale.to(torch.float32).expand(len(inputs), batch, seq).contiguous()
-    if _is_elsewhere(device):
-        with torch.cuda.device(device):
-            _launch_norms(xs, factors, state, scale, norms)
-    else:
+    with _on(device):
         _launch_norms(xs, factors, state, scale, norms)
     return norms
 
