@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastheads.residual import Update
+from fastheads.residual import Place, Update
 from fastheads.sites import HeadSite
 from fastheads.weights import (
     checksum,
@@ -84,9 +84,12 @@ class SiteFactor:
         self._dense = storage
         self._write_dense(self._lower())
 
-    def is_plain(self) -> bool:
-        """Whether the factor depends on nothing but the projection's parameter `weight`."""
-        return self._update is None and is_plain(self.site)
+    def places(self) -> list[Place] | None:
+        """Where the parameters hang that the factor is made from, and the norm among them; None where it depends on more."""
+        if not is_plain(self.site):
+            return None
+        norm = [] if self._update is None else self._update.places()
+        return None if norm is None else [(self.site.module._parameters, "weight"), *norm]
 
     def mark_changed(self) -> None:
         """The weight may have changed without a trace: `refresh` rebuilds."""
@@ -176,7 +179,8 @@ class WeightWatch:
 
     def __init__(self, factors: Iterable[SiteFactor]) -> None:
         self._factors = list(factors)
-        self._parameters: list[dict[str, Any]] = []  # that hold a plain weight
+        self._parameters: list[Place] = []
+        self._modules: list[Place] = []
         self._others: list[SiteFactor] = []
         self._seen: list[Any] | None = None
 
@@ -188,9 +192,15 @@ class WeightWatch:
         """`SiteFactor.refresh` of each."""
         for factor in self._factors:
             factor.refresh()
-        plain = [factor for factor in self._factors if factor.is_plain()]
-        self._parameters = [factor.site.module._parameters for factor in plain]
-        self._others = [factor for factor in self._factors if factor not in plain]
+        self._parameters, self._modules, self._others = [], [], []
+        for factor in self._factors:
+            places = factor.places()
+            if places is None:
+                self._others.append(factor)
+                continue
+            for owned, name in places:
+                kind = self._parameters if isinstance(owned[name], Tensor) else self._modules
+                kind.append((owned, name))
         self._seen = self._look()
 
     def mark_changed(self) -> None:
@@ -201,7 +211,7 @@ class WeightWatch:
 
     def _look(self) -> list[Any]:
         try:
-            weights = [parameters["weight"] for parameters in self._parameters]
+            weights = [owned[name] for owned, name in self._parameters]
             # Written out: a call for each would take twice as long.
             seen: list[Any] = [
                 (w.untyped_storage()._cdata, w.data_ptr(), w._version, w.dtype) for w in weights
@@ -209,6 +219,7 @@ class WeightWatch:
         except (KeyError, AttributeError, RuntimeError):
             # A weight was taken away, or is an inference tensor, which has no version.
             return [factor.key() for factor in self._factors]
+        seen += [owned.get(name) for owned, name in self._modules]
         return seen + [factor.key() for factor in self._others] if self._others else seen
 
 

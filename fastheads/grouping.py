@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastheads.moments import CommittedMoments
+from fastheads.residual import OutputNorms
 from fastheads.sites import HeadSite
 from fastheads.tokens import RealTokens
 
@@ -65,8 +66,8 @@ FEWEST_IN_BACKLOG = 4
 Kept = tuple[Profiled, Tensor, int | None]
 
 
-# A site that is measured behind its projection too: its input, and a number for each token `[B, S]`.
-Scaled = tuple[Profiled, Tensor, Tensor]
+# A site that is measured behind its projection too: its input, and the norms of its output.
+Scaled = tuple[Profiled, Tensor, OutputNorms]
 
 
 @dataclass(eq=False)

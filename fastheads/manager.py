@@ -45,7 +45,7 @@ from fastheads.grouping import (
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.moments import CommittedMoments, Moments, RunningMoments
-from fastheads.residual import Update
+from fastheads.residual import OutputNorms, Update, scales
 from fastheads.results import HeadProfile, warn_where_empty
 from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle, Tap, add_tap, takes_taps
 from fastheads.sites import HeadSite, checked_layers, decoder_of, find_sites, sites_of_layers, unwrapped
@@ -166,7 +166,7 @@ class HookManager:
         self._decoder_traced = False  # while a graph is traced that holds the decoder's call
         # What that graph keeps for its operators.
         self._traced: list[tuple[TracedSite, Tensor, None]] = []
-        self._traced_scaled: list[tuple[TracedSite, Tensor, Tensor]] = []
+        self._traced_scaled: list[tuple[TracedSite, Tensor, OutputNorms]] = []
         # Rows that ran in the decoder's call under way; that did not in some call of the forward under way; that did not in a
         # forward that ended; and those that compiled code measures, whose runs Python does not always see.
         self._ran: set[int] = set()
@@ -442,17 +442,17 @@ class HookManager:
                 return
             x = args[0].detach()
             with torch.no_grad():
-                scale = update.scale(output.detach())
+                norms = update.of_output(output.detach())
             if torch.compiler.is_compiling():
-                self._trace_scaled(traced, x, scale)
+                self._trace_scaled(traced, x, norms)
                 return
             queue = profiled.queue if x.device == profiled.queue.device else self._queue_on(x.device)
             if self._decoder_traced:
-                self._record_traced(self._channels[-1], [profiled.row], [x], scale.unsqueeze(0), queue)
+                self._record_traced(self._channels[-1], [profiled.row], [x], scales([norms]), queue)
             elif x.nbytes <= queue.largest and not queue.off_stream():
-                queue.scaled.append((profiled, x, scale))
+                queue.scaled.append((profiled, x, norms))
             else:
-                self._record_scaled(queue, [(profiled, x, scale)])
+                self._record_scaled(queue, [(profiled, x, norms)])
 
         return hook
 
@@ -467,7 +467,9 @@ class HookManager:
             self._ran |= queue.repeat.rows
             return
         self._waiting.check_not_overwritten(queue, [x for _, x, _ in kept])
-        if not scaled and self._repeated(queue, kept, self._real):
+        if self._repeated(queue, kept, self._real):
+            if scaled:
+                self._record_scaled(queue, scaled)
             return
         check_unchanged(kept)
         rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
@@ -529,9 +531,9 @@ class HookManager:
         channel = self._channels[-1]
         queue.recorded = True
         pending = queue.moments.pending[channel.index]
-        with queue.on_its_stream():
+        with torch.no_grad(), queue.on_its_stream():
             for group in grouped(scaled):
-                scale = torch.stack(group.extras)
+                scale = scales(group.extras)
                 channel.dispatcher.record(group.rows, group.inputs, self._real, pending, scale=scale)
 
     def _check_input(self, site: Profiled | TracedSite, x: Tensor) -> None:
@@ -567,12 +569,12 @@ class HookManager:
             self._trace_kept()
         self._traced.append((site, x, None))
 
-    def _trace_scaled(self, site: TracedSite, x: Tensor, scale: Tensor) -> None:
+    def _trace_scaled(self, site: TracedSite, x: Tensor, norms: OutputNorms) -> None:
         """The same of what is measured behind the projection: `trace` has just had the input."""
         if not self._decoder_traced or x.numel() * x.element_size() > self._queues[x.device].largest:
-            self._trace_scaled_groups([(site, x, scale)])
+            self._trace_scaled_groups([(site, x, norms)])
         else:
-            self._traced_scaled.append((site, x, scale))
+            self._traced_scaled.append((site, x, norms))
 
     def _trace_kept(self) -> None:
         self._trace_groups(self._traced)
@@ -585,10 +587,10 @@ class HookManager:
                 for channel in self._at_input:
                     self._record_traced(channel, group.rows, group.inputs, None, queue)
 
-    def _trace_scaled_groups(self, inputs: list[tuple[TracedSite, Tensor, Tensor]]) -> None:
+    def _trace_scaled_groups(self, inputs: list[tuple[TracedSite, Tensor, OutputNorms]]) -> None:
         for device, queue in self._queues.items():
             for group in grouped([item for item in inputs if item[1].device == device]):
-                scale = torch.stack(group.extras)
+                scale = scales(group.extras)
                 self._record_traced(self._channels[-1], group.rows, group.inputs, scale, queue)
 
     def _record_traced(

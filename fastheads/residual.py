@@ -10,8 +10,9 @@ each token, is given: c W_h z_h, or (c / rms(a)) diag(g) W_h z_h.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,10 @@ SCALES_THE_RESIDUAL = re.compile(r"^Doge")  # and not what is added to it
 KNOWN_PACKAGES = ("transformers.", "torch.nn.")
 
 
+# Where a module or a parameter hangs: its owner's children or parameters, and its name among them.
+Place = tuple[dict[str, Any], str]
+
+
 class UnknownUpdateError(ValueError):
     """What a layer adds to the residual stream is not known."""
 
@@ -100,6 +105,16 @@ class Update:
     def parameters(self) -> list[Tensor]:
         """What the gain depends on."""
         return [] if self.norm is None else list(self.norm.parameters())
+
+    def places(self) -> list[Place] | None:
+        """Where the norm and what the gain depends on hang; None where the norm is no child of the layer."""
+        norm, name = self.norm, self.rule.norm
+        if norm is None or name is None:
+            return []
+        if self.layer._modules.get(name) is not norm:
+            return None
+        own = [(norm._parameters, key) for key, p in norm._parameters.items() if p is not None]
+        return [(self.layer._modules, name), *own]
 
     def key(self) -> tuple[Any, ...]:
         """What moves when the gain is changed the ordinary way."""
@@ -154,14 +169,35 @@ class Update:
                 return value
         raise UnknownUpdateError(f"{type(self.norm).__name__} does not say its epsilon")
 
-    def scale(self, output: Tensor) -> Tensor:
-        """The number c / rms(a) of each token, `[batch, seq]`, for a = `output` `[batch, seq, out_features]`: float32, or float64
-        for such an output.
-        """
+    def of_output(self, output: Tensor) -> "OutputNorms":
+        """What is needed of `output` `[batch, seq, out_features]`: one launch behind each projection."""
         dtype = torch.promote_types(output.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(output, dim=-1, dtype=dtype)
-        scale = self.multiplier * torch.rsqrt(norm.square() / output.shape[-1] + self.eps)
-        return scale.masked_fill(norm.isinf(), torch.nan)  # as the norm itself gives: infinity over infinity
+        return OutputNorms(self, torch.linalg.vector_norm(output, dim=-1, dtype=dtype), output.shape[-1])
+
+
+class OutputNorms(NamedTuple):
+    """|a| of each token, `[batch, seq]`, for the output a of one attention: float32, or float64 for such an output."""
+
+    update: Update
+    norms: Tensor
+    width: int
+
+
+def scales(outputs: Sequence[OutputNorms]) -> Tensor:
+    """The number c / rms(a) of each token, `[len(outputs), batch, seq]`; all at once where the layers have one c and eps."""
+    norms = torch.stack([output.norms for output in outputs])
+    numbers = [(output.update.multiplier, output.update.eps, output.width) for output in outputs]
+    if all(number == numbers[0] for number in numbers):
+        scale = _scale(norms, *numbers[0])
+    else:
+        scale = torch.stack(
+            [_scale(of_layer, *n) for of_layer, n in zip(norms.unbind(0), numbers, strict=True)]
+        )
+    return scale.masked_fill(norms.isinf(), torch.nan)  # as the norm itself gives: infinity over infinity
+
+
+def _scale(norms: Tensor, multiplier: float, eps: float, width: int) -> Tensor:
+    return multiplier * torch.rsqrt(norms.square() / width + eps)
 
 
 def update_of(model: nn.Module, site: HeadSite) -> Update:

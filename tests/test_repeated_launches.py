@@ -96,6 +96,25 @@ def test_more_layers_than_one_launch_takes_are_several(repeats, token_agg, monke
     assert_results(results, sites, inputs, masks, token_agg, RTOL)
 
 
+def test_updates_behind_a_norm_are_measured_beside_repeated_launches(repeats):
+    found = []
+    for group_bytes in (0, 2**26):
+        model = build("gemma2", head_dim=16).to(DEVICE)
+        with (
+            fastheads.HookManager(model, "all", backend="triton", group_bytes=group_bytes) as hooks,
+            torch.no_grad(),
+        ):
+            for i in range(3):
+                model(input_ids=some(2, 6, i), use_cache=False)
+            found.append(hooks.get_results())
+    assert repeats == [True, True]
+    for metric in set(found[0]) - {"metadata"}:
+        for statistic in ("count", "mean", "max"):
+            want, got = (results[metric][statistic] for results in found)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    assert (found[1]["head_residual_update_norm"]["count"] == 6).all()
+
+
 def test_a_weight_that_changes_in_between_is_followed(repeats):
     model = model_on_device()
     first = fastheads.find_sites(model)[0]

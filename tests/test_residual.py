@@ -16,7 +16,7 @@ from oracle import captured_inputs
 import fastheads
 from fastheads.basic import HookManager as BasicHookManager
 from fastheads.channels import Updates
-from fastheads.residual import RULES, UNKNOWN, UnknownUpdateError, update_of
+from fastheads.residual import RULES, UNKNOWN, Rule, UnknownUpdateError, Update, scales, update_of
 
 MASK = [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
 INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
@@ -489,3 +489,25 @@ def test_packed_rows(backend, token_agg):
     assert (want["count"] == (14 if token_agg == "token" else 4)).all()
     for statistic in ("mean", "min", "max", "count"):
         torch.testing.assert_close(got[statistic], want[statistic], rtol=1e-5, atol=0)
+
+
+def test_the_scales_of_layers_that_differ():
+    torch.manual_seed(0)
+    outputs = [torch.randn(2, 3, width, dtype=torch.bfloat16) * 3 for width in (32, 32, 32)]
+    outputs[1][0, 1, 5] = torch.inf
+    layers = []
+    for multiplier, eps in ((1.0, 1e-6), (0.25, 1e-6), (1.0, 0.5)):
+        layer = torch.nn.Module()
+        layer.norm, layer.factor = torch.nn.RMSNorm(32, eps=eps), multiplier
+        layers.append(Update(layer, Rule("norm", "factor")))
+    want = []
+    for (multiplier, eps), output in zip(((1.0, 1e-6), (0.25, 1e-6), (1.0, 0.5)), outputs, strict=True):
+        want.append(multiplier / (output.double().square().mean(-1) + eps).sqrt())
+    want[1][0, 1] = torch.nan  # infinity over infinity
+    for alike in ([0, 1, 2], [0, 0]):
+        measured = [layers[i].of_output(outputs[i]) for i in alike]
+        got = scales(measured)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(
+            got.double(), torch.stack([want[i] for i in alike]), rtol=2e-6, atol=0, equal_nan=True
+        )
