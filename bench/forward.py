@@ -96,7 +96,7 @@ def rows_before(report: dict[str, Any], here: dict[str, Any], path: Path) -> lis
     told = {key: there[key] for key in ("commit", "date")}
     if {k: v for k, v in there.items() if k not in told} != {k: v for k, v in here.items() if k not in told}:
         sys.exit(f"{path} holds the figures of another kind of machine: {there}")
-    return [told | row for row in report["rows"]]
+    return [row if told["commit"] == here["commit"] else told | row for row in report["rows"]]
 
 
 def case_of(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -67,7 +67,8 @@ _captured: list[Any] = []
 class HookManager:
     """Profiles every attention head of `model` while it runs, without changing the run.
 
-    Attaches in the constructor; `remove()`, or leaving the `with` block, detaches. Nothing of a batch is retained.
+    Attaches in the constructor; `remove()`, or leaving the `with` block, detaches. Of a batch nothing is
+    held but small inputs that are still to be measured (`group_bytes`).
 
     Of a tensor-parallel model (`from_pretrained(..., tp_plan="auto")`) each rank measures its own heads. Attaching, forwards,
     `reset()`, `get_results()` and `to_profile()` are then for every rank alike, as the model's own calls are: a rank that leaves
