@@ -125,6 +125,7 @@ class Waiting:
                     if not repeat.launch(addresses, target.buffer, real.valid):
                         rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
                         self._dispatcher.record(rows, inputs, real, target, alike=True)
+                        self._dispatcher.finish()
             if is_even:
                 moments.commit()
 
