@@ -17,6 +17,7 @@ from fastheads.sites import HeadSite
 from fastheads.weights import (
     checksum,
     dense_weight,
+    hold,
     hold_key,
     is_plain,
     key_reader,
@@ -145,6 +146,8 @@ class SiteFactor:
         self.moves_itself = moves_when_run(self.site)
         self._read_key = key_reader(self.site)
         self._key, self._held = self.key(), hold_key(self.site)
+        if self._update is not None:
+            self._held += hold(self._update.parameters())
         # Of the dense form: float32 rounds by 6e-8, as the products themselves do.
         self.place = (weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
         with _plain_mode():

@@ -99,8 +99,8 @@ class Repeat:
         valid_while: Callable[[], bool],
     ) -> None:
         """`inputs`: all of one type, shape, strides and dtype, on the current GPU; of `profiled`, where they were kept. `launch`
-        takes their addresses, the moments and which tokens are real; False, and it did nothing, where these do not lie as
-        they did. `valid_while` tells whether it still may be made.
+        takes their addresses, the moments and which tokens are real; False, and it did nothing, where the kernel cannot read
+        these. `valid_while` tells whether it still may be made.
         """
         x = inputs[0]
         self.rows = {p.row for p in profiled}
@@ -138,7 +138,7 @@ class Repeat:
         return addresses
 
     def launch(self, addresses: list[int], state: Tensor, valid: Tensor | None) -> bool:
-        """Measure them; False, and nothing was done, where it is not certain to be the same launch."""
+        """Measure what `addresses_of` gave; False, and nothing was done, where the kernel cannot read the state or the mask."""
         return self._launch(addresses, state, valid)
 
     def again_in_graph(

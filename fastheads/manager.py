@@ -428,6 +428,7 @@ class HookManager:
         size = x.nbytes
         if size > queue.largest or queue.off_stream():
             self._ran.add(profiled.row)
+            self._waiting.check_not_overwritten(queue, [x])
             self._record(queue, [profiled.row], [x])
             return
         if size > queue.room:
@@ -484,7 +485,7 @@ class HookManager:
         # Most often so: each of these lines is paid for at each token.
         if len(kinds) == 1 and len(ran) == len(rows):
             self._record(queue, rows, inputs, alike=True)
-            self._remember(queue, kept, rows, inputs)
+            self._remember(queue, kept, rows, inputs, may_wait=not scaled)
         else:
             for profiled, x, _ in kept:
                 self._check_input(profiled, x)
@@ -508,7 +509,9 @@ class HookManager:
         queue.repeat = None
         return False
 
-    def _remember(self, queue: DeviceQueue, kept: list[Kept], rows: list[int], inputs: list[Tensor]) -> None:
+    def _remember(
+        self, queue: DeviceQueue, kept: list[Kept], rows: list[int], inputs: list[Tensor], may_wait: bool
+    ) -> None:
         """The launch that was just made, for forwards like this one."""
         if len(self._at_input) > 1 or queue.off_stream() or is_capturing(self._queues):
             return
@@ -516,7 +519,7 @@ class HookManager:
         profiled = tuple(item[0] for item in kept)
         pending = queue.moments.pending[0]
         queue.repeat = self._dispatcher.repeat(profiled, rows, inputs, self._real, pending, keep_scratch=True)
-        if queue.repeat is not None:
+        if queue.repeat is not None and may_wait:
             queue.backlog.watch(kept, queue.budget)
 
     def _record(self, queue: DeviceQueue, rows: list[int], inputs: list[Tensor], alike: bool = False) -> None:
@@ -634,6 +637,8 @@ class HookManager:
                 if row in dispatcher.factors:
                     dispatcher.factors[row].in_graph = True
             self._keep_for_graph()
+        for queue in self._queues.values():
+            self._waiting.check_not_overwritten(queue, inputs)
         if self._running is None:
             self._started_in_graphs = True
             if not capturing:

@@ -107,18 +107,22 @@ class Update:
         return [] if self.norm is None else list(self.norm.parameters())
 
     def places(self) -> list[Place] | None:
-        """Where the norm and what the gain depends on hang; None where the norm is no child of the layer."""
+        """Where the norm and what the gain depends on hang; None where it is no plain child with plain parameters."""
         norm, name = self.norm, self.rule.norm
         if norm is None or name is None:
             return []
-        if self.layer._modules.get(name) is not norm:
+        if self.layer._modules.get(name) is not norm or norm._modules:
             return None
-        own = [(norm._parameters, key) for key, p in norm._parameters.items() if p is not None]
-        return [(self.layer._modules, name), *own]
+        if any(p is not None and type(p) is not nn.Parameter for p in norm._parameters.values()):
+            return None
+        return [(self.layer._modules, name), *[(norm._parameters, key) for key in norm._parameters]]
 
     def key(self) -> tuple[Any, ...]:
         """What moves when the gain is changed the ordinary way."""
-        versions = [(p.data_ptr(), None if p.is_inference() else p._version) for p in self.parameters()]
+        versions = [
+            (p.untyped_storage()._cdata, p.data_ptr(), None if p.is_inference() else p._version)
+            for p in self.parameters()
+        ]
         return (id(self.norm), *versions)
 
     def __str__(self) -> str:
@@ -172,21 +176,25 @@ class Update:
     def of_output(self, output: Tensor) -> "OutputNorms":
         """What is needed of `output` `[batch, seq, out_features]`: one launch behind each projection."""
         dtype = torch.promote_types(output.dtype, torch.float32)
-        return OutputNorms(self, torch.linalg.vector_norm(output, dim=-1, dtype=dtype), output.shape[-1])
+        norms = torch.linalg.vector_norm(output, dim=-1, dtype=dtype)
+        return OutputNorms(norms, self.multiplier, self.eps, output.shape[-1])
 
 
 class OutputNorms(NamedTuple):
-    """|a| of each token, `[batch, seq]`, for the output a of one attention: float32, or float64 for such an output."""
+    """|a| of each token, `[batch, seq]`, for the output a of one attention: float32, or float64 for such an output; and the
+    numbers that the layer had when it ran.
+    """
 
-    update: Update
     norms: Tensor
+    multiplier: float
+    eps: float
     width: int
 
 
 def scales(outputs: Sequence[OutputNorms]) -> Tensor:
     """The number c / rms(a) of each token, `[len(outputs), batch, seq]`; all at once where the layers have one c and eps."""
     norms = torch.stack([output.norms for output in outputs])
-    numbers = [(output.update.multiplier, output.update.eps, output.width) for output in outputs]
+    numbers = [output[1:] for output in outputs]
     if all(number == numbers[0] for number in numbers):
         scale = _scale(norms, *numbers[0])
     else:

@@ -113,6 +113,10 @@ class Waiting:
         for ended in forwards:
             if is_changed(ended.kept):
                 check_unchanged(ended.kept)  # which says of what
+            if [
+                x.data_ptr() for _, x, _ in ended.kept
+            ] != ended.addresses:  # somebody freed or replaced its data
+                raise RuntimeError(_REUSED)
         if overlap([span for ended in forwards for span in ended.spans()]):
             raise RuntimeError(_REUSED)
         moments = queue.moments
@@ -131,6 +135,6 @@ class Waiting:
 
 
 _REUSED = (
-    "inputs of earlier forwards were overwritten before they were measured: the model reuses its memory. "
+    "inputs of earlier forwards were overwritten or freed before they were measured: the model reuses its memory. "
     "HookManager(..., group_bytes=0) measures each input at once"
 )

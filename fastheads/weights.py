@@ -1,6 +1,6 @@
 """The dense W of an output projection, and what tells that it has changed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "UnsupportedWeightError",
     "checksum",
     "dense_weight",
+    "hold",
     "hold_key",
     "is_plain",
     "key_reader",
@@ -122,7 +123,12 @@ def key_reader(site: HeadSite) -> Callable[[], Parts]:
 
 def hold_key(site: HeadSite) -> list[StorageWeakRef]:
     """What keeps the storages in the key from giving their addresses to others, though not their memory."""
-    return [StorageWeakRef(t.untyped_storage()) for t in _tensors(_parts_reader(site.module)())]
+    return hold(_tensors(_parts_reader(site.module)()))
+
+
+def hold(tensors: Iterable[Tensor]) -> list[StorageWeakRef]:
+    """The same for any tensors."""
+    return [StorageWeakRef(t.untyped_storage()) for t in tensors]
 
 
 def moves_when_run(site: HeadSite) -> bool:

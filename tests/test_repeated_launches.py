@@ -577,6 +577,34 @@ def test_waiting_inputs_that_overlap_are_an_error():
             hooks.get_results()
 
 
+def test_an_input_that_is_freed_while_it_waits_is_an_error():
+    model = model_on_device()
+    held = []
+    model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda _m, args, _o: held.append(args[0]))
+    with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.inference_mode():
+        for i in range(4):
+            model(input_ids=some(2, 6, i), use_cache=False)
+        held[-1].data = torch.empty(1, device=DEVICE)
+        with pytest.raises(RuntimeError, match="overwritten or freed"):
+            hooks.get_results()
+
+
+def test_a_large_input_in_the_memory_of_one_that_waits_is_an_error():
+    model = model_on_device()
+    buffers, lengths = inference_buffers((1, 110, 64)), iter([4] * 3 + [110] * 3)
+    use_memory(model, lambda i: buffers[i][:, : next(lengths)], from_forward=3)
+    with (
+        fastheads.HookManager(model, "all", backend="triton", group_bytes=2**14) as hooks,
+        torch.inference_mode(),
+    ):
+        for i in range(4):
+            model(input_ids=some(1, 4, i), use_cache=False)
+        with pytest.raises(RuntimeError, match="overwritten or freed"):
+            model(input_ids=some(1, 110, 9), use_cache=False)
+        with pytest.raises(RuntimeError, match="that had ended: reset"):
+            hooks.get_results()
+
+
 @pytest.mark.parametrize("where", ["head", "layer"])
 def test_a_forward_that_overwrites_what_waits_and_fails_is_not_overlooked(where):
     model = model_on_device()

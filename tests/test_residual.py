@@ -511,3 +511,49 @@ def test_the_scales_of_layers_that_differ():
         torch.testing.assert_close(
             got.double(), torch.stack([want[i] for i in alike]), rtol=2e-6, atol=0, equal_nan=True
         )
+
+
+@pytest.mark.parametrize("form", ["plain", "parametrized", "wrapped"])
+def test_a_gain_is_followed_in_whatever_form_it_comes(form):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.eps = inner, inner.eps
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model = families.build("gemma2")
+    layer = model.model.layers[0]
+    norm = layer.post_attention_layernorm
+    weight, batch = norm.weight, families.batch("gemma2", MASK)
+    with fastheads.HookManager(model) as hooks, torch.no_grad():
+        model(**batch)
+        if form == "parametrized":
+            torch.nn.utils.parametrize.register_parametrization(norm, "weight", torch.nn.Identity())
+            weight = norm.parametrizations.weight.original
+        elif form == "wrapped":
+            layer.post_attention_layernorm = Wrapper(norm)
+        hooks.reset()
+        model(**batch)
+        before = hooks.get_results()[METRIC]["mean"][0]
+        weight.add_(1.0).mul_(3.0).sub_(1.0)  # Gemma's gain is 1 + weight
+        model(**batch)
+        after = hooks.get_results()[METRIC]["mean"][0]
+    torch.testing.assert_close(after, 2 * before, rtol=1e-5, atol=0)  # of gains of 1 and 3
+
+
+def test_an_epsilon_that_holds_for_one_call_is_the_one_that_counts():
+    model = families.build("gemma2")
+    layer, batch = model.model.layers[0], families.batch("gemma2", MASK)
+    norm = layer.post_attention_layernorm
+    plain = norm.eps
+    layer.register_forward_pre_hook(lambda *_: setattr(norm, "eps", 0.3))
+    layer.register_forward_hook(lambda *_: setattr(norm, "eps", plain))
+    found = []
+    with torch.no_grad():
+        for group_bytes in (0, 2**26):
+            with fastheads.HookManager(model, group_bytes=group_bytes) as hooks:
+                model(**batch)
+                found.append(hooks.get_results()[METRIC]["mean"][0])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
