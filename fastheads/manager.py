@@ -67,8 +67,8 @@ _captured: list[Any] = []
 class HookManager:
     """Profiles every attention head of `model` while it runs, without changing the run.
 
-    Attaches in the constructor; `remove()`, or leaving the `with` block, detaches. Of a batch nothing is
-    held but small inputs that are still to be measured (`group_bytes`).
+    Attaches in the constructor; `remove()`, or leaving the `with` block, detaches. Of a batch nothing is held but small
+    inputs that are still to be measured (`group_bytes`).
 
     Of a tensor-parallel model (`from_pretrained(..., tp_plan="auto")`) each rank measures its own heads. Attaching, forwards,
     `reset()`, `get_results()` and `to_profile()` are then for every rank alike, as the model's own calls are: a rank that leaves
@@ -468,7 +468,8 @@ class HookManager:
             assert queue.repeat is not None  # which serves it
             self._ran |= queue.repeat.rows
             return
-        self._waiting.check_not_overwritten(queue, [x for _, x, _ in kept])
+        # A generator: it is drawn only where something waits.
+        self._waiting.check_not_overwritten(queue, (x for _, x, _ in kept))
         if self._repeated(queue, kept, self._real):
             if scaled:
                 self._record_scaled(queue, scaled)

@@ -36,9 +36,8 @@ class KernelFactor:
     dtype: torch.dtype  # of x
     precision: str
     config: Config
-    plans: dict[object, tuple[Any, ...]] = field(
-        default_factory=dict
-    )  # of launches that this factor comes first in
+    # Of launches that this factor comes first in.
+    plans: dict[object, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def pieces(self) -> tuple[int, ...]:
