@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from fastheads._version import __version__
 
 if TYPE_CHECKING:
-    from fastheads.factors import StaleFactorError
+    from fastheads.errors import FastheadsError, NoSitesError, StaleFactorError, UnsupportedWeightError
     from fastheads.manager import HookManager
     from fastheads.results import HeadProfile
     from fastheads.runner import profile
-    from fastheads.sites import HeadSite, NoSitesError, find_sites
-    from fastheads.weights import UnsupportedWeightError
+    from fastheads.sites import HeadSite, find_sites
 
 __all__ = [
+    "FastheadsError",
     "HeadProfile",
     "HeadSite",
     "HookManager",
@@ -29,12 +29,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FastheadsError": "errors",
     "HeadProfile": "results",
     "HeadSite": "sites",
     "HookManager": "manager",
-    "NoSitesError": "sites",
-    "StaleFactorError": "factors",
-    "UnsupportedWeightError": "weights",
+    "NoSitesError": "errors",
+    "StaleFactorError": "errors",
+    "UnsupportedWeightError": "errors",
     "find_sites": "sites",
     "profile": "runner",
 }

@@ -11,8 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastheads.errors import OptionError
-from fastheads.factors import SiteFactor, StaleFactorError, WeightWatch
+from fastheads.errors import OptionError, StaleFactorError
+from fastheads.factors import SiteFactor, WeightWatch
 from fastheads.grouping import Profiled, Repeat
 from fastheads.metrics import (
     ContributionNorms,

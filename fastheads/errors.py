@@ -1,4 +1,7 @@
-"""What can go wrong with things that users hand in; each message is one line that says what to do."""
+"""Every error that a user of the library can meet. Each message is one line that says what to do.
+
+All derive from `FastheadsError`, and from the built-in exception that fits, so that `except ValueError` catches what it should.
+"""
 
 import signal
 from typing import TYPE_CHECKING
@@ -11,6 +14,38 @@ if TYPE_CHECKING:
 
 class FastheadsError(Exception):
     """The base of the errors below."""
+
+
+class NoSitesError(FastheadsError, ValueError):
+    """The model has no attention output projection that can be profiled."""
+
+
+class UnsupportedWeightError(FastheadsError, ValueError):
+    """The dense weight of a projection cannot be read with certainty."""
+
+
+class BackendError(FastheadsError, RuntimeError):
+    """The backend asked for cannot work here."""
+
+
+class TokensError(FastheadsError, ValueError):
+    """Which tokens of a call are valid, or where its sequences begin, cannot be told from its arguments."""
+
+
+class ForwardError(FastheadsError, RuntimeError):
+    """A forward cannot be measured. It is raised out of the forward, which then does not count."""
+
+
+class StaleFactorError(ForwardError):
+    """A projection's weight changed behind the factor: what was measured since may be wrong."""
+
+
+class VerificationError(ForwardError):
+    """The model does not do at a site what is measured there (`verify=True`)."""
+
+
+class ResultsError(FastheadsError, RuntimeError):
+    """The results would be wrong or incomplete, so that none are given."""
 
 
 class DataError(FastheadsError, ValueError):

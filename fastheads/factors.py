@@ -35,10 +35,6 @@ def _plain_mode() -> Iterator[None]:
         yield
 
 
-class StaleFactorError(RuntimeError):
-    """A projection's weight changed behind the factor: what was measured since may be wrong."""
-
-
 class SiteFactor:
     """The factor of one projection in the forms that backends read, kept as long as the weight it was made from stands.
 

@@ -17,10 +17,6 @@ from torch import Tensor, nn
 from fastheads.retrace import plain_function
 
 
-class UnsupportedWeightError(ValueError):
-    """The projection's dense weight cannot be had with certainty."""
-
-
 class NotDenseError(Exception):
     """Why the weight cannot be read, to be said after the projection's name."""
 

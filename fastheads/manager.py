@@ -27,8 +27,8 @@ from fastheads.channels import (
     channel_of_updates,
 )
 from fastheads.dispatch import PRECISIONS
-from fastheads.errors import OptionError
-from fastheads.factors import SiteFactor, StaleFactorError
+from fastheads.errors import OptionError, StaleFactorError
+from fastheads.factors import SiteFactor
 from fastheads.fingerprint import fingerprint
 from fastheads.grouping import (
     OVERWRITTEN,

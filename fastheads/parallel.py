@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.forms import NotDenseError, UnsupportedWeightError, is_dtensor, plain_forward, qualified_name
+from fastheads.errors import UnsupportedWeightError
+from fastheads.forms import NotDenseError, is_dtensor, plain_forward, qualified_name
 from fastheads.metrics import METRICS, relative_to_layer
 from fastheads.moments import Moments, RunningMoments
 from fastheads.retrace import plain_function

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fastheads.errors import OptionError
+from fastheads.errors import NoSitesError, OptionError
 
 # The output projection of an attention module, as a path from it; the first that is there is taken. ".." is the module's parent,
 # if that is an attention module too: a BERT-like keeps the projection beside the attention.
@@ -75,10 +75,6 @@ REFUSED_IF: dict[str, tuple[Callable[[Any], bool], str]] = {
         "with slow_but_exact it never calls its output projection: set config.slow_but_exact = False",
     ),
 }
-
-
-class NoSitesError(ValueError):
-    """The model has no attention output projection that can be profiled."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastheads.errors import VerificationError
 from fastheads.numerics import exact_arithmetic
 from fastheads.sites import HeadSite, heads_per_unit
 from fastheads.weights import dense_weight
@@ -21,10 +22,6 @@ from fastheads.weights import dense_weight
 CHECKED_TOKENS = 256
 # Errors of a product, in units of rounding: what libraries do beyond rounding each product once.
 SLACK = 2.0
-
-
-class VerificationError(RuntimeError):
-    """The model does not do at a site what is measured there."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastheads import offload, parallel
+from fastheads.errors import UnsupportedWeightError
 from fastheads.forms import (
     MODULES,
     TENSORS,
     Form,
     NotDenseError,
     Parts,
-    UnsupportedWeightError,
     is_dtensor,
     is_transposed,
     leaves,
@@ -27,7 +27,6 @@ from fastheads.retrace import plain_function
 from fastheads.sites import HeadSite
 
 __all__ = [
-    "UnsupportedWeightError",
     "checksum",
     "dense_weight",
     "hold",
