@@ -2,69 +2,147 @@
 
 `torch.compile(model)` compiles the forward of a transformers model, but calls the hooks of the model itself outside that graph.
 Left alone, Dynamo would make a small graph of each: guards, copies and launches that cost more than the hook.
+
+All managers on a module share one hook before it and one behind it, which stay the last ones: they see the arguments that the
+forward is given, and a forward counts only when no hook of others can fail any more.
 """
 
-import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fastheads.errors import ForwardError
+from fastheads.forward import frame_of_call
 
 
 class Boundary(Protocol):
     """What is told of a forward's start and end: a HookManager."""
 
-    def start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call of the model or its decoder begins."""
+    def start(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None
+    ) -> None:
+        """A call of the model or its decoder begins; `frame` is torch's of that call."""
 
-    def finish(self, module: nn.Module) -> None:
-        """It returned."""
+    def finish(self, module: nn.Module, frame: FrameType | None) -> None:
+        """It returned: measure what is left. May raise, and then the forward does not count."""
 
-    def abandon(self, module: nn.Module) -> None:
-        """It returned or raised."""
+    def commit(self, module: nn.Module, frame: FrameType | None) -> None:
+        """It returned, and nothing raised: if it is the outermost, the forward counts."""
+
+    def abandon(self, module: nn.Module, frame: FrameType | None) -> None:
+        """It returned or raised; the last call of these."""
+
+    def start_traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`start`, as Dynamo traces it."""
+
+    def finish_traced(self, module: nn.Module) -> None:
+        """`finish` and `commit`, as Dynamo traces them."""
 
 
 class _Shared:
-    """A reference that a copy of the model shares: a copy of the manager would count twice."""
+    """The managers on one module. A copy of the model shares it: a copy of a manager would count twice."""
 
-    def __init__(self, boundary: Boundary) -> None:
-        self.boundary = boundary
+    def __init__(self) -> None:
+        self.boundaries: tuple[Boundary, ...] = ()
+        self.handles: list[Any] = []
+        # Arguments that hooks of others may yet change, by torch's frame of the call.
+        self.given: dict[FrameType | None, _Snapshot] = {}
 
     def __deepcopy__(self, memo: Any) -> "_Shared":
         return self
 
 
-def _start(shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    shared.boundary.start(module, args, kwargs)
+_shared: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
 
 
-def _end(shared: _Shared, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-    try:
-        if not _raised():
-            shared.boundary.finish(module)
-    finally:
-        shared.boundary.abandon(module)  # nothing, where it has just finished
-
-
-def _end_in_graph(shared: _Shared, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
-    shared.boundary.finish(module)
-
-
-_CALL = nn.Module._call_impl.__code__
-_INNER_CALL = f"{_CALL.co_qualname}.<locals>.inner"
-
-
-def _raised() -> bool:
-    """Whether torch calls this hook because the forward raised: it then does so outside the function that runs the others."""
-    frame = sys._getframe(2)
-    while frame.f_code is not _CALL:
-        if frame.f_code.co_qualname == _INNER_CALL:
-            return False
-        assert frame.f_back is not None  # torch calls hooks from there alone
-        frame = frame.f_back
+def _keep_last(hooks: "OrderedDict[int, Any]", own: int) -> bool:
+    """Move the hook to the end; True if it was there."""
+    if next(reversed(hooks)) == own:
+        return True
+    if own in hooks:  # not on a copy of the module
+        hooks.move_to_end(own)
+        return False
     return True
+
+
+def _start(shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not shared.handles:
+        return
+    frame, _ = frame_of_call()
+    before, behind = (handle.id for handle in shared.handles)
+    _keep_last(module._forward_hooks, behind)  # type: ignore[arg-type]
+    if not _keep_last(module._forward_pre_hooks, before):  # type: ignore[arg-type]
+        shared.given[frame] = _Snapshot(args, kwargs)  # those that come after it may change them
+    for boundary in shared.boundaries:
+        boundary.start(module, args, kwargs, frame)
+
+
+def _end(
+    shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+) -> None:
+    frame, raised = frame_of_call()
+    try:
+        given = shared.given.pop(frame, None)
+        if not raised:
+            if given is not None and not given.is_of(args, kwargs):
+                raise ForwardError(
+                    f"a forward pre-hook that was registered on {type(module).__name__} after the profiling hooks changed its "
+                    "arguments: this forward is not counted, later ones are"
+                )
+            if shared.handles and not _keep_last(module._forward_hooks, shared.handles[1].id):  # type: ignore[arg-type]
+                raise ForwardError(
+                    f"a forward hook was registered on {type(module).__name__} during its forward, and may yet fail: this one is "
+                    "not counted, later ones are"
+                )
+            for boundary in shared.boundaries:
+                boundary.finish(module, frame)
+            for boundary in shared.boundaries:
+                boundary.commit(module, frame)
+    finally:
+        for boundary in shared.boundaries:
+            boundary.abandon(module, frame)
+
+
+class _Snapshot:
+    """The arguments of a call, to tell whether somebody replaced or changed one of them."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._names, self._values = list(kwargs), [*args, *kwargs.values()]
+        self._versions = list(map(_version, self._values))
+
+    def is_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """True if these are the same ones, unchanged."""
+        values = [*args, *kwargs.values()]
+        return (
+            list(kwargs) == self._names
+            and len(values) == len(self._values)
+            and all(one is other for one, other in zip(values, self._values, strict=True))
+            and list(map(_version, values)) == self._versions
+        )
+
+
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
+def _start_in_graph(
+    shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    for boundary in shared.boundaries:
+        boundary.start_traced(module, args, kwargs)
+
+
+def _end_in_graph(
+    shared: _Shared, module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any
+) -> None:
+    for boundary in shared.boundaries:
+        boundary.finish_traced(module)
 
 
 def _plain_or_traced(hook: Callable[..., None], traced: Callable[..., None]) -> Callable[..., None]:
@@ -74,14 +152,35 @@ def _plain_or_traced(hook: Callable[..., None], traced: Callable[..., None]) -> 
     return plain
 
 
-_plain_start, _plain_end = _plain_or_traced(_start, _start), _plain_or_traced(_end, _end_in_graph)
+_plain_start = _plain_or_traced(_start, _start_in_graph)
+_plain_end = _plain_or_traced(_end, _end_in_graph)
 
 
-def register(boundary: Boundary, module: nn.Module) -> list[Any]:
-    """Tell `boundary` of the calls of `module`: the handles of the hooks."""
-    shared = _Shared(boundary)
-    # partial and not a function around them: that would be a frame that Dynamo compiles.
-    return [
-        module.register_forward_pre_hook(partial(_plain_start, shared), with_kwargs=True),
-        module.register_forward_hook(partial(_plain_end, shared), always_call=True),
-    ]
+class _Handle:
+    def __init__(self, boundary: Boundary, module: nn.Module) -> None:
+        self._boundary, self._module = boundary, module
+
+    def remove(self) -> None:
+        shared = _shared.get(self._module)
+        if shared is None:
+            return
+        shared.boundaries = tuple(other for other in shared.boundaries if other is not self._boundary)
+        if not shared.boundaries:
+            for handle in shared.handles:
+                handle.remove()
+            shared.handles = []
+            del _shared[self._module]
+
+
+def register(boundary: Boundary, module: nn.Module) -> _Handle:
+    """Tell `boundary` of the calls of `module`, until the handle that is returned is removed."""
+    shared = _shared.get(module)
+    if shared is None:
+        shared = _shared[module] = _Shared()
+        # partial and not a function around them: that would be a frame that Dynamo compiles.
+        shared.handles = [
+            module.register_forward_pre_hook(partial(_plain_start, shared), with_kwargs=True),
+            module.register_forward_hook(partial(_plain_end, shared), with_kwargs=True, always_call=True),
+        ]
+    shared.boundaries += (boundary,)
+    return _Handle(boundary, module)

@@ -98,8 +98,7 @@ class _Samples:
         n, _, _, heads = self.values.shape
         first = others[0]
         return (
-            first.moments is self.moments
-            and (first.values.shape[0], first.values.shape[3]) == (n, heads)
+            (first.values.shape[0], first.values.shape[3]) == (n, heads)
             and (first.present is None) == (self.present is None)
             and not any(row in other.rows for other in others for row in self.rows)
         )
@@ -142,10 +141,8 @@ class Dispatcher:
                 self.factors[row].kernel(weight.dtype, precision)
         self._watch = WeightWatch(self.factors.values())
         self._forms: dict[tuple[Any, ...], tuple[Any, ...]] = {}
-        self._waiting: list[_Samples] = []
+        self.generation = 0  # how often factors followed a weight that had changed
         self._ranks = ranks
-        # Those that wait for the other ranks' heads: one sum at the end serves all.
-        self._local: list[_Samples] = []
         # row -> (its bank, its place in it, its view of it)
         self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._fill_banks()
@@ -209,8 +206,8 @@ class Dispatcher:
                 taken = _Samples(moments, list(rows[part]), values, present)
                 if self._ranks is None:
                     self._merge_later(taken)
-                else:
-                    self._local.append(taken)
+                else:  # one sum at the end serves all
+                    moments.batches.append(taken)
 
     def repeat(
         self,
@@ -259,32 +256,33 @@ class Dispatcher:
         self._forms = {}  # to be asked for again, so that they are verified again
         return [factor.site.name for factor in self.factors.values() if not factor.verify()]
 
-    def finish(self) -> None:
-        """Merge the samples that wait. To be called before anybody looks at the moments; on every rank, where there are some."""
-        if self._local and self._ranks is not None:
-            local, self._local = self._local, []
+    def finish(self, moments: RunningMoments) -> None:
+        """Merge the samples that wait for `moments`. To be called before anybody looks at these; on every rank, where there are
+        some.
+        """
+        if self._ranks is not None and moments.batches:
+            local, moments.batches = moments.batches, []
             self._ranks.relate([part.values for part in local])
             for part in local:
                 self._merge_later(part)
-        waiting, self._waiting = self._waiting, []
+        self._merge(moments)
+
+    def _merge(self, moments: RunningMoments) -> None:
+        waiting, moments.batches = moments.batches, []
         if waiting:
             first = waiting[0]
             rows = [row for part in waiting for row in part.rows]
             values = torch.cat([part.values for part in waiting], dim=2) if len(waiting) > 1 else first.values
-            first.moments.update(_as_slice(rows), values, first.present)
-
-    def discard(self) -> None:
-        """Forget the samples that wait."""
-        self._waiting = []
-        self._local = []
+            moments.update(_as_slice(rows), values, first.present)
 
     def _merge_later(self, part: "_Samples") -> None:
         """Samples are small and a merge is many small steps: those of several layers are merged at once."""
-        if self._waiting and not part.joins(self._waiting):
-            self.finish()
-        self._waiting.append(part)
+        waiting = part.moments.batches
+        if waiting and not part.joins(waiting):
+            self._merge(part.moments)
+        part.moments.batches.append(part)
         if part.values.numel() > LATE_ELEMENTS:
-            self.finish()
+            self._merge(part.moments)
 
     def _batches(self, rows: Sequence[int], backend: str) -> list[slice]:
         """The group as one batch where its factors lie side by side, else layer by layer."""
@@ -339,6 +337,7 @@ class Dispatcher:
         if self._watch.moved():
             if before is not None:
                 before()
+            self.generation += 1
             self._watch.refresh()
             self._forms = {}
 
@@ -353,13 +352,15 @@ class Dispatcher:
         self._watch.mark_changed()
         self._forms = {}
 
-    def check_unmoved(self) -> None:
-        """Raises StaleFactorError where a weight changed during a forward."""
-        if not self._watch.moved():
+    def check_unmoved(self, generation: int) -> None:
+        """Raises StaleFactorError where a weight changed during a forward, at whose start `generation` was what it was then."""
+        if generation == self.generation and not self._watch.moved():
             return
         moved = [
             factor.site.name for factor in self.factors.values() if factor.moved() and not factor.moves_itself
         ]
+        if generation != self.generation:  # another forward that began meanwhile let the factors follow
+            moved = moved or ["some projections"]
         if moved:
             raise StaleFactorError(
                 f"the weight of {', '.join(moved)} changed during a forward, which was not counted: "

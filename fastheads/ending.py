@@ -77,5 +77,5 @@ class EarlyEnd:
 
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
         if module is self._last and self._hooks is not None:  # and no copy of it
-            self._hooks.finish(self.decoder)
+            self._hooks.end_forward()
             raise _EnoughError

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from functools import reduce
 from itertools import pairwise
 from operator import attrgetter, or_, sub
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastheads.moments import CommittedMoments
+from fastheads.errors import ForwardError
+from fastheads.moments import CommittedMoments, PendingMoments
 from fastheads.residual import OutputNorms
 from fastheads.sites import HeadSite
 from fastheads.tokens import RealTokens
@@ -31,7 +32,7 @@ class Profiled:
 
     row: int
     site: HeadSite
-    queue: "DeviceQueue"
+    queue: "DeviceQueue[CommittedMoments]"
 
     def __post_init__(self) -> None:
         self.name = self.site.name
@@ -120,6 +121,8 @@ class Repeat:
         """Those of the inputs; None where it is not certain that these launches serve them, or an input was changed."""
         profiled, inputs, versions = map(list, zip(*kept, strict=True))
         if profiled != self._profiled or not self._takes(real.valid) or real.bounds is not None:
+            return None
+        if real.tokens != self._shape[:2]:
             return None
         if versions != self._no_versions and (None in versions or versions != list(map(_VERSION, inputs))):
             return None
@@ -283,12 +286,15 @@ class Backlog:
         self._pays = True
 
 
+M = TypeVar("M", bound=PendingMoments)
+
+
 @dataclass(eq=False)
-class DeviceQueue:
+class DeviceQueue(Generic[M]):
     """The moments on one device, and the inputs kept there for the launch to come."""
 
     device: torch.device
-    moments: CommittedMoments
+    moments: M
     budget: int  # bytes; an input that does not fit is not kept
     kept: list[Kept] = field(default_factory=list)
     scaled: list[Scaled] = field(
@@ -297,6 +303,7 @@ class DeviceQueue:
     room: int = (
         -1
     )  # bytes that may still be kept; -1 while no call of the decoder is under way in plain Python
+    thread: int = 0  # the one that runs the forward whose inputs are kept
     repeat: Repeat | None = None
     backlog: Backlog = field(default_factory=Backlog)
     recorded: bool = False  # whether the forward under way has samples in the pending moments
@@ -309,9 +316,9 @@ class DeviceQueue:
         # Bytes of the largest input worth keeping.
         self.largest = min(self.budget, CPU_KEEP_BYTES) if self.device.type == "cpu" else self.budget
 
-    def open(self) -> None:
-        """From now on inputs may be kept."""
-        self.room = self.budget - self.backlog.size
+    def open(self, thread: int) -> None:
+        """From now on inputs of this thread may be kept."""
+        self.room, self.thread = self.budget - self.backlog.size, thread
 
     def close(self) -> None:
         """No input may be kept until `open`; those that are go."""
@@ -370,10 +377,15 @@ class DeviceQueue:
         self.stream.wait_stream(current)
 
 
-def check_form(site: Profiled | TracedSite, x: Tensor) -> None:
-    """Raises RuntimeError for an input that is not `[batch, seq, width]`."""
+def check_form(site: Profiled | TracedSite, x: Tensor, real: RealTokens) -> None:
+    """Raises ForwardError for an input that is not `[batch, seq, width]` over the tokens of the decoder's call."""
     if x.dim() != 3 or x.shape[-1] != site.width:
-        raise RuntimeError(f"{site.name}: expected an input [batch, seq, {site.width}], got {list(x.shape)}")
+        raise ForwardError(f"{site.name}: expected an input [batch, seq, {site.width}], got {list(x.shape)}")
+    if real.tokens != x.shape[:2]:
+        raise ForwardError(
+            f"{site.name}: its input is over {list(x.shape[:2])} tokens and the decoder's call over {real.described()}: the "
+            "model pads, shortens, splits or transposes its sequences on the way, so that its valid tokens are not known"
+        )
 
 
 def _apart(inputs: Sequence[Tensor]) -> bool:
@@ -394,7 +406,7 @@ def is_changed(kept: list[Kept]) -> bool:
 
 
 def check_unchanged(kept: list[Kept]) -> None:
-    """Raises RuntimeError where a kept input was changed, or may have been: another one lies in the same memory."""
+    """Raises ForwardError where a kept input was changed, or may have been: another one lies in the same memory."""
     if _apart([x for _, x, _ in kept]) and not is_changed(kept):
         return
     storages: set[int] = set()
@@ -403,7 +415,7 @@ def check_unchanged(kept: list[Kept]) -> None:
         changed = version is not None and x._version != version
         if changed or (storage in storages and x.numel()):
             what = "modified in place" if changed else "overwritten"
-            raise RuntimeError(f"the input of {profiled.name} {OVERWRITTEN.format(what)}")
+            raise ForwardError(f"the input of {profiled.name} {OVERWRITTEN.format(what)}")
         storages.add(storage)
 
 

@@ -8,7 +8,7 @@ Within a batch the mean is found first and the squares are taken around it. Batc
 Counts are int64 and the rest float64: 10⁹ samples lose nothing, and no sum of squares is ever subtracted.
 """
 
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -92,13 +92,14 @@ class RunningMoments:
 
     def __init__(self, metrics: int, rows: int, heads: int, device: torch.device) -> None:
         self.buffer = torch.empty(PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
+        self.batches: list[Any] = []  # samples that are not merged yet: of the dispatcher
         self.clear()
 
     @classmethod
     def over(cls, buffer: Tensor) -> Self:
         """The moments that `buffer` holds; shares its memory."""
         moments = cls.__new__(cls)
-        moments.buffer = buffer
+        moments.buffer, moments.batches = buffer, []
         return moments
 
     def clear(self) -> None:
@@ -124,24 +125,55 @@ class RunningMoments:
             plane[:, rows, :heads] = new
 
 
-class CommittedMoments:
+def _buffer(metrics: int, rows: int, heads: int, device: torch.device, channels: int) -> Tensor:
+    """Memory for moments, float64 `[channels, 6, metrics, rows, heads]`."""
+    device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+    with torch.inference_mode(False):  # an inference tensor could not be updated outside inference mode
+        return torch.empty(channels, PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
+
+
+def merged_buffers(one: Tensor, other: Tensor) -> Tensor:
+    """The moments of both, as new memory `[channels, 6, metrics, rows, heads]`."""
+    merged = torch.empty_like(one)
+    for target, left, right in zip(merged, one, other, strict=True):
+        planes = RunningMoments.over(left).views().merged(RunningMoments.over(right).views())
+        for plane, new in zip(RunningMoments.over(target).views(), planes, strict=True):
+            plane.copy_(new)
+    return merged
+
+
+class PendingMoments:
+    """The samples of one forward that runs beside another one, by channel: merged into the committed moments when it ends."""
+
+    def __init__(self, metrics: int, rows: int, heads: int, device: torch.device, channels: int = 1) -> None:
+        self.pending_buffer = _buffer(metrics, rows, heads, device, channels)
+        self.pending = [RunningMoments.over(channel) for channel in self.pending_buffer]
+        for moments in self.pending:
+            moments.clear()
+
+    def like(self) -> "PendingMoments":
+        """Moments of the same shape on the same device, without samples."""
+        channels, _, metrics, rows, heads = self.pending_buffer.shape
+        return PendingMoments(metrics, rows, heads, self.pending_buffer.device, channels)
+
+
+class CommittedMoments(PendingMoments):
     """Running moments twice: `pending` takes the samples of a forward, `committed` holds those of forwards that ended normally.
 
     Both are lists by channel (`fastheads.channels`). Beginning and committing are one copy each on the device, which a CUDA graph
-    can capture.
+    can capture. Forwards that run beside the one that `pending` serves (in other threads, or called inside it) have
+    `PendingMoments` of their own, which `add` merges.
     """
 
     def __init__(self, metrics: int, rows: int, heads: int, device: torch.device, channels: int = 1) -> None:
-        device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
-        with torch.inference_mode(False):  # an inference tensor could not be updated outside inference mode
-            # [channels, 6, metrics, rows, heads]; two tensors, for compilers copy what shares memory
-            self.committed_buffer, self.pending_buffer = (
-                torch.empty(channels, PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
-                for _ in range(2)
-            )
-        self.pending = [RunningMoments.over(channel) for channel in self.pending_buffer]
+        super().__init__(metrics, rows, heads, device, channels)
+        # A tensor of its own, for compilers copy what shares memory.
+        self.committed_buffer = _buffer(metrics, rows, heads, device, channels)
         self._begun = False  # since the last commit: pending may hold what committed does not
-        self._begun_in_graph = False  # what a graph leaves pending, Python does not know
+        self._begun_in_graph = (
+            False  # a CUDA graph begins by itself, and what it leaves pending Python does not know
+        )
+        self._added: Tensor | None = None  # what other forwards committed since this one began
         self.clear()
 
     @property
@@ -153,10 +185,9 @@ class CommittedMoments:
 
         `always`: also where nothing was begun since the last commit as far as Python knows, for graphs and what they leave.
         """
-        if always or self._begun:
+        if always or self._begun or self._begun_in_graph:
             self.pending_buffer.copy_(self.committed_buffer)
-        if always:
-            self._begun_in_graph = True
+        self._added = None
         self._begun = True
 
     def is_even(self) -> bool:
@@ -165,12 +196,30 @@ class CommittedMoments:
 
     def commit(self) -> None:
         """End a forward: its samples count."""
+        if self._added is not None:
+            self.pending_buffer.copy_(merged_buffers(self.pending_buffer, self._added))
+            self._added = None
         self.committed_buffer.copy_(self.pending_buffer)
         self._begun = False
 
     def leave(self) -> None:
         """End a forward that put nothing here."""
-        self._begun = False
+        if self._added is None:
+            self._begun = False
+        self._added = None
+
+    def add(self, samples: Tensor) -> None:
+        """Commit `samples` `[channels, 6, metrics, rows, heads]` of another forward than the one that may be under way."""
+        total = merged_buffers(self.committed_buffer, samples)
+        # First what the forward under way will commit, for it overwrites what is committed.
+        self._added = samples.clone() if self._added is None else merged_buffers(self._added, samples)
+        self.committed_buffer.copy_(total)
+        if not self._begun:  # none is under way: the next one begins with a copy
+            self._added, self._begun = None, True
+
+    def begun_in_graph(self) -> None:
+        """A CUDA graph that is captured begins a forward by itself: each that is begun in Python copies from now on."""
+        self._begun_in_graph = True
 
     def distrust(self) -> None:
         """What is pending may be more than what is committed, between forwards too."""
@@ -180,6 +229,7 @@ class CommittedMoments:
         """Forget every sample, in place."""
         for moments in (*self.committed, *self.pending):
             moments.clear()
+        self._added = None
 
     def freeze(self) -> None:
         """Hold the committed moments in memory that no CUDA graph knows."""

@@ -18,6 +18,9 @@ class Recorder(Protocol):
     def trace(self, module: nn.Module, args: tuple[Any, ...], site: Any) -> None:
         """Dynamo traces a call of a projection; `site` is what `retrace.add_tap` was given."""
 
+    def begin_in_graph(self, pending: Tensor, committed: Tensor) -> None:
+        """A graph begins a whole forward: copy the committed moments to the pending ones."""
+
     def record_in_graph(
         self,
         *,
@@ -82,6 +85,13 @@ def record(
         )
 
 
+def begin(pending: Tensor, committed: Tensor, handle: int) -> None:
+    """Begin a forward that a graph holds as a whole. Raises ForwardError where another one is under way."""
+    recorder = recorder_of(handle)
+    if recorder is not None:
+        recorder.begin_in_graph(pending, committed)
+
+
 # Not by torch.library.custom_op, which wraps each call in 16 µs of Python that serve autograd: the inputs are detached.
 _library = torch.library.Library("fastheads", "FRAGMENT")
 _library.define(
@@ -89,6 +99,9 @@ _library.define(
     "Tensor? valid, Tensor? bounds, Tensor? scale) -> ()"
 )
 _library.impl("record", record, "CompositeExplicitAutograd")
+_library.define("begin(Tensor(a!) pending, Tensor committed, int handle) -> ()")
+_library.impl("begin", begin, "CompositeExplicitAutograd")
 
 
 torch.library.register_fake("fastheads::record", lambda *_, **__: None, lib=_library)
+torch.library.register_fake("fastheads::begin", lambda *_: None, lib=_library)

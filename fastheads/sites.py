@@ -77,6 +77,13 @@ REFUSED_IF: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+# Packages whose attention gives its projection [seq, batch, width].
+SEQUENCE_FIRST = ("transformers.models.fsmt.",)
+# Packages whose attention gives it [batch, seq, width], and those whose modules stand between an attention and its projection.
+BATCH_FIRST = ("transformers.",)
+BETWEEN = ("torch.", "peft.", "fastheads.")
+
+
 @dataclass(frozen=True)
 class HeadSite:
     """One attention output projection: its input is `[batch, seq, num_heads * head_dim]`.
@@ -147,6 +154,29 @@ def sites_of_layers(sites: list[HeadSite], layers: list[int] | None) -> dict[int
             f"layers must name some of the layers {min(known)} to {max(known)} that have a site, not {layers}"
         )
     return {row: site for row, site in rows.items() if site.layer in layers}
+
+
+def is_sequence_first(model: nn.Module, site: HeadSite) -> bool:
+    """True if the projection's input is `[seq, batch, width]`."""
+    return type(_attention_of(model, site)).__module__.startswith(SEQUENCE_FIRST)
+
+
+def has_known_layout(model: nn.Module, site: HeadSite) -> bool:
+    """True if a table says which dimension of the projection's input is the batch. None does of a forward that somebody put in
+    the place of the attention's own.
+    """
+    owner = _attention_of(model, site)
+    return type(owner).__module__.startswith(BATCH_FIRST) and "forward" not in vars(owner)
+
+
+def _attention_of(model: nn.Module, site: HeadSite) -> nn.Module:
+    """The module that calls the projection."""
+    parts = site.name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        above = model.get_submodule(".".join(parts[:depth]))
+        if not type(above).__module__.startswith(BETWEEN):
+            return above
+    return model
 
 
 def heads_per_unit(owner: nn.Module) -> int:

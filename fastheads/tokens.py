@@ -6,14 +6,24 @@ cache. A sequence is one row of one call, or one segment of a packed row. What c
 """
 
 import inspect
+import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastheads.errors import TokensError
+
+# Decoders that take several rows of ids for each row of tokens: the attribute that says how many.
+ROWS_OF_IDS = {r"^Musicgen": "num_codebooks"}
+
+# How many tokens a decoder's call may have, (batch, seq): None where its arguments leave the second open.
+Shape = tuple[int, int | None]
 
 # An additive mask forbids with -10,000 (-9,984 in bfloat16) or less (-1e9, the dtype's lowest number, -inf), and may hold a bias
 # where it does not.
@@ -33,11 +43,30 @@ class RealTokens:
     `bounds` is None where each row is a sequence. Of packed rows it is int64 `[N + 1]`: sequence n is the tokens `bounds[n]` to
     `bounds[n + 1] - 1` of all B·S, row after row. Sequences may be empty (they give no samples): where only the device knows how
     many there are, N is B·S. `valid` is then never None.
+
+    `tokens` is (B, S); None where the arguments do not settle it. Then it is one of `shapes`, the one that the first attention
+    output has (`settled`).
     """
 
     valid: Tensor | None = None
     skip_first: int = 0
     bounds: Tensor | None = None
+    tokens: tuple[int, int] | None = None
+    shapes: tuple[Shape, ...] = ()
+
+    def settled(self, shape: Sequence[int]) -> "RealTokens":
+        """The same of a call whose first attention output is `[B, S, ...]`, if it may have so many tokens."""
+        batch, seq = shape[0], shape[1]
+        fits = any(batch == b and s in (seq, None) for b, s in self.shapes)
+        return replace(self, tokens=(batch, seq)) if fits else self
+
+    def described(self) -> str:
+        """The number of tokens, for messages."""
+        known = self.shapes if self.tokens is None else (self.tokens,)
+        return (
+            " or ".join(f"[{b}, {'?' if s is None else s}]" for b, s in known)
+            or "an unknown number of tokens"
+        )
 
     def mask(self, x: Tensor) -> Tensor | None:
         """Bool `[B, S]` for `x` `[B, S, ...]` on x's device, or None where every token is real."""
@@ -50,7 +79,7 @@ class RealTokens:
         if valid.shape[0] == 1 and batch > 1:
             valid = valid.expand(batch, -1)  # one mask for all rows
         if valid.shape != (batch, seq):
-            raise ValueError(
+            raise TokensError(
                 f"the attention mask speaks of {list(valid.shape)} tokens, but an attention output is {[batch, seq]}"
             )
         return valid.to(x.device, non_blocking=True)
@@ -126,45 +155,103 @@ class DecoderArguments:
     """Reads the real tokens off the arguments of a decoder's `forward`."""
 
     def __init__(self, decoder: nn.Module) -> None:
-        parameters = inspect.signature(decoder.forward).parameters.values()
-        self._positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        self._decoder = decoder
+        self._here = threading.local()  # `token_mask`, of this thread's calls
+        self._rows_of_ids = next(
+            (name for kind, name in ROWS_OF_IDS.items() if re.search(kind, type(decoder).__name__)), None
+        )
+        self._read_signature()
+
+    def _read_signature(self) -> None:
+        self._forward = vars(self._decoder).get("forward")
+        parameters = inspect.signature(self._decoder.forward).parameters.values()
+        named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self._positional = [p.name for p in parameters if p.kind in named]
         # How some decoders are told of padding that is not read here (FSMT, XLM, XLNet); empty for all others.
         self._unread = [p for p in ("decoder_padding_mask", "lengths", "input_mask") if p in self._positional]
-        self._decoder = decoder
-        self._token_mask: TokenMask | None = None
+
+    def follow_signature(self) -> None:
+        """Read the names of the arguments anew where somebody gave the decoder another `forward`."""
+        if vars(self._decoder).get("forward") is not self._forward:
+            self._read_signature()
 
     @contextmanager
     def overridden(self, token_mask: TokenMask) -> Iterator[None]:
-        """A context in which `token_mask` says which tokens are padding, and no attention mask is read."""
+        """A context in which `token_mask` says which tokens are padding in this thread's calls, and no attention mask is read."""
         if not isinstance(token_mask, Tensor) and not callable(token_mask):
-            raise ValueError(f"token_mask must be a tensor or a function, not {type(token_mask).__name__}")
-        before, self._token_mask = self._token_mask, token_mask
+            raise TokensError(f"token_mask must be a tensor or a function, not {type(token_mask).__name__}")
+        before = getattr(self._here, "token_mask", None)
+        self._here.token_mask = token_mask
         try:
             yield
         finally:
-            self._token_mask = before
+            self._here.token_mask = before
 
     def real_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any], skip_first: int) -> RealTokens:
-        """Raises ValueError for arguments whose real tokens cannot be told: masks of unknown form, wrong `cu_seq_lens_q`."""
+        """Raises TokensError for arguments whose real tokens cannot be told: masks of unknown form, wrong `cu_seq_lens_q`,
+        positional ones without a name.
+        """
+        if len(args) > len(self._positional):
+            raise TokensError(
+                f"the decoder's forward names {len(self._positional)} of {len(args)} positional arguments, so that its mask is "
+                "not known: give them by keyword (input_ids=..., attention_mask=...), or wrap the forward with functools.wraps"
+            )
         given = dict(zip(self._positional, args, strict=False)) | kwargs
         mask, cache, bounds = given.get("attention_mask"), given.get("past_key_values"), None
         if isinstance(mask, Mapping):  # one for each type of layer; windows hide tokens that are real
             mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
         if given.get("cu_seq_lens_q") is not None:
-            bounds = _given_bounds(given)
-            mask = _mask_beside_bounds(mask, given)
+            bounds = _given_bounds(given, self._tokens_of(given))
+            mask = _mask_beside_bounds(mask, self._tokens_of(given))
         elif mask is None and cache is None:
             bounds = self._bounds_of_positions(given)
-        valid = None if self._token_mask is None else self._told(self._token_mask, given)
+        token_mask = getattr(self._here, "token_mask", None)
+        valid = None if token_mask is None else self._told(token_mask, given)
         if valid is None and mask is not None:
             valid = _valid(mask, given, cache, self._past(given, cache))
         elif valid is None and self._unread:
             self._check_unread(given)
         if bounds is not None:
-            valid = _within(bounds, valid, skip_first, _tokens_of(given))
+            valid = _within(bounds, valid, skip_first, self._tokens_of(given))
         elif skip_first and valid is not None:
             valid = valid & (valid.cumsum(dim=1) > skip_first)
-        return RealTokens(valid, skip_first, bounds)
+        shapes = self._shapes(given)
+        tokens = None
+        if len(shapes) == 1 and shapes[0][1] is not None:
+            tokens = (shapes[0][0], shapes[0][1])
+        return RealTokens(valid, skip_first, bounds, tokens, shapes)
+
+    def _shapes(self, given: dict[str, Any]) -> tuple[Shape, ...]:
+        """How many tokens the call may have; empty where nothing tells."""
+        ids = given.get("input_ids")
+        if isinstance(ids, Tensor) and ids.dim():
+            shape = ids.shape
+            if ids.dim() == 1:
+                return ((1, shape[0]),)
+            if ids.dim() > 2:  # several ids a token (Csm), or several texts a row (GPT-2's double heads)
+                return ((shape[0], shape[1]), (shape[:-1].numel(), shape[-1]))
+            rows = 1 if self._rows_of_ids is None else getattr(self._decoder, self._rows_of_ids)
+            return ((shape[0] // rows, shape[1]),)
+        for name in ("inputs_embeds", "hidden_states"):
+            found = given.get(name)
+            if isinstance(found, Tensor) and found.dim() > 2:
+                return ((found.shape[0], found.shape[1]),)
+        # Pictures and sounds: a row is a sequence of patches or frames, how many the model decides.
+        first = next((value for value in given.values() if isinstance(value, Tensor) and value.dim()), None)
+        return () if first is None else ((first.shape[0], None),)
+
+    def _tokens_of(self, given: dict[str, Any]) -> tuple[int, int]:
+        """(batch, seq) of the call."""
+        batch, seq = next(iter(self._shapes(given)), (0, None))
+        if seq is None:
+            for name in ("position_ids", "attention_mask"):
+                if isinstance(given.get(name), Tensor):
+                    batch, seq = given[name].shape[:2]
+                    return batch, seq
+            raise TokensError(
+                "the decoder's call has no input_ids, inputs_embeds or hidden_states to tell its tokens by"
+            )
+        return batch, seq
 
     def _past(self, given: dict[str, Any], cache: Any) -> int | Tensor | None:
         """Tokens before this call's, as the cache says it; None where it does not."""
@@ -179,7 +266,7 @@ class DecoderArguments:
     def _check_unread(self, given: dict[str, Any]) -> None:
         for name in self._unread:
             if given.get(name) is not None:
-                raise ValueError(
+                raise TokensError(
                     f"padding that is given as {name} is not read: say which tokens are real with token_mask()"
                 )
 
@@ -189,10 +276,10 @@ class DecoderArguments:
             return None
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             what = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"token_mask must be a bool tensor [batch, seq], not {what}")
-        tokens = _tokens_of(given)
+            raise TokensError(f"token_mask must be a bool tensor [batch, seq], not {what}")
+        tokens = self._tokens_of(given)
         if mask.shape != tokens:
-            raise ValueError(
+            raise TokensError(
                 f"token_mask must speak of the call's own tokens, [batch, seq] = {list(tokens)}, not {list(mask.shape)}"
             )
         return mask.clone()  # the caller may change it while the inputs wait
@@ -213,7 +300,7 @@ class DecoderArguments:
         read = self._reads_positions(given, positions)
         if read and not bool(starts[:, 1:].any()):
             return None
-        starts = starts.expand(_tokens_of(given)[0], -1).flatten()
+        starts = starts.expand(self._tokens_of(given)[0], -1).flatten()
         tokens = starts.shape[0]
         first = torch.arange(tokens, device=starts.device)
         first = first[starts] if read else torch.where(starts, first, tokens).sort().values
@@ -236,38 +323,26 @@ class DecoderArguments:
         return not (positions.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def _tokens_of(given: dict[str, Any]) -> tuple[int, int]:
-    """(batch, seq) of the call."""
-    for name in ("input_ids", "inputs_embeds", "hidden_states", "position_ids", "attention_mask"):
-        if isinstance(given.get(name), Tensor):
-            batch, seq = given[name].shape[:2]
-            return batch, seq
-    raise ValueError(
-        "the decoder's call has no input_ids, inputs_embeds or hidden_states to tell its tokens by"
-    )
-
-
-def _given_bounds(given: dict[str, Any]) -> Tensor:
+def _given_bounds(given: dict[str, Any], call: tuple[int, int]) -> Tensor:
     cu = given["cu_seq_lens_q"]
     if not isinstance(cu, Tensor) or cu.dim() != 1 or cu.shape[0] < 2 or cu.is_floating_point():
         form = f"{cu.dtype} {list(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
-        raise ValueError(f"cu_seq_lens_q must be whole numbers [sequences + 1], not {form}")
-    batch, seq = _tokens_of(given)
-    tokens, bounds = batch * seq, cu.to(torch.int64)
+        raise TokensError(f"cu_seq_lens_q must be whole numbers [sequences + 1], not {form}")
+    tokens, bounds = call[0] * call[1], cu.to(torch.int64)
     if not torch.compiler.is_compiling() and cu.device.type == "cpu":
         values = bounds.tolist()
         if values[0] < 0 or values[-1] > tokens or values != sorted(values):
-            raise ValueError(f"cu_seq_lens_q must go up from 0 to at most {tokens} tokens, not {values}")
+            raise TokensError(f"cu_seq_lens_q must go up from 0 to at most {tokens} tokens, not {values}")
         return bounds
     # On a GPU nobody looks: what goes beyond the tokens must not be read all the same.
     return bounds.clamp(min=0, max=tokens).cummax(0).values
 
 
-def _mask_beside_bounds(mask: Any, given: dict[str, Any]) -> Any:
+def _mask_beside_bounds(mask: Any, call: tuple[int, int]) -> Any:
     """The mask where it can say which tokens of packed rows are padding; None where it only keeps the sequences apart."""
     if not isinstance(mask, Tensor):
         return None
-    _, seq = _tokens_of(given)
+    _, seq = call
     return mask if mask.dim() == 2 or mask.shape[2:] == (seq, seq) else None
 
 
@@ -289,7 +364,7 @@ def _valid(mask: Any, given: dict[str, Any], cache: Any, past: int | Tensor | No
     """Bool `[B, S]` (or `[1, S]`), from a mask of 2 or 4 dimensions; `past` tokens are in the cache."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         form = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"an attention mask of 2 or 4 dimensions is needed to tell real tokens, got {form}")
+        raise TokensError(f"an attention mask of 2 or 4 dimensions is needed to tell real tokens, got {form}")
     queries = _num_queries(given, mask)
     if mask.dim() == 4:
         return _diagonal(mask, queries, past)
@@ -320,7 +395,7 @@ def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
     """
     keys = mask.shape[1]
     if keys < queries:
-        raise ValueError(f"the attention mask has {keys} columns for {queries} tokens")
+        raise TokensError(f"the attention mask has {keys} columns for {queries} tokens")
     start = keys - queries
     if isinstance(past, Tensor):  # a static cache's: it stays on its device
         first = past.to(mask.device, non_blocking=True).clamp(max=start)
@@ -336,7 +411,7 @@ def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
     """
     keys = mask.shape[-1]
     if mask.shape[-2] != queries or keys < queries or (past is None and keys != queries):
-        raise ValueError(
+        raise TokensError(
             f"a 4D attention mask {list(mask.shape)} does not fit {queries} tokens without a cache"
         )
     query = torch.arange(queries, device=mask.device)
@@ -346,5 +421,5 @@ def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
     if diagonal.dtype == torch.bool:
         return diagonal
     if not diagonal.is_floating_point():
-        raise ValueError(f"a 4D attention mask is needed in bool or in floating point, not {diagonal.dtype}")
+        raise TokensError(f"a 4D attention mask is needed in bool or in floating point, not {diagonal.dtype}")
     return diagonal > FORBIDDEN

@@ -150,9 +150,9 @@ def test_the_graph_of_autograd_is_not_held():
     with fastheads.HookManager(model) as hooks:
         seen = []
         record = hooks._record
-        hooks._record = lambda queue, rows, inputs, **options: (
+        hooks._record = lambda forward, queue, rows, inputs, **options: (
             seen.extend(x.requires_grad for x in inputs),
-            record(queue, rows, inputs, **options),
+            record(forward, queue, rows, inputs, **options),
         )
         model(input_ids=ids, labels=ids).loss.backward()
     assert seen == [False] * 3
