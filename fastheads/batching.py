@@ -19,7 +19,8 @@ from torch import Tensor
 from fastheads import data as sources
 from fastheads import readers
 from fastheads.corpus import Corpus, Window, plan
-from fastheads.errors import CheckpointError
+from fastheads.errors import CheckpointError, DataError
+from fastheads.sharing import Sharing
 
 AHEAD = 4  # batches that are made before the model is ready for them
 CPU_TOKENS = 2048  # in a batch, by default
@@ -102,15 +103,18 @@ class WindowFeed:
         pinned: bool,
         embeddings: int | None,
         each_window: bool = False,
+        sharing: Sharing | None = None,
         position: dict[str, Any] | None = None,
     ) -> None:
         """`budget`: tokens in a batch, padding included. `with_mask`: whether padded batches get an attention mask.
         `embeddings`: how many tokens the model knows. `each_window`: small windows are not joined (`Corpus.stretches`).
+        `sharing`: which rows may share a batch; None: all.
 
         Raises:
             CheckpointError: if `position` is none that `position()` gives.
         """
-        self._budget, self._max_rows = budget, max_rows
+        self._sharing = Sharing() if sharing is None else sharing
+        self._budget, self._max_rows = budget, max_rows if self._sharing.alone is None else 1
         self._pad, self._with_mask, self._pinned = pad_token_id, with_mask, pinned
         self._embeddings = embeddings
         self._planned: deque[_Planned] = deque()
@@ -206,7 +210,7 @@ class WindowFeed:
             return False
         if self._embeddings is not None and window.largest_token >= self._embeddings:
             # On a GPU it would end the whole process.
-            raise ValueError(
+            raise DataError(
                 f"the tokenizer is not the model's: it gave token {window.largest_token}, the model has {self._embeddings}"
             )
         share = _share_read(self._corpus, window)
@@ -227,7 +231,11 @@ class WindowFeed:
     def _plan(self, window: Window, rows: list[int] | None = None) -> list[list[int]]:
         rows = list(range(len(window.sequences))) if rows is None else rows
         lengths = [len(window.sequences[row]) for row in rows]
-        return [[rows[i] for i in batch] for batch in plan(lengths, self._budget, self._max_rows)]
+        return [
+            [rows[group[i]] for i in batch]
+            for group in self._sharing.groups(lengths)
+            for batch in plan([lengths[i] for i in group], self._budget, self._max_rows)
+        ]
 
     def _make(self, window: Window, rows: list[int]) -> Batch:
         """The rows as a batch, padded on the right."""
@@ -247,14 +255,17 @@ class GivenFeed:
         *,
         max_tokens: int | None,
         digested: bool,
+        sharing: Sharing | None = None,
         position: dict[str, Any] | None = None,
     ) -> None:
-        """`digested`: keep the digest, which reads every batch.
+        """`digested`: keep the digest, which reads every batch. `sharing`: where rows affect each other by it, a batch is not
+        halved.
 
         Raises:
             CheckpointError: if `position` is none that `position()` gives, or not of these batches.
         """
         self.total = self.expected = max_tokens
+        self._sharing = Sharing() if sharing is None else sharing
         self._batches: Iterator[dict[str, Any]] = _limited(batches, max_tokens)
         self._digest = hashlib.sha256() if digested else None
         self._count = self._row = 0  # batches done, and rows of the one under way
@@ -280,7 +291,7 @@ class GivenFeed:
 
     def halve(self) -> bool:
         rows = self._parts[0]["input_ids"].shape[0]
-        if rows == 1:
+        if rows == 1 or not self._may_be_split(self._parts[0]):
             return False
         self._rows = rows // 2
         self._parts = deque(part for whole in self._parts for part in self._split(whole))
@@ -316,9 +327,14 @@ class GivenFeed:
                 elif value is None or isinstance(value, bool | int | float | str):
                     self._digest.update(f"{key} {value!r} ".encode())
 
+    def _may_be_split(self, batch: dict[str, Any]) -> bool:
+        """Whether parts of the batch give what the whole gives. They keep its width, but not its greatest position."""
+        positions = self._sharing.by_width and batch.get("position_ids") is not None
+        return self._sharing.alone is None and not positions
+
     def _split(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         rows = batch["input_ids"].shape[0]
-        step = rows if self._rows is None else self._rows
+        step = rows if self._rows is None or not self._may_be_split(batch) else self._rows
         return [
             batch if step == rows else _some_rows(batch, start, min(start + step, rows))
             for start in range(0, rows, max(step, 1))

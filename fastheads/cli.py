@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from fastheads._version import __version__
-from fastheads.errors import OptionError
+from fastheads.errors import OptionError, ProfileFileError
 
 if TYPE_CHECKING:
     from fastheads.results import HeadProfile
@@ -540,7 +540,9 @@ def _check_files(output: Path, plot: Path | None, checkpoint: Path | None = None
         try:
             HeadProfile.load(output)
         except ValueError as error:
-            raise ValueError(f"{output} exists and is no head profile: it is not overwritten") from error
+            raise ProfileFileError(
+                f"{output} exists and is no head profile: it is not overwritten"
+            ) from error
     if plot is not None:
         check_installed()
         picture_format(plot)

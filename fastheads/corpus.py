@@ -184,7 +184,7 @@ class Corpus:
 
         Raises:
             DataError: the source cannot be read any further, holds no tokens, or `resume` is of another corpus.
-            RuntimeError: a tokenising process has ended, or the tokenizer failed.
+            TokenizerError: a tokenising process has ended, or the tokenizer failed.
         """
         return self._windows(self._start() if resume is None else self._checked(resume))
 

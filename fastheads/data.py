@@ -272,7 +272,7 @@ def default_text() -> TextSource:
 
 
 def check_lengths(seq_len: int, max_tokens: int | None) -> None:
-    """Raise ValueError if `seq_len` or `max_tokens` is below 1."""
+    """Raise OptionError if `seq_len` or `max_tokens` is below 1."""
     if seq_len < 1:
         raise OptionError(f"seq_len must be at least 1 token, not {seq_len}")
     if max_tokens is not None and max_tokens < 1:

@@ -20,12 +20,20 @@ from fastheads.checkpoint import Checkpoint, check_state, shown
 from fastheads.corpus import Corpus
 from fastheads.distributed import Job
 from fastheads.ending import EarlyEnd
-from fastheads.errors import CheckpointError, DataError, OptionError, ProfileInterrupted, RankLostError
+from fastheads.errors import (
+    CheckpointError,
+    DataError,
+    ForwardError,
+    OptionError,
+    ProfileInterrupted,
+    RankLostError,
+)
 from fastheads.fingerprint import fingerprint
 from fastheads.manager import HookManager
 from fastheads.overhead import Overhead
 from fastheads.progress import Status
 from fastheads.results import RANKING_METRIC, HeadProfile
+from fastheads.sharing import RotaryState, Sharing, sharing_of
 from fastheads.sites import HeadSite
 from fastheads.stable import StableRule, judge
 from fastheads.stopping import Stopped, Stopping
@@ -76,6 +84,8 @@ class Run:
         self._all_done = False
         self.settled = False
         self.feed: Feed | None = None
+        self.sharing = _sharing(model, corpus)
+        self.rotary = RotaryState(model)
         self.overhead = Overhead(self.device)
         self.stopping = Stopping(patient=job.place.tp > 1)
         self._takes_cache = _takes(ending.decoder, "use_cache")
@@ -143,6 +153,7 @@ class Run:
     def configuration(self) -> dict[str, Any]:
         """Everything that the result depends on (JSON)."""
         settings, place = self.settings, self.job.place
+        rule = self.sharing.described()
         if isinstance(self.corpus, Corpus):
             data = {f"data {key}": value for key, value in self.corpus.identity.items()}
         else:
@@ -155,6 +166,7 @@ class Run:
             "batch_size": settings.batch_size,
             "batch_tokens": settings.batch_tokens,
             "compile": settings.compile,
+            **({} if rule is None else {"rows_of_a_batch": rule}),
             "until_stable": None if settings.until_stable is None else asdict(settings.until_stable),
             "process": [place.rank, place.world, place.tp],
         }
@@ -188,6 +200,7 @@ class Run:
                 self.corpus,
                 max_tokens=settings.max_tokens,
                 digested=self.checkpoint is not None,
+                sharing=self.sharing,
                 position=position,
             )
         seq_len = self.corpus.seq_len
@@ -213,6 +226,7 @@ class Run:
             pinned=self.device.type == "cuda",
             embeddings=getattr(_embedding(self.model), "num_embeddings", None),
             each_window=settings.until_stable is not None,  # at the end of which it looks
+            sharing=self.sharing,
             position=position,
         )
 
@@ -328,6 +342,7 @@ class Run:
 
     def _forward(self, batch: Batch) -> bool:
         """False where there was not enough memory; nothing is counted then."""
+        self.rotary.reset()
         try:
             arguments = {key: _to(value, self.device) for key, value in batch.arguments.items()}
             real = None if batch.real is None else _to(batch.real, self.device) != 0
@@ -345,7 +360,7 @@ class Run:
             if not _is_out_of_memory(error):
                 raise
             if self.job.place.tp > 1:
-                raise RuntimeError(
+                raise ForwardError(
                     f"out of memory with {batch.area:,} tokens in a batch: give --batch-tokens (batch_tokens=) less"
                 ) from error
         else:
@@ -361,7 +376,12 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if not self.feed.halve():
-            raise RuntimeError(
+            if len(batch.lengths) > 1:
+                raise ForwardError(
+                    f"out of memory with a batch of {len(batch.lengths):,} rows, which cannot be halved, for in this model rows "
+                    "of one batch affect each other: give smaller batches"
+                )
+            raise ForwardError(
                 f"out of memory with one sequence of {batch.width:,} tokens: a shorter seq_len is needed"
             )
 
@@ -396,6 +416,7 @@ class Run:
 
     def close(self) -> None:
         self.ending.remove()
+        self.rotary.restore()
         if self.feed is not None:
             self.feed.close()
 
@@ -449,6 +470,16 @@ class Run:
         if not found.metadata["data"]["tokens"]:
             raise DataError("no tokens in the data")
         return found
+
+
+def _sharing(model: nn.Module, corpus: Any) -> Sharing:
+    """Which rows may share a batch. Batches that the caller made are run in any case."""
+    try:
+        return sharing_of(model)
+    except OptionError:
+        if isinstance(corpus, Corpus):
+            raise
+        return Sharing(alone="the batches before matter")
 
 
 def _digest_of_config(model: nn.Module) -> str:

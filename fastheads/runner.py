@@ -20,6 +20,7 @@ from fastheads.manager import HookManager
 from fastheads.progress import Status
 from fastheads.results import HeadProfile
 from fastheads.run import Run, Settings
+from fastheads.sharing import grows_with_length
 from fastheads.sites import unwrapped
 from fastheads.stable import StableRule, check_token_agg
 
@@ -69,7 +70,9 @@ def profile(
     last projection that is profiled, for nobody needs them. The model is left as it was.
 
     Texts are run in batches of sequences of about equal length, padded on the right. Where attention is causal in every layer the
-    padding needs no mask: nothing real looks at it.
+    padding needs no mask: nothing real looks at it. What a sequence gives does not depend on those that share its batch: where a
+    model's rotary table, or its quantised layers, look at all rows (`fastheads.sharing`), only those share one that may. Token
+    batches that you make yourself are run as you made them: there, and under a HookManager, which rows share one is up to you.
 
     Args:
         model: a transformers model; or a name, which is loaded with its tokenizer: a local folder, a GGUF file
@@ -129,7 +132,7 @@ def profile(
         DataError: the data cannot be read, hold no tokens, or skip_first leaves none of them.
         LoadError: the model or its tokenizer cannot be loaded.
         NoSitesError: the model has nothing to profile.
-        ValueError: an option is out of range or unknown.
+        OptionError: an option is out of range or unknown.
         CheckpointError: `resume`, and the checkpoint is damaged or was made with another model, other data or other options; the
             message says which.
         OptionError: the processes of the job were given different models, data or options.
@@ -177,7 +180,7 @@ def profile(
     if is_text and tokenizer is None:
         raise OptionError("data of text need tokenizer=... where the model is a module")
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
+        raise OptionError(
             f"profile() runs decoders alone, and {type(module).__name__} has an encoder: run it yourself under a HookManager"
         )
     corpus: Corpus | Iterable[dict[str, Any]]
@@ -237,7 +240,7 @@ def profile(
 def check_options(
     batch_size: int | None, batch_tokens: int | None, checkpoint_every: float, shard: tuple[int, int] | None
 ) -> None:
-    """Raise ValueError for options of `profile()` that are out of range."""
+    """Raise OptionError for options of `profile()` that are out of range."""
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"batch_size must be at least 1 sequence, not {batch_size}")
     if batch_tokens is not None and batch_tokens < 1:
@@ -306,14 +309,14 @@ def _as_source(data: Any, field: str | None) -> Source | Iterator[dict[str, Any]
 
 
 def _fitting_seq_len(model: nn.Module, seq_len: int | None) -> int:
-    """`seq_len`, or its default, if the model has positions for it; else ValueError."""
+    """`seq_len`, or its default, if the model has positions for it; else OptionError."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if seq_len is None:
         return min(SEQ_LEN, limit) if limit else SEQ_LEN
-    if limit and seq_len > limit:
+    if limit and seq_len > limit and not grows_with_length(model):
         raise OptionError(f"seq_len {seq_len} is more than the model's max_position_embeddings, {limit}")
     return seq_len
 
