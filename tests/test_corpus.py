@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 import tracemalloc
 import weakref
 from itertools import chain, pairwise
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -24,7 +26,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, tra
 from transformers import PreTrainedTokenizerFast
 
 from fastheads import corpus as corpora
-from fastheads import data, encoding, readers
+from fastheads import data, encoding, readers, tables
 from fastheads.corpus import Corpus, Window, plan
 from fastheads.errors import DataError, MissingExtraError, OptionError
 
@@ -432,6 +434,28 @@ def test_without_datasets_the_extra_is_named(write, monkeypatch):
         data.open_source("owner/name")
     for name in ("a.jsonl", "a.csv"):
         assert all_ids(corpus(write(name, ["one"])).windows()) == [[1, 3]]
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "4.0.0", "4.8.4", "5.0.0"])
+def test_releases_of_datasets_that_lose_their_place_are_refused_by_name(write, monkeypatch, version):
+    dataset = datasets.Dataset.from_dict({"text": TEXTS})
+    path = write("a.parquet", ["one"])
+    monkeypatch.setattr(datasets, "__version__", version)
+    for given in (path, "owner/name", dataset.to_iterable_dataset()):
+        with pytest.raises(
+            MissingExtraError, match=rf"needs datasets 5\.0\.1 or later \({version} is"
+        ) as error:
+            data.open_source(given)
+        assert "pip install 'fastheads[corpus]'" in str(error.value)
+    assert data.open_source(dataset) is not None  # has no place to lose
+    for sound in ("5.0.1", "5.2.0", "6.0.0"):
+        monkeypatch.setattr(datasets, "__version__", sound)
+        assert data.open_source(path) is not None
+
+
+def test_the_oldest_datasets_is_that_of_the_package():
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert re.findall(r"datasets>=([\d.]+)", project) == [tables.OLDEST] * 2
 
 
 # Chats
