@@ -74,6 +74,10 @@ class Feed(Protocol):
     def halve(self) -> bool:
         """Make smaller ones of the batch and of those after it; False where it is one row already."""
 
+    @property
+    def exhausted(self) -> bool:
+        """True if every batch is done and nothing of the data is left, which `max_tokens` may have cut off."""
+
     def position(self) -> dict[str, Any]:
         """Where the run stands (JSON): behind the last batch that is done."""
 
@@ -180,6 +184,10 @@ class WindowFeed:
     def stretches(self) -> int:
         return int(self._position["windows"])
 
+    @property
+    def exhausted(self) -> bool:
+        return self.total is not None and not self._planned and self._corpus.read_to_end
+
     def position(self) -> dict[str, Any]:
         return dict(self._position)
 
@@ -266,7 +274,9 @@ class GivenFeed:
         """
         self.total = self.expected = max_tokens
         self._sharing = Sharing() if sharing is None else sharing
-        self._batches: Iterator[dict[str, Any]] = _limited(batches, max_tokens)
+        self._left_out = False  # some of the data, by `max_tokens`
+        self._at_end = False
+        self._batches: Iterator[dict[str, Any]] = self._limited(batches, max_tokens)
         self._digest = hashlib.sha256() if digested else None
         self._count = self._row = 0  # batches done, and rows of the one under way
         self._parts: deque[dict[str, Any]] = deque()
@@ -278,6 +288,7 @@ class GivenFeed:
         while not self._parts:
             whole = next(self._batches, None)
             if whole is None:
+                self._at_end = True
                 return None
             self._count_in(whole)
             self._row = 0
@@ -301,6 +312,10 @@ class GivenFeed:
     def stretches(self) -> int:
         return self._count - bool(self._parts)
 
+    @property
+    def exhausted(self) -> bool:
+        return self._at_end and not self._left_out
+
     def position(self) -> dict[str, Any]:
         return {
             "batches": self._count,
@@ -314,6 +329,21 @@ class GivenFeed:
 
     def close(self) -> None:
         pass
+
+    def _limited(self, batches: Iterable[dict[str, Any]], max_tokens: int | None) -> Iterator[dict[str, Any]]:
+        """`batches` that hold tokens, up to exactly `max_tokens` real ones, and whether there are more."""
+        left = math.inf if max_tokens is None else max_tokens
+        for batch in batches:
+            tokens = int(sources.tokens_by_row(batch).sum())
+            if not tokens:
+                continue
+            self._left_out = tokens > left
+            if left <= 0:
+                return
+            yield batch if tokens <= left else sources.cut(batch, int(left))
+            if self._left_out:
+                return
+            left -= tokens
 
     def _count_in(self, batch: dict[str, Any]) -> None:
         self._count += 1
@@ -374,25 +404,15 @@ def _some_rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     }
 
 
-def _limited(batches: Iterable[dict[str, Any]], max_tokens: int | None) -> Iterator[dict[str, Any]]:
-    """`batches` that hold tokens, up to exactly `max_tokens` real ones."""
-    left = math.inf if max_tokens is None else max_tokens
-    for batch in batches:
-        tokens = int(sources.tokens_by_row(batch).sum())
-        if not tokens:
-            continue
-        yield batch if tokens <= left else sources.cut(batch, int(left))
-        left -= tokens
-        if left <= 0:
-            return
-
-
 def _share_read(corpus: Corpus, window: Window) -> float | None:
     """How much of the shard has been read at the end of the window, where the source's size tells."""
     size, position = corpus.source.size, window.after["position"]
     path = getattr(corpus.source, "path", None)
     if not size or not isinstance(position, dict) or (path is not None and path.suffix in readers.OPENERS):
         return None
+    before = getattr(corpus.source, "bytes_before", None)
+    if before is not None:
+        position = {"byte": before(position)}
     read = position.get("byte", window.after["characters"] if "item" in position else None)
     if not read:
         return None

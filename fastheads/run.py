@@ -5,11 +5,13 @@ ranking has settled, and the profile of all processes together. `runner.profile(
 import hashlib
 import inspect
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,13 +73,16 @@ class Run:
         checkpoint: Checkpoint | None,
         ending: EarlyEnd,
         report: Callable[[Status], None],
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model, self.hooks, self.corpus, self.settings = model, hooks, corpus, settings
         self.job, self.checkpoint, self.ending, self.report = job, checkpoint, ending, report
+        self.say = say  # a line to the user
         self.device = _input_device(model)
         self.tokens = self.sequences = self.area = self.batches = 0
         self.seconds = 0.0  # of earlier runs that this one goes on from, and then of all
         self.ended = False
+        self.complete = False  # ended, with all of the data
         self.looks = 0  # at whether the ranking has settled
         self.known_looks = 0  # those that some process had before this run began, and what they found
         self.settled_at: int | None = None
@@ -111,11 +116,36 @@ class Run:
 
     # ------------------------------------------------------------------ position
 
-    def prepare(self, resume: bool) -> None:
-        """Go on from the checkpoint, where that is wanted and there is one."""
+    def prepare(self, resume: bool, output: str | os.PathLike[str] | None = None) -> None:
+        """Go on from the checkpoint, where that is wanted and there is one, and say so.
+
+        Raises:
+            CheckpointError: if it cannot be gone on from; or there is none, and the output is there.
+        """
         assert self.checkpoint is not None
         self.checkpoint.tidy()
-        loaded = self.checkpoint.load() if resume else None
+        if not resume:
+            return
+        loaded = self.checkpoint.load()
+        self._load(loaded)
+        told = self.job.told([loaded is not None, self.tokens, output is not None and Path(output).exists()])
+        if any(found for found, _, _ in told):
+            self.say(
+                f"resuming from {self.checkpoint.path} at {sum(tokens for _, tokens, _ in told):,} tokens"
+            )
+        elif any(finished for _, _, finished in told):
+            raise CheckpointError(
+                f"nothing to resume: there is no checkpoint {self.checkpoint.path}, and {output} is a profile already. Without "
+                "--resume it is replaced"
+            )
+        else:
+            self.say(
+                f"nothing to resume: there is no checkpoint {self.checkpoint.path}, so the run starts afresh"
+            )
+
+    def _load(self, loaded: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
+        """Take over what the checkpoint holds."""
+        assert self.checkpoint is not None
         if self.job.place.tp > 1:  # one model between them: they stand at one place, or cannot go on
             step = -1 if loaded is None else loaded[1].get("batches", -1)
             if self.job.agree(step) != step or self.job.agree(-step) != -step:
@@ -147,7 +177,9 @@ class Run:
             raise CheckpointError(f"cannot resume from {self.checkpoint.path}: {error}") from error
         self.tokens, self.sequences, self.area, self.batches, self.looks = counts  # type: ignore[assignment]
         self.seconds = seconds
-        self.ended, self.settled = (document.get(key) is True for key in ("ended", "settled"))
+        self.ended, self.settled, self.complete = (
+            document.get(key) is True for key in ("ended", "settled", "complete")
+        )
         self.feed = self._make_feed(position)
 
     def configuration(self) -> dict[str, Any]:
@@ -188,6 +220,7 @@ class Run:
             "seconds": self.seconds,
             "ended": self.ended,
             "settled": self.settled,
+            "complete": self.complete,
         }
         written = self.checkpoint.save({f"moments/{n}": buffer for n, buffer in enumerate(buffers)}, document)
         self._due = time.monotonic() + self.settings.every
@@ -292,7 +325,7 @@ class Run:
         if self.device.type == "cuda":  # the last batches may still run
             torch.cuda.synchronize(self.device)
         self.seconds = before + time.monotonic() - start
-        self.ended = True
+        self.ended, self.complete = True, self.feed.exhausted
 
     def _learn_of_looks(self) -> None:
         """What the processes had found when this run began: one of them may have gone further than another."""
@@ -450,7 +483,7 @@ class Run:
 
     def _merged(self) -> HeadProfile:
         """The profile of all parts of the data, the same on every process."""
-        found = self.part(complete=True)
+        found = self.part(complete=self.complete)
         if self.job.place.shard[1] > 1:
             data = self.job.told(found.metadata["data"])
             used = self.job.told(found.metadata["backend"])
@@ -461,6 +494,7 @@ class Run:
                 **total,
                 "seconds": max(part["seconds"] for part in data),
                 "padding": round(1 - total["tokens"] / area, 6) if area else 0.0,
+                "complete": all(part["complete"] for part in data),
                 "processes": self.job.place.world,
             }
             if "shard" in data[0]:
