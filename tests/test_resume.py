@@ -128,6 +128,30 @@ def test_a_stream_that_is_stopped_again_and_again_loses_and_repeats_no_row(
     assert_same(profile(model, data(), checkpoint=path, resume=True, **options), want)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_several_files_go_on_inside_any_of_them(model, tokenizer, tmp_path, kind):
+    path, texts = tmp_path / "c", some_texts(90)
+    for number in range(3):
+        part = texts[30 * number : 30 * number + 30]
+        lines = [json.dumps({"text": text}) if kind == "jsonl" else text for text in part]
+        (tmp_path / f"{number}.{kind}").write_text("\n".join(lines) + "\n")
+
+    def data():
+        options = {"seq_len": 48, "window_characters": 300, "workers": 0}
+        return Corpus(open_source(str(tmp_path / f"*.{kind}")), tokenizer, **options)
+
+    options = {"batch_tokens": 200, "token_agg": "token"}
+    want = profile(model, data(), **options)
+    for after in (4, 5, 6, 4):
+        stopped(model, data(), path, after, resume=True, **options)
+    assert_same(profile(model, data(), checkpoint=path, resume=True, **options), want)
+    (tmp_path / f"3.{kind}").write_text(json.dumps({"text": "more"}))
+    stopped(model, data(), path, 2, **options)
+    (tmp_path / f"3.{kind}").unlink()
+    with pytest.raises(CheckpointError, match="data source is not what it was"):
+        profile(model, data(), checkpoint=path, resume=True, **options)
+
+
 def test_token_batches_go_on_too(model, tmp_path):
     path = tmp_path / "c"
     torch.manual_seed(0)
