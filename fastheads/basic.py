@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.channels import Updates
+from fastheads.errors import OptionError
 from fastheads.fingerprint import fingerprint
 from fastheads.metadata import describe
 from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
@@ -53,7 +54,7 @@ class HookManager:
 
     def __init__(self, model: nn.Module, token_agg: str = "last") -> None:
         if token_agg not in TOKEN_AGGS:
-            raise ValueError(f"unknown token_agg {token_agg!r}: choose one of {', '.join(TOKEN_AGGS)}")
+            raise OptionError(f"unknown token_agg {token_agg!r}: choose one of {', '.join(TOKEN_AGGS)}")
         self.model = unwrapped(model)
         self.token_agg = token_agg
         self.sites = find_sites(self.model)

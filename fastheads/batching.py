@@ -19,7 +19,8 @@ from torch import Tensor
 from fastheads import data as sources
 from fastheads import readers
 from fastheads.corpus import Corpus, Window, plan
-from fastheads.errors import CheckpointError
+from fastheads.errors import CheckpointError, DataError
+from fastheads.sharing import Sharing
 
 AHEAD = 4  # batches that are made before the model is ready for them
 CPU_TOKENS = 2048  # in a batch, by default
@@ -73,6 +74,10 @@ class Feed(Protocol):
     def halve(self) -> bool:
         """Make smaller ones of the batch and of those after it; False where it is one row already."""
 
+    @property
+    def exhausted(self) -> bool:
+        """True if every batch is done and nothing of the data is left, which `max_tokens` may have cut off."""
+
     def position(self) -> dict[str, Any]:
         """Where the run stands (JSON): behind the last batch that is done."""
 
@@ -102,15 +107,18 @@ class WindowFeed:
         pinned: bool,
         embeddings: int | None,
         each_window: bool = False,
+        sharing: Sharing | None = None,
         position: dict[str, Any] | None = None,
     ) -> None:
         """`budget`: tokens in a batch, padding included. `with_mask`: whether padded batches get an attention mask.
         `embeddings`: how many tokens the model knows. `each_window`: small windows are not joined (`Corpus.stretches`).
+        `sharing`: which rows may share a batch; None: all.
 
         Raises:
             CheckpointError: if `position` is none that `position()` gives.
         """
-        self._budget, self._max_rows = budget, max_rows
+        self._sharing = Sharing() if sharing is None else sharing
+        self._budget, self._max_rows = budget, max_rows if self._sharing.alone is None else 1
         self._pad, self._with_mask, self._pinned = pad_token_id, with_mask, pinned
         self._embeddings = embeddings
         self._planned: deque[_Planned] = deque()
@@ -176,6 +184,10 @@ class WindowFeed:
     def stretches(self) -> int:
         return int(self._position["windows"])
 
+    @property
+    def exhausted(self) -> bool:
+        return self.total is not None and not self._planned and self._corpus.read_to_end
+
     def position(self) -> dict[str, Any]:
         return dict(self._position)
 
@@ -206,7 +218,7 @@ class WindowFeed:
             return False
         if self._embeddings is not None and window.largest_token >= self._embeddings:
             # On a GPU it would end the whole process.
-            raise ValueError(
+            raise DataError(
                 f"the tokenizer is not the model's: it gave token {window.largest_token}, the model has {self._embeddings}"
             )
         share = _share_read(self._corpus, window)
@@ -227,7 +239,11 @@ class WindowFeed:
     def _plan(self, window: Window, rows: list[int] | None = None) -> list[list[int]]:
         rows = list(range(len(window.sequences))) if rows is None else rows
         lengths = [len(window.sequences[row]) for row in rows]
-        return [[rows[i] for i in batch] for batch in plan(lengths, self._budget, self._max_rows)]
+        return [
+            [rows[group[i]] for i in batch]
+            for group in self._sharing.groups(lengths)
+            for batch in plan([lengths[i] for i in group], self._budget, self._max_rows)
+        ]
 
     def _make(self, window: Window, rows: list[int]) -> Batch:
         """The rows as a batch, padded on the right."""
@@ -247,15 +263,20 @@ class GivenFeed:
         *,
         max_tokens: int | None,
         digested: bool,
+        sharing: Sharing | None = None,
         position: dict[str, Any] | None = None,
     ) -> None:
-        """`digested`: keep the digest, which reads every batch.
+        """`digested`: keep the digest, which reads every batch. `sharing`: where rows affect each other by it, a batch is not
+        halved.
 
         Raises:
             CheckpointError: if `position` is none that `position()` gives, or not of these batches.
         """
         self.total = self.expected = max_tokens
-        self._batches: Iterator[dict[str, Any]] = _limited(batches, max_tokens)
+        self._sharing = Sharing() if sharing is None else sharing
+        self._left_out = False  # some of the data, by `max_tokens`
+        self._at_end = False
+        self._batches: Iterator[dict[str, Any]] = self._limited(batches, max_tokens)
         self._digest = hashlib.sha256() if digested else None
         self._count = self._row = 0  # batches done, and rows of the one under way
         self._parts: deque[dict[str, Any]] = deque()
@@ -267,6 +288,7 @@ class GivenFeed:
         while not self._parts:
             whole = next(self._batches, None)
             if whole is None:
+                self._at_end = True
                 return None
             self._count_in(whole)
             self._row = 0
@@ -280,7 +302,7 @@ class GivenFeed:
 
     def halve(self) -> bool:
         rows = self._parts[0]["input_ids"].shape[0]
-        if rows == 1:
+        if rows == 1 or not self._may_be_split(self._parts[0]):
             return False
         self._rows = rows // 2
         self._parts = deque(part for whole in self._parts for part in self._split(whole))
@@ -289,6 +311,10 @@ class GivenFeed:
     @property
     def stretches(self) -> int:
         return self._count - bool(self._parts)
+
+    @property
+    def exhausted(self) -> bool:
+        return self._at_end and not self._left_out
 
     def position(self) -> dict[str, Any]:
         return {
@@ -304,6 +330,21 @@ class GivenFeed:
     def close(self) -> None:
         pass
 
+    def _limited(self, batches: Iterable[dict[str, Any]], max_tokens: int | None) -> Iterator[dict[str, Any]]:
+        """`batches` that hold tokens, up to exactly `max_tokens` real ones, and whether there are more."""
+        left = math.inf if max_tokens is None else max_tokens
+        for batch in batches:
+            tokens = int(sources.tokens_by_row(batch).sum())
+            if not tokens:
+                continue
+            self._left_out = tokens > left
+            if left <= 0:
+                return
+            yield batch if tokens <= left else sources.cut(batch, int(left))
+            if self._left_out:
+                return
+            left -= tokens
+
     def _count_in(self, batch: dict[str, Any]) -> None:
         self._count += 1
         if self._digest is not None:
@@ -316,9 +357,14 @@ class GivenFeed:
                 elif value is None or isinstance(value, bool | int | float | str):
                     self._digest.update(f"{key} {value!r} ".encode())
 
+    def _may_be_split(self, batch: dict[str, Any]) -> bool:
+        """Whether parts of the batch give what the whole gives. They keep its width, but not its greatest position."""
+        positions = self._sharing.by_width and batch.get("position_ids") is not None
+        return self._sharing.alone is None and not positions
+
     def _split(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         rows = batch["input_ids"].shape[0]
-        step = rows if self._rows is None else self._rows
+        step = rows if self._rows is None or not self._may_be_split(batch) else self._rows
         return [
             batch if step == rows else _some_rows(batch, start, min(start + step, rows))
             for start in range(0, rows, max(step, 1))
@@ -358,25 +404,15 @@ def _some_rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     }
 
 
-def _limited(batches: Iterable[dict[str, Any]], max_tokens: int | None) -> Iterator[dict[str, Any]]:
-    """`batches` that hold tokens, up to exactly `max_tokens` real ones."""
-    left = math.inf if max_tokens is None else max_tokens
-    for batch in batches:
-        tokens = int(sources.tokens_by_row(batch).sum())
-        if not tokens:
-            continue
-        yield batch if tokens <= left else sources.cut(batch, int(left))
-        left -= tokens
-        if left <= 0:
-            return
-
-
 def _share_read(corpus: Corpus, window: Window) -> float | None:
     """How much of the shard has been read at the end of the window, where the source's size tells."""
     size, position = corpus.source.size, window.after["position"]
     path = getattr(corpus.source, "path", None)
     if not size or not isinstance(position, dict) or (path is not None and path.suffix in readers.OPENERS):
         return None
+    before = getattr(corpus.source, "bytes_before", None)
+    if before is not None:
+        position = {"byte": before(position)}
     read = position.get("byte", window.after["characters"] if "item" in position else None)
     if not read:
         return None

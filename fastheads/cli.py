@@ -17,13 +17,15 @@ import typer
 from rich.console import Console
 
 from fastheads._version import __version__
-from fastheads.errors import OptionError
+from fastheads.errors import OptionError, ProfileFileError
 
 if TYPE_CHECKING:
     from fastheads.results import HeadProfile
 
 LISTED = 10  # heads in a table
-MAX_TOKENS = 32_768  # a minute or so of a small model on two cores
+DEMO_TOKENS = (
+    32_768  # of Python's text, where no data are named: a minute or so of a small model on two cores
+)
 OUTPUT = Path("head_profile.safetensors")
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -137,10 +139,11 @@ def profile(
         ),
     ] = None,
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="A text file, JSON lines (.jsonl, .ndjson, .json), CSV, TSV or Parquet; or a data set of the Hub, "
-            "owner/name. Without it: the English text that comes with Python (pydoc_data.topics).",
+            help="A text file, JSON lines (.jsonl, .ndjson, .json), CSV, TSV or Parquet; a folder of them, or a pattern such as "
+            "'data/*.jsonl'; - for standard input; or a data set of the Hub, owner/name. May be given several times, for files. "
+            "Without it: the English text that comes with Python (pydoc_data.topics).",
             show_default=False,
         ),
     ] = None,
@@ -199,9 +202,9 @@ def profile(
             parser=_number_or_all,
             metavar="N|all",
             help="Stop after this many tokens; all: at the end of the data.",
-            show_default=f"{MAX_TOKENS}, all with --until-stable",
+            show_default=f"all; without --data and --until-stable {DEMO_TOKENS}",
         ),
-    ] = MAX_TOKENS,
+    ] = None,
     skip_first: Annotated[int, typer.Option(help="Leave the first tokens of each sequence out.")] = 0,
     layers: Annotated[
         str | None, typer.Option(help="Profile these layers only, as in 0-3,8.", show_default="all")
@@ -239,7 +242,11 @@ def profile(
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the run that left OUTPUT.checkpoint stood.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where the run that left OUTPUT.checkpoint stood; without one start afresh, unless OUTPUT is there.",
+        ),
     ] = False,
     checkpoint_every: Annotated[
         float, typer.Option(help="Seconds between checkpoints, which are written to OUTPUT.checkpoint.")
@@ -256,17 +263,19 @@ def profile(
     Under torchrun the processes share the data out between them: torchrun --nproc-per-node 2 -m fastheads profile ...
     """
     terminal = Console(stderr=True, file=sys.stderr, highlight=False)
-    checkpoint = Path(f"{output}.checkpoint")
+    checkpoint: Path | None = Path(f"{output}.checkpoint")
     try:
         # On a terminal only: elsewhere a wrong option would get two lines where one is enough.
         with _doing("starting", terminal) if terminal.is_terminal else nullcontext():
             from fastheads import data as sources
             from fastheads import loading
             from fastheads.distributed import Job
+            from fastheads.filesets import files_source
             from fastheads.stable import check_token_agg
 
-            if until_stable and not _is_given(context, "max_tokens"):
-                max_tokens = None
+            limited = not (data or until_stable or _is_given(context, "max_tokens"))
+            if limited:
+                max_tokens = DEMO_TOKENS
             if until_stable:
                 check_token_agg(str(token_agg))
             chosen_layers = _parse_layers(layers)
@@ -286,17 +295,24 @@ def profile(
             first = job.place.rank == 0
             if first:  # who writes them
                 _check_files(output, plot, checkpoint)
-            if data == "":  # as of a variable that is not set
+            names = data or []
+            if "" in names:  # as of a variable that is not set
                 raise OptionError("--data is empty: name a file, or leave --data out")
             kind: bool | Literal["auto"] = "auto" if chat is None else chat
-            of_hub = data is not None and sources.names_a_data_set(data)
+            of_hub = any(map(sources.names_a_data_set, names))
             for option in () if of_hub else ("split", "streaming"):
                 if _is_given(context, option):
                     raise OptionError(f"--{option} is for data sets of the Hub, owner/name")
-            if data is None or of_hub:
-                text = sources.open_source(data, field=field, chat=kind, split=split, streaming=streaming)
+            alone = next((name for name in names if name == "-" or sources.names_a_data_set(name)), None)
+            if alone is not None and len(names) > 1:
+                raise OptionError(f"--data {alone} must be the only one: profile it by itself, and merge")
+            if alone == "-":
+                _check_stdin(resume, job.place.world)
+                checkpoint = None
+            if alone is not None or not names:
+                text = sources.open_source(alone, field=field, chat=kind, split=split, streaming=streaming)
             else:
-                text = sources.text_file(data, field, kind)
+                text = files_source(names, field, kind)
             found = loading.find_model(model)
         with job:
             with _doing(f"loading {found.name}", terminal) if first else nullcontext():
@@ -308,6 +324,16 @@ def profile(
                     trust_remote_code=trust_remote_code,
                     mesh=job.mesh,
                 )
+            if first:
+                if limited:
+                    _note(
+                        f"no --data: the first {DEMO_TOKENS:,} tokens of Python's own English text (--max-tokens all: "
+                        "all of it)"
+                    )
+                if checkpoint is None:
+                    _note("standard input cannot be resumed: no checkpoints are written")
+                elif not resume:
+                    _tell_of_replaced(output, checkpoint)
             result, interrupted = _measure(
                 model=loaded,
                 name=found.name,
@@ -337,7 +363,7 @@ def profile(
     except KeyboardInterrupt:
         what = "interrupted before anything was measured; nothing is saved"
         # Ctrl-C again, while the first was being heeded; or while an earlier run was to be resumed.
-        if checkpoint.exists():
+        if checkpoint is not None and checkpoint.exists():
             what = f"interrupted; --resume goes on from {checkpoint}"
         raise typer.Exit(_fail(what, INTERRUPTED)) from None
     if not first:
@@ -398,6 +424,7 @@ def merge(
     _check_files(output, None)
     profiles = [HeadProfile.load(file) for file in files]
     merged = HeadProfile.merge(profiles, names=[str(file) for file in files], allow_repeated=allow_repeated)
+    _tell_of_replaced(output)
     merged.save(output)
     _show(merged, None)
     typer.echo(f"\nmerged {len(files)} profiles into {output}; see it again with: fastheads show {output}")
@@ -540,11 +567,39 @@ def _check_files(output: Path, plot: Path | None, checkpoint: Path | None = None
         try:
             HeadProfile.load(output)
         except ValueError as error:
-            raise ValueError(f"{output} exists and is no head profile: it is not overwritten") from error
+            raise ProfileFileError(
+                f"{output} exists and is no head profile: it is not overwritten"
+            ) from error
     if plot is not None:
         check_installed()
         picture_format(plot)
         check_writable(plot)
+
+
+def _check_stdin(resume: bool, processes: int) -> None:
+    """Raise OptionError now for what standard input cannot do."""
+    if resume:
+        raise OptionError(
+            "--resume: standard input cannot be resumed, for it cannot be read again: save it to a file"
+        )
+    if processes > 1:
+        raise OptionError("--data -: several processes cannot share standard input: save it to a file")
+
+
+def _tell_of_replaced(output: Path, checkpoint: Path | None = None) -> None:
+    """Say which earlier results a run will replace."""
+    if checkpoint is not None and checkpoint.parent.is_dir():
+        left = [path.name for path in checkpoint.parent.iterdir() if path.name.startswith(checkpoint.name)]
+        if left:
+            _note(
+                f"an earlier run left {min(left)}: it is replaced, for --resume, which goes on from it, is not given"
+            )
+    if output.exists():
+        _note(f"{output} exists: it is replaced")
+
+
+def _note(line: str) -> None:
+    typer.echo(f"fastheads: {line}", err=True)
 
 
 @contextmanager

@@ -83,6 +83,9 @@ class _Draft:
     ended: bool  # with the corpus
     futures: "list[Future[list[Tensor]]]"
     wanted: bool  # else another rank's
+    starts: frozenset[int] = (
+        frozenset()
+    )  # of a stream of several texts, which futures begin one that others precede
 
 
 class Corpus:
@@ -128,6 +131,11 @@ class Corpus:
         if workers is not None and workers < 0:
             raise OptionError(f"workers must be 0 or more, not {workers}")
         self.source, self.tokenizer = source, tokenizer
+        if getattr(source, "mixed", False) and cut != "documents":
+            raise OptionError(
+                f"{source.name}: some are texts, which are streams, and some are documents: cut='documents' (--cut documents) "
+                "takes the lines of a text as documents; else profile them one by one, and merge"
+            )
         self.cut: Cut = source.kind if cut is None else cut
         self.seq_len, self.max_tokens, self.shard = seq_len, max_tokens, shard
         # In characters, if a token is four of them; None where nobody knows.
@@ -147,6 +155,9 @@ class Corpus:
         # Chats have the marks of their template.
         self._chat = chat
         self._separator = None if self.cut == "documents" or self._pieces or chat else self._eos()
+        # Between texts of several files.
+        self._between = self._eos() if self._pieces and hasattr(source, "parts") else None
+        self.read_to_end = False  # whether the last `windows()` came to the end of the data
         self._tokenises_all = self.cut == "stream" or max_tokens is not None
         self.identity: dict[str, Any] = {
             "source": source.name,
@@ -184,7 +195,7 @@ class Corpus:
 
         Raises:
             DataError: the source cannot be read any further, holds no tokens, or `resume` is of another corpus.
-            RuntimeError: a tokenising process has ended, or the tokenizer failed.
+            TokenizerError: a tokenising process has ended, or the tokenizer failed.
         """
         return self._windows(self._start() if resume is None else self._checked(resume))
 
@@ -206,6 +217,7 @@ class Corpus:
         rest = torch.tensor(start["rest"], dtype=torch.int32)
         total = start["tokens"]
         seen = bool(start["index"])
+        self.read_to_end = False
         with (
             closing(Tokenising(self._encoder, self.workers)) as tokenising,
             _ahead(self._drafts(start, tokenising)) as drafts,
@@ -218,9 +230,11 @@ class Corpus:
                     documents = [ids for future in draft.futures for ids in future.result()]
                 except DataError as error:
                     raise DataError(f"{self.source.name}: {error}") from error
-                sequences, rest = self._sequences(documents, rest, draft.ended)
+                sequences, rest = self._sequences(documents, rest, draft.ended, draft.starts)
+                read = sum(map(len, sequences))
                 if self.max_tokens is not None:
                     sequences = _limited(sequences, self.max_tokens - total)
+                cut_off = read > sum(map(len, sequences)) or len(rest) > 0
                 total += sum(map(len, sequences))
                 if self._tokenises_all:
                     after |= {"tokens": total, "rest": rest.tolist()}
@@ -236,7 +250,9 @@ class Corpus:
                         characters=after["characters"] - before["characters"],
                     )
                 if total == self.max_tokens:
+                    self.read_to_end = not cut_off and (draft.ended or _are_empty(drafts))
                     return
+        self.read_to_end = True
         if not seen:
             raise DataError(f"no tokens in {self.source.name}: every text in it is empty")
 
@@ -251,6 +267,7 @@ class Corpus:
             while not ended:
                 wanted = self._tokenises_all or at["index"] % self.shard[1] == self.shard[0]
                 futures: list[Future[list[Tensor]]] = []
+                starts: list[int] = []
                 task: list[Item] = []
                 held = length = count = 0  # characters of the task; characters and documents of the window
                 digest = hashlib.sha256(at["sha256"].encode())
@@ -271,7 +288,11 @@ class Corpus:
                     held += size
                     # The first piece of a stream is alone: it has the BOS token.
                     if held >= TASK_CHARACTERS or self._pieces:
-                        special = not self._pieces or at["documents"] + count == 1
+                        first = at["documents"] + count == 1
+                        begins = self._pieces and getattr(reader, "begins", first)
+                        special = not self._pieces or begins
+                        if begins and not first:
+                            starts.append(len(futures))
                         futures.append(tokenising.submit(task, special, at["documents"] + count - len(task)))
                         task, held = [], 0
                 if task:
@@ -283,17 +304,21 @@ class Corpus:
                     "sha256": digest.hexdigest(),
                     "position": reader.position(),
                 }
-                yield _Draft(dict(at), dict(after), ended, futures, wanted)
+                yield _Draft(dict(at), dict(after), ended, futures, wanted, frozenset(starts))
                 at = after
         finally:
             reader.close()
 
-    def _sequences(self, documents: list[Tensor], rest: Tensor, ended: bool) -> tuple[list[Tensor], Tensor]:
+    def _sequences(
+        self, documents: list[Tensor], rest: Tensor, ended: bool, starts: frozenset[int]
+    ) -> tuple[list[Tensor], Tensor]:
         """The sequences of a window, and the tokens that are left for the next."""
         if self.cut == "documents":
             return [block for ids in documents if len(ids) for block in ids.split(self.seq_len)], rest
         parts = [rest]
-        for ids in documents:
+        for number, ids in enumerate(documents):
+            if number in starts and self._between is not None and parts[-1][-1:].tolist() != [self._between]:
+                parts.append(torch.tensor([self._between], dtype=torch.int32))
             parts.append(ids)
             if self._separator is not None and len(ids) and int(ids[-1]) != self._separator:
                 parts.append(torch.tensor([self._separator], dtype=torch.int32))
@@ -441,6 +466,14 @@ def _limited(sequences: list[Tensor], room: int) -> list[Tensor]:
         kept.append(ids[:room])
         room -= len(ids)
     return kept
+
+
+def _are_empty(drafts: Iterator[_Draft]) -> bool:
+    """Whether no text is left; False too where what is left cannot be read."""
+    try:
+        return all(draft.after["characters"] == draft.before["characters"] for draft in drafts)
+    except DataError:
+        return False
 
 
 @contextmanager

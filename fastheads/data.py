@@ -8,6 +8,7 @@ default: where it begins a text with a BOS token, a stream has one at its start,
 
 import hashlib
 import io
+import json
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +44,7 @@ class Source(ABC):
     sha256: str | None  # of the file's bytes, or of the texts as UTF-8; None where that would take long
     size: int | None  # in bytes, where it is known
     version: tuple[tuple[str, Any], ...] = ()  # what else tells other contents, where there is no hash
+    once = False  # True: a later process cannot read it again
 
     @abstractmethod
     def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
@@ -68,13 +71,13 @@ class TextSource(Source):
     path: Path | None = None
     field: str | None = None  # of JSON lines and CSV; None: `readers.choose_field`
     chat: Chat = "auto"
-    held: tuple[str, ...] = ()  # the texts, where there is no file
+    held: tuple[Item, ...] = ()  # the documents, where there is no file
     version: tuple[tuple[str, Any], ...] = ()
 
     def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
         if self.path is None and self.kind == "documents":
             return readers.Held(self.held, position)
-        raw = io.BytesIO(self.held[0].encode()) if self.path is None else readers.open_bytes(self.path)
+        raw = io.BytesIO(str(self.held[0]).encode()) if self.path is None else readers.open_bytes(self.path)
         try:
             return self._reader(raw, cut, position)
         except BaseException:
@@ -119,8 +122,11 @@ def open_source(
     Args:
         data: None (the text of every Python); a path, by its name's end: .jsonl, .ndjson or .json (JSON lines),
             .csv, .tsv, .parquet, anything else a text, all but Parquet also compressed (.gz, .bz2, .xz);
+            a pattern for such names (`data/*.jsonl`), a folder, or a list of `pathlib.Path` (`filesets.files_source`); "-",
+            standard input;
             a data set of the Hub as `owner/name` or `owner/name:configuration`; a `datasets.Dataset` or
-            `IterableDataset`; a list or tuple of texts.
+            `IterableDataset`; a list or tuple of texts, of records (dicts with a field for the documents) or of chats; a
+            table of pandas, polars or pyarrow, or a dict of columns.
         field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
         chat: whether the documents are chats, lists of messages with `role` and `content`, which the tokenizer's
             template makes texts of. "auto": those that are such lists.
@@ -132,14 +138,38 @@ def open_source(
         OptionError: `field` or `chat` is given for data that have neither.
         MissingExtraError: `datasets` is needed and not installed.
     """
+    source = named_source(data, field=field, chat=chat, split=split, streaming=streaming)
+    if source is not None:
+        return source
+    if isinstance(data, Iterator) or not isinstance(data, Iterable) or _has_tokens(data):
+        return None
+    from fastheads import inputs  # which builds on this module
+
+    found = inputs.in_memory(data, field, chat)
+    return found if isinstance(found, Source) else None
+
+
+def named_source(
+    data: Any,
+    *,
+    field: str | None = None,
+    chat: Chat = "auto",
+    split: str = "train",
+    streaming: bool = False,
+) -> Source | None:
+    """The source where `data` is None, a source, a name, or of the library `datasets`; else None. As `open_source`."""
     if data is None:
         check_is_read("the text of Python", field, chat)
         return default_text()
     if isinstance(data, Source):
         return data
     if isinstance(data, str | os.PathLike):
-        if not isinstance(data, str) or ("\n" not in data and _exists(data)):
-            return text_file(data, field, chat)
+        from fastheads import filesets  # which builds on this module
+
+        if isinstance(data, str) and data == "-":
+            return filesets.stdin_source(field, chat)
+        if not isinstance(data, str) or ("\n" not in data and _exists(data)) or filesets.is_pattern(data):
+            return filesets.files_source([data], field, chat)
         if names_a_data_set(data):
             table = tables.hub_table(data, field, chat, split=split, streaming=streaming)
             return TableSource(table.name, None, None, table, version=table.version)
@@ -149,14 +179,16 @@ def open_source(
         )
     library = sys.modules.get("datasets")
     if library is not None and isinstance(data, library.Dataset | library.IterableDataset):
-        if "input_ids" in (data.column_names or ()):
+        if _has_tokens(data):
             return None
         table = tables.object_table(data, field, chat)
         return TableSource(table.name, None, None, table, version=table.version)
-    if isinstance(data, list | tuple) and data and isinstance(data[0], str):
-        check_is_read("a list of texts", field, chat)
-        return held_texts(data)
     return None
+
+
+def _has_tokens(data: Any) -> bool:
+    """Whether a data set of `datasets` has token ids rather than documents."""
+    return "input_ids" in (getattr(data, "column_names", None) or ())
 
 
 def names_a_data_set(name: str) -> bool:
@@ -164,7 +196,7 @@ def names_a_data_set(name: str) -> bool:
     return (
         re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", name) is not None
         and not _exists(name)
-        and not _names_a_file(Path(name))
+        and not names_a_file(Path(name))
     )
 
 
@@ -182,7 +214,8 @@ def _exists(name: str) -> bool:
         return False
 
 
-def _names_a_file(path: Path) -> bool:
+def names_a_file(path: Path) -> bool:
+    """True if the name ends as those of data files do."""
     return readers.plain_suffix(path) in (".txt", PARQUET, *JSON_LINES_SUFFIXES, *CELLS)
 
 
@@ -198,7 +231,7 @@ def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat
     if path.is_dir():
         raise DataError(f"the data file {path} is a folder: name a file in it")
     if path.exists() and not path.is_file():  # a pipe cannot be read twice, as it is here
-        raise DataError(f"the data file {path} is not a regular file")
+        raise DataError(f"the data file {path} is not a regular file (- reads standard input)")
     try:
         with path.open("rb") as file:
             about = os.fstat(file.fileno())
@@ -248,11 +281,18 @@ def held_texts(texts: Iterable[str]) -> TextSource:
         DataError: if one of them is no text.
     """
     held = tuple(texts)
-    digest, size = hashlib.sha256(), 0
     for number, text in enumerate(held):
         if not isinstance(text, str) or not readers.is_unicode(text):
             raise DataError(f"text {number} of the data is not a text: {str(text)[:40]!a}")
-        content = text.encode()
+    return held_items(held)
+
+
+def held_items(items: Iterable[Item]) -> TextSource:
+    """Texts and chats in memory, as `held_texts`; of a chat, the hash is that of its JSON. They are taken as they are."""
+    held = tuple(items)
+    digest, size = hashlib.sha256(), 0
+    for item in held:
+        content = item.encode() if isinstance(item, str) else json.dumps(item).encode()
         digest.update(content + b"\0")
         size += len(content)
     return TextSource("texts", "documents", digest.hexdigest(), size, held=held)
@@ -272,7 +312,7 @@ def default_text() -> TextSource:
 
 
 def check_lengths(seq_len: int, max_tokens: int | None) -> None:
-    """Raise ValueError if `seq_len` or `max_tokens` is below 1."""
+    """Raise OptionError if `seq_len` or `max_tokens` is below 1."""
     if seq_len < 1:
         raise OptionError(f"seq_len must be at least 1 token, not {seq_len}")
     if max_tokens is not None and max_tokens < 1:
@@ -298,16 +338,18 @@ def collate(rows: Sequence[Tensor], pad_token_id: int = 0, *, pin_memory: bool =
 
 
 def as_batch(item: Any) -> dict[str, Any]:
-    """The arguments that a token batch stands for: a tensor `[rows, tokens]` or `[tokens]`, or a mapping.
+    """The arguments that a token batch stands for: token ids `[rows, tokens]` or `[tokens]`, or a mapping with `input_ids`. Lists
+    and numpy arrays of whole numbers become tensors.
 
     Raises:
         DataError: for anything else, and for a mapping without `input_ids`.
     """
+    item = as_numbers(item)
     if isinstance(item, Tensor):
         item = {"input_ids": item}
     if not isinstance(item, Mapping):
         raise DataError(f"a token batch is a tensor or a mapping with input_ids, not {type(item).__name__}")
-    batch = dict(item)
+    batch = {key: as_numbers(value) for key, value in item.items()}
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() not in (1, 2) or ids.is_floating_point() or ids.is_complex():
         raise DataError("input_ids of a token batch must be a tensor of whole numbers [rows, tokens]")
@@ -322,6 +364,23 @@ def as_batch(item: Any) -> dict[str, Any]:
             "the attention_mask of a token batch must have the shape of its input_ids [rows, tokens]"
         )
     return batch
+
+
+def as_numbers(value: Any) -> Any:
+    """Lists of whole numbers, rows of equal length, and arrays of them, as an int64 tensor; anything else as it is."""
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        return torch.from_numpy(value.astype("int64")) if value.dtype.kind in "iu" and value.ndim else value
+    if isinstance(value, list | tuple) and value:
+        rows = value if isinstance(value[0], list | tuple) else [value]
+        whole = all(
+            isinstance(row, list | tuple)
+            and len(row) == len(rows[0])
+            and all(isinstance(n, Integral) and not isinstance(n, bool) for n in row)
+            for row in rows
+        )
+        return torch.tensor(value, dtype=torch.int64) if whole else value
+    return value
 
 
 def tokens_by_row(batch: Mapping[str, Any]) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastheads.errors import OptionError, RankLostError
+from fastheads.errors import JobError, OptionError, RankLostError
 from fastheads.moments import Moments
 
 PULSE = 1.0  # seconds between two signs of life
@@ -51,8 +51,7 @@ def place_in_environment(tp: int = 1) -> Place:
     """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK; one process alone where it did not start this one.
 
     Raises:
-        ValueError: if they are no numbers that make sense.
-        OptionError: if `tp` does not divide the number of processes.
+        OptionError: if they are no numbers that make sense, or `tp` does not divide the number of processes.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [os.environ.get(name) for name in names]
@@ -61,10 +60,10 @@ def place_in_environment(tp: int = 1) -> Place:
     else:
         said = ", ".join(f"{name}={value}" for name, value in zip(names, given, strict=True))
         if not all(value is None or (value.isascii() and value.isdecimal()) for value in given):
-            raise ValueError(f"the environment's {said} are not whole numbers")
+            raise OptionError(f"the environment's {said} are not whole numbers")
         rank, world, local = (int(value or 0) for value in given)
         if not rank < world:
-            raise ValueError(f"the environment's {said} contradict each other")
+            raise OptionError(f"the environment's {said} contradict each other")
     if tp < 1 or world % tp:
         raise OptionError(
             f"tp={tp} does not divide the number of processes, {world}: start them with torchrun"
@@ -89,7 +88,7 @@ class Job:
         environment says.
 
         Raises:
-            ValueError: as `place_in_environment`.
+            OptionError: as `place_in_environment`.
         """
         self.place = place_in_environment(tp) if place is None else place
         self._device = device
@@ -105,9 +104,7 @@ class Job:
         import torch.distributed as dist
 
         if not dist.is_available():
-            raise RuntimeError(
-                "this torch cannot run several processes together: it has no distributed package"
-            )
+            raise JobError("this torch cannot run several processes together: it has no distributed package")
         self._pulse = _Pulse(self.place)
         on_gpu = self.device.startswith("cuda")
         if on_gpu:
@@ -151,11 +148,9 @@ class Job:
         # After an error the others may be gone: to end the groups in order would wait for them.
 
     def check_entered(self) -> None:
-        """Raise RuntimeError unless this is within the `with` block, where the processes know of each other."""
+        """Raise JobError unless this is within the `with` block, where the processes know of each other."""
         if self.place.world > 1 and self._pulse is None:
-            raise RuntimeError(
-                "the processes do not know of each other yet: use the job in `with Job() as job:`"
-            )
+            raise JobError("the processes do not know of each other yet: use the job in `with Job() as job:`")
 
     def begin(self) -> None:
         """Say that the next `profile()` begins: what was said of the one before is no news of this one."""
@@ -424,7 +419,7 @@ def _connection() -> tuple[Any, bool]:
 
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if address is None or not port.isdecimal():
-        raise ValueError(
+        raise OptionError(
             "several processes need MASTER_ADDR and MASTER_PORT in the environment: use torchrun"
         )
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ.get("RANK") == "0"

@@ -52,6 +52,10 @@ class DataError(FastheadsError, ValueError):
     """The data to profile on cannot be read, or hold no tokens."""
 
 
+class TokenizerError(FastheadsError, RuntimeError):
+    """The tokenizer failed, or a process that runs it has ended."""
+
+
 class LoadError(FastheadsError, ValueError):
     """The model or its tokenizer cannot be loaded."""
 
@@ -93,6 +97,10 @@ class ProfileInterrupted(KeyboardInterrupt):  # an interrupt, like its base, rat
 
 class CheckpointError(FastheadsError, ValueError):
     """A checkpoint is damaged, or of another run than the one that is to go on with it."""
+
+
+class JobError(FastheadsError, RuntimeError):
+    """Several processes cannot work together here, or do not know of each other yet."""
 
 
 class RankLostError(FastheadsError, RuntimeError):

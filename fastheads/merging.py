@@ -158,6 +158,8 @@ def _shared_data(one: Metadata, two: Metadata) -> str | None:
     wholes, heads = ([run.get(key) for run in (one, two)] for key in ("sha256", "head_sha256"))
     pairs = [pair for pair in (wholes, heads) if all(isinstance(h, str) for h in pair)]
     alike = [pair[0] == pair[1] for pair in pairs]
+    if wholes[0] != wholes[1] and _files(one) & _files(two):
+        return f"a file that {str(one.get('source'))[:200]!r} and {str(two.get('source'))[:200]!r} share"
     if not any(alike):
         return None
     what = repr(str(one.get("source"))[:200])
@@ -174,6 +176,12 @@ def _shared_data(one: Metadata, two: Metadata) -> str | None:
     if (i - j) % math.gcd(n, m):
         return DISJOINT
     return f"a part of {what} ({i + 1}/{n}" + (")" if (i, n) == (j, m) else f" and {j + 1}/{m})")
+
+
+def _files(run: Metadata) -> set[str]:
+    """The hashes of the files that a run read, as far as they are known."""
+    several = run.get("files_sha256")
+    return {h for h in (several if isinstance(several, list) else [run.get("sha256")]) if isinstance(h, str)}
 
 
 def _shard(run: Metadata) -> tuple[int, int]:

@@ -5,11 +5,13 @@ ranking has settled, and the profile of all processes together. `runner.profile(
 import hashlib
 import inspect
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +22,20 @@ from fastheads.checkpoint import Checkpoint, check_state, shown
 from fastheads.corpus import Corpus
 from fastheads.distributed import Job
 from fastheads.ending import EarlyEnd
-from fastheads.errors import CheckpointError, DataError, OptionError, ProfileInterrupted, RankLostError
+from fastheads.errors import (
+    CheckpointError,
+    DataError,
+    ForwardError,
+    OptionError,
+    ProfileInterrupted,
+    RankLostError,
+)
 from fastheads.fingerprint import fingerprint
 from fastheads.manager import HookManager
 from fastheads.overhead import Overhead
 from fastheads.progress import Status
 from fastheads.results import RANKING_METRIC, HeadProfile
+from fastheads.sharing import RotaryState, Sharing, sharing_of
 from fastheads.sites import HeadSite
 from fastheads.stable import StableRule, judge
 from fastheads.stopping import Stopped, Stopping
@@ -63,19 +73,24 @@ class Run:
         checkpoint: Checkpoint | None,
         ending: EarlyEnd,
         report: Callable[[Status], None],
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model, self.hooks, self.corpus, self.settings = model, hooks, corpus, settings
         self.job, self.checkpoint, self.ending, self.report = job, checkpoint, ending, report
+        self.say = say  # a line to the user
         self.device = _input_device(model)
         self.tokens = self.sequences = self.area = self.batches = 0
         self.seconds = 0.0  # of earlier runs that this one goes on from, and then of all
         self.ended = False
+        self.complete = False  # ended, with all of the data
         self.looks = 0  # at whether the ranking has settled
         self.known_looks = 0  # those that some process had before this run began, and what they found
         self.settled_at: int | None = None
         self._all_done = False
         self.settled = False
         self.feed: Feed | None = None
+        self.sharing = _sharing(model, corpus)
+        self.rotary = RotaryState(model)
         self.overhead = Overhead(self.device)
         self.stopping = Stopping(patient=job.place.tp > 1)
         self._takes_cache = _takes(ending.decoder, "use_cache")
@@ -101,11 +116,36 @@ class Run:
 
     # ------------------------------------------------------------------ position
 
-    def prepare(self, resume: bool) -> None:
-        """Go on from the checkpoint, where that is wanted and there is one."""
+    def prepare(self, resume: bool, output: str | os.PathLike[str] | None = None) -> None:
+        """Go on from the checkpoint, where that is wanted and there is one, and say so.
+
+        Raises:
+            CheckpointError: if it cannot be gone on from; or there is none, and the output is there.
+        """
         assert self.checkpoint is not None
         self.checkpoint.tidy()
-        loaded = self.checkpoint.load() if resume else None
+        if not resume:
+            return
+        loaded = self.checkpoint.load()
+        self._load(loaded)
+        told = self.job.told([loaded is not None, self.tokens, output is not None and Path(output).exists()])
+        if any(found for found, _, _ in told):
+            self.say(
+                f"resuming from {self.checkpoint.path} at {sum(tokens for _, tokens, _ in told):,} tokens"
+            )
+        elif any(finished for _, _, finished in told):
+            raise CheckpointError(
+                f"nothing to resume: there is no checkpoint {self.checkpoint.path}, and {output} is a profile already. Without "
+                "--resume it is replaced"
+            )
+        else:
+            self.say(
+                f"nothing to resume: there is no checkpoint {self.checkpoint.path}, so the run starts afresh"
+            )
+
+    def _load(self, loaded: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
+        """Take over what the checkpoint holds."""
+        assert self.checkpoint is not None
         if self.job.place.tp > 1:  # one model between them: they stand at one place, or cannot go on
             step = -1 if loaded is None else loaded[1].get("batches", -1)
             if self.job.agree(step) != step or self.job.agree(-step) != -step:
@@ -137,12 +177,15 @@ class Run:
             raise CheckpointError(f"cannot resume from {self.checkpoint.path}: {error}") from error
         self.tokens, self.sequences, self.area, self.batches, self.looks = counts  # type: ignore[assignment]
         self.seconds = seconds
-        self.ended, self.settled = (document.get(key) is True for key in ("ended", "settled"))
+        self.ended, self.settled, self.complete = (
+            document.get(key) is True for key in ("ended", "settled", "complete")
+        )
         self.feed = self._make_feed(position)
 
     def configuration(self) -> dict[str, Any]:
         """Everything that the result depends on (JSON)."""
         settings, place = self.settings, self.job.place
+        rule = self.sharing.described()
         if isinstance(self.corpus, Corpus):
             data = {f"data {key}": value for key, value in self.corpus.identity.items()}
         else:
@@ -155,6 +198,7 @@ class Run:
             "batch_size": settings.batch_size,
             "batch_tokens": settings.batch_tokens,
             "compile": settings.compile,
+            **({} if rule is None else {"rows_of_a_batch": rule}),
             "until_stable": None if settings.until_stable is None else asdict(settings.until_stable),
             "process": [place.rank, place.world, place.tp],
         }
@@ -176,6 +220,7 @@ class Run:
             "seconds": self.seconds,
             "ended": self.ended,
             "settled": self.settled,
+            "complete": self.complete,
         }
         written = self.checkpoint.save({f"moments/{n}": buffer for n, buffer in enumerate(buffers)}, document)
         self._due = time.monotonic() + self.settings.every
@@ -188,6 +233,7 @@ class Run:
                 self.corpus,
                 max_tokens=settings.max_tokens,
                 digested=self.checkpoint is not None,
+                sharing=self.sharing,
                 position=position,
             )
         seq_len = self.corpus.seq_len
@@ -213,6 +259,7 @@ class Run:
             pinned=self.device.type == "cuda",
             embeddings=getattr(_embedding(self.model), "num_embeddings", None),
             each_window=settings.until_stable is not None,  # at the end of which it looks
+            sharing=self.sharing,
             position=position,
         )
 
@@ -278,7 +325,7 @@ class Run:
         if self.device.type == "cuda":  # the last batches may still run
             torch.cuda.synchronize(self.device)
         self.seconds = before + time.monotonic() - start
-        self.ended = True
+        self.ended, self.complete = True, self.feed.exhausted
 
     def _learn_of_looks(self) -> None:
         """What the processes had found when this run began: one of them may have gone further than another."""
@@ -328,6 +375,7 @@ class Run:
 
     def _forward(self, batch: Batch) -> bool:
         """False where there was not enough memory; nothing is counted then."""
+        self.rotary.reset()
         try:
             arguments = {key: _to(value, self.device) for key, value in batch.arguments.items()}
             real = None if batch.real is None else _to(batch.real, self.device) != 0
@@ -345,7 +393,7 @@ class Run:
             if not _is_out_of_memory(error):
                 raise
             if self.job.place.tp > 1:
-                raise RuntimeError(
+                raise ForwardError(
                     f"out of memory with {batch.area:,} tokens in a batch: give --batch-tokens (batch_tokens=) less"
                 ) from error
         else:
@@ -361,7 +409,12 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if not self.feed.halve():
-            raise RuntimeError(
+            if len(batch.lengths) > 1:
+                raise ForwardError(
+                    f"out of memory with a batch of {len(batch.lengths):,} rows, which cannot be halved, for in this model rows "
+                    "of one batch affect each other: give smaller batches"
+                )
+            raise ForwardError(
                 f"out of memory with one sequence of {batch.width:,} tokens: a shorter seq_len is needed"
             )
 
@@ -396,6 +449,7 @@ class Run:
 
     def close(self) -> None:
         self.ending.remove()
+        self.rotary.restore()
         if self.feed is not None:
             self.feed.close()
 
@@ -429,7 +483,7 @@ class Run:
 
     def _merged(self) -> HeadProfile:
         """The profile of all parts of the data, the same on every process."""
-        found = self.part(complete=True)
+        found = self.part(complete=self.complete)
         if self.job.place.shard[1] > 1:
             data = self.job.told(found.metadata["data"])
             used = self.job.told(found.metadata["backend"])
@@ -440,6 +494,7 @@ class Run:
                 **total,
                 "seconds": max(part["seconds"] for part in data),
                 "padding": round(1 - total["tokens"] / area, 6) if area else 0.0,
+                "complete": all(part["complete"] for part in data),
                 "processes": self.job.place.world,
             }
             if "shard" in data[0]:
@@ -449,6 +504,16 @@ class Run:
         if not found.metadata["data"]["tokens"]:
             raise DataError("no tokens in the data")
         return found
+
+
+def _sharing(model: nn.Module, corpus: Any) -> Sharing:
+    """Which rows may share a batch. Batches that the caller made are run in any case."""
+    try:
+        return sharing_of(model)
+    except OptionError:
+        if isinstance(corpus, Corpus):
+            raise
+        return Sharing(alone="the batches before matter")
 
 
 def _digest_of_config(model: nn.Module) -> str:

@@ -1,15 +1,16 @@
 """profile(): the whole job, from a model and data to a HeadProfile. What it prepares here, `run.Run` does."""
 
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from fastheads import data as sources
-from fastheads import loading
+from fastheads import inputs, loading
 from fastheads.checkpoint import Checkpoint
 from fastheads.corpus import Corpus
 from fastheads.data import Cut, Source
@@ -18,10 +19,11 @@ from fastheads.ending import EarlyEnd
 from fastheads.errors import DataError, OptionError
 from fastheads.manager import HookManager
 from fastheads.progress import Status
-from fastheads.results import HeadProfile
+from fastheads.results import RANKING_METRIC, HeadProfile
 from fastheads.run import Run, Settings
+from fastheads.sharing import grows_with_length
 from fastheads.sites import unwrapped
-from fastheads.stable import StableRule, check_token_agg
+from fastheads.stable import StableRule, check_token_agg, judge
 
 SEQ_LEN = 512
 CHECKPOINT_EVERY = 30.0  # seconds
@@ -69,7 +71,9 @@ def profile(
     last projection that is profiled, for nobody needs them. The model is left as it was.
 
     Texts are run in batches of sequences of about equal length, padded on the right. Where attention is causal in every layer the
-    padding needs no mask: nothing real looks at it.
+    padding needs no mask: nothing real looks at it. What a sequence gives does not depend on those that share its batch: where a
+    model's rotary table, or its quantised layers, look at all rows (`fastheads.sharing`), only those share one that may. Token
+    batches that you make yourself are run as you made them: there, and under a HookManager, which rows share one is up to you.
 
     Args:
         model: a transformers model; or a name, which is loaded with its tokenizer: a local folder, a GGUF file
@@ -79,9 +83,14 @@ def profile(
             - a `str` or path: a file. Text is one stream, cut to contiguous blocks of `seq_len` tokens; JSON lines, CSV and
               Parquet are documents (`fastheads.data.open_source`). A `str` such as owner/name that is no file: a data set of
               the Hub. (To profile a text that is at hand, pass it in a list: `[text]`.)
-            - an iterable of `str`: documents. Read to its end before the model runs.
+            - a pattern for files ("data/*.jsonl"), a folder, or an iterable of `pathlib.Path`: the files in turn, texts
+              with the tokenizer's EOS token between them. "-": standard input.
+            - an iterable of `str`: documents. Read to its end before the model runs; so are iterables of dicts, whose `field`
+              holds the document, and of chats (lists of messages). Strings that name files are refused: they may be meant so.
+            - a table of pandas, polars or pyarrow, or a dict of columns: the documents in the column `field`.
             - a tensor of token ids `[rows, tokens]`, a mapping with `input_ids` and perhaps `attention_mask`
-              (all of it goes to the model), or an iterable of these: token batches, run as they are.
+              (all of it goes to the model), or an iterable of these: token batches, run as they are. So are lists of token ids,
+              each a sequence, and numpy arrays.
             - None: the English text that every CPython carries (`pydoc_data.topics`).
             - what `fastheads.data.open_source` returns.
             - a `fastheads.corpus.Corpus`, which brings its tokenizer, cut, seq_len and max_tokens. One without a shard is shared
@@ -115,9 +124,11 @@ def profile(
             be written, a warning on stderr says so once, and the run goes on. None: no checkpoints.
         checkpoint_every: seconds between checkpoints.
         resume: go on from `checkpoint`, if the file is there. On the CPU the end is the same, bit for bit, as without the stop.
+            Where it is not there, start afresh, unless `output` is there.
         until_stable: end as soon as the ranking of heads by `RANKING_METRIC` has settled, by the rule given or, if True, the
             default one (`fastheads.stable`, which says what it takes for granted). It is asked after each window of texts and
-            after each token batch; of several processes, when each has done one more window.
+            after each token batch; of several processes, when each has done one more window. A warning says where the data, or
+            `max_tokens`, ended before it had.
         shard: (i, n): of the windows that texts are cut into (`Corpus`), run every n-th from the i-th on. n runs with another i
             each do all, and `HeadProfile.merge` puts them together. None: all windows; of a `Corpus` that has a shard, where one
             process runs alone, that one.
@@ -129,7 +140,7 @@ def profile(
         DataError: the data cannot be read, hold no tokens, or skip_first leaves none of them.
         LoadError: the model or its tokenizer cannot be loaded.
         NoSitesError: the model has nothing to profile.
-        ValueError: an option is out of range or unknown.
+        OptionError: an option is out of range or unknown.
         CheckpointError: `resume`, and the checkpoint is damaged or was made with another model, other data or other options; the
             message says which.
         OptionError: the processes of the job were given different models, data or options.
@@ -157,6 +168,7 @@ def profile(
     source = data if isinstance(data, Corpus) else _as_source(data, field)
     if shard is not None and not isinstance(source, Corpus | Source):
         raise OptionError("shard= is for texts: of token batches, give each run its own")
+    _check_once(source, checkpoint is not None or resume, job.place)
     shard = (0, 1) if shard is None else shard
     is_text = isinstance(source, Source)
 
@@ -177,7 +189,7 @@ def profile(
     if is_text and tokenizer is None:
         raise OptionError("data of text need tokenizer=... where the model is a module")
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
+        raise OptionError(
             f"profile() runs decoders alone, and {type(module).__name__} has an encoder: run it yourself under a HookManager"
         )
     corpus: Corpus | Iterable[dict[str, Any]]
@@ -203,7 +215,7 @@ def profile(
         "layers": None if layers is None else list(layers),
         "include": [include] if isinstance(include, str) else list(include),
     }
-    with HookManager(module, **how) as hooks, _progress(progress, job) as report:
+    with HookManager(module, **how) as hooks, _progress(progress, job) as (report, say):
         ending.follow(hooks, hooks.profiled_sites)
         settings = Settings(
             batch_size=batch_size,
@@ -217,15 +229,21 @@ def profile(
             name=name,
         )
         file = None if checkpoint is None else Checkpoint(checkpoint, job.place.rank, job.place.world)
-        run = Run(module, hooks, corpus, settings, job=job, checkpoint=file, ending=ending, report=report)
+        run = Run(
+            module, hooks, corpus, settings, job=job, checkpoint=file, ending=ending, report=report, say=say
+        )
         try:
             run.check_together()
             if file is not None:
-                run.prepare(resume)
+                run.prepare(resume, output)
             measured = run.whole()
             _check_measured(measured, skip_first)
         finally:
             run.close()
+    if run.settings.until_stable is not None and not run.settled and job.place.rank == 0:
+        verdict = judge(measured.moments[RANKING_METRIC], run.settings.until_stable)
+        why = "the end of the data" if run.complete else f"max_tokens={max_tokens}"
+        warnings.warn(f"the ranking has not settled by {why}: {verdict}", RuntimeWarning, stacklevel=2)
     if output is not None and job.place.rank == 0:
         measured.save(output)
     if file is not None:
@@ -237,7 +255,7 @@ def profile(
 def check_options(
     batch_size: int | None, batch_tokens: int | None, checkpoint_every: float, shard: tuple[int, int] | None
 ) -> None:
-    """Raise ValueError for options of `profile()` that are out of range."""
+    """Raise OptionError for options of `profile()` that are out of range."""
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"batch_size must be at least 1 sequence, not {batch_size}")
     if batch_tokens is not None and batch_tokens < 1:
@@ -253,6 +271,18 @@ def _check_left_out(given: dict[str, Any]) -> None:
     for option, value in given.items():
         if value is not None:
             raise OptionError(f"{option} belongs to the Corpus: give it to Corpus(...) instead of profile()")
+
+
+def _check_once(source: Any, checkpoints: bool, place: Place) -> None:
+    """Raise OptionError where data that can be read by one process only would be needed again."""
+    if not getattr(getattr(source, "source", source), "once", False):
+        return
+    if checkpoints:
+        raise OptionError(
+            "standard input cannot be resumed: save it to a file, or leave checkpoint= and resume= out"
+        )
+    if place.world > 1:
+        raise OptionError("several processes cannot share standard input: save it to a file")
 
 
 def _part_of(shard: tuple[int, int], place: Place) -> tuple[int, int]:
@@ -289,44 +319,35 @@ def _check_measured(measured: HeadProfile, skip_first: int) -> None:
 
 def _as_source(data: Any, field: str | None) -> Source | Iterator[dict[str, Any]]:
     """Texts, or token batches."""
-    source = sources.open_source(data, field=field)
-    if source is not None:
-        return source
-    sources.check_is_read("what is iterated over", field, "auto")
-    if isinstance(data, Tensor | Mapping):
-        data = [data]
-    if not isinstance(data, Iterable):
-        raise DataError(f"data must be a path, texts or token batches, not {type(data).__name__}")
-    items = iter(data)
-    first = next(items, None)
-    if first is None:
-        raise DataError("no data: nothing to iterate over")
-    together = itertools.chain([first], items)
-    return sources.held_texts(together) if isinstance(first, str) else map(sources.as_batch, together)
+    source = sources.named_source(data, field=field)
+    return inputs.in_memory(data, field, "auto") if source is None else source
 
 
 def _fitting_seq_len(model: nn.Module, seq_len: int | None) -> int:
-    """`seq_len`, or its default, if the model has positions for it; else ValueError."""
+    """`seq_len`, or its default, if the model has positions for it; else OptionError."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if seq_len is None:
         return min(SEQ_LEN, limit) if limit else SEQ_LEN
-    if limit and seq_len > limit:
+    if limit and seq_len > limit and not grows_with_length(model):
         raise OptionError(f"seq_len {seq_len} is more than the model's max_position_embeddings, {limit}")
     return seq_len
 
 
 @contextmanager
-def _progress(progress: bool | Progress, job: Job) -> Iterator[Callable[[Status], None]]:
+def _progress(
+    progress: bool | Progress, job: Job
+) -> Iterator[tuple[Callable[[Status], None], Callable[[str], None]]]:
+    """What takes the status of the run, and lines for whoever waits for it."""
     if callable(progress):
-        yield lambda status: progress(status.all_tokens, status.total)
+        yield lambda status: progress(status.all_tokens, status.total), lambda line: None
         return
     if not progress or job.place.rank:
-        yield lambda status: None
+        yield lambda status: None, lambda line: None
         return
     from fastheads.terminal import progress_bar
 
     with progress_bar() as report:
-        yield report
+        yield report, lambda line: print(f"fastheads: {line}", file=sys.stderr, flush=True)

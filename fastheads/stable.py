@@ -58,7 +58,7 @@ _FOREVER = 2.0**40  # times the samples that there are
 
 @dataclass(frozen=True)
 class StableRule:
-    """When to stop. Raises ValueError for numbers out of range.
+    """When to stop. Raises OptionError for numbers out of range.
 
     alpha: the probability with which a verdict of "settled" may be wrong, over all looks and heads.
     tolerance: heads whose means differ by less than this part of the average head's are ties. 0: no ties; equal heads then never
@@ -109,7 +109,7 @@ class Verdict:
 
 
 def check_token_agg(token_agg: str) -> None:
-    """Raise ValueError for "token"."""
+    """Raise OptionError for "token"."""
     if token_agg == "token":
         raise OptionError(
             "until_stable cannot be used with token_agg 'token': the tokens of a text are correlated, and standard errors over "
@@ -120,7 +120,7 @@ def check_token_agg(token_agg: str) -> None:
 def judge(moments: Moments, rule: StableRule) -> Verdict:
     """Whether the ranking by `moments`, planes of any shape, has settled by `rule`. Heads without a sample are not ranked.
 
-    A pure function, that can be asked at any time and any number of times. Raises ValueError where `rule.lowest` of the heads is
+    A pure function, that can be asked at any time and any number of times. Raises OptionError where `rule.lowest` of the heads is
     none of them, or all.
     """
     ranked = moments.count > 0
@@ -143,7 +143,7 @@ def judge(moments: Moments, rule: StableRule) -> Verdict:
 
 
 def number_of_lowest(heads: int, rule: StableRule) -> int | None:
-    """How many of so many heads the lowest ones are, as `HeadProfile.lowest` counts. Raises ValueError for none, or all."""
+    """How many of so many heads the lowest ones are, as `HeadProfile.lowest` counts. Raises OptionError for none, or all."""
     if rule.lowest is None:
         return None
     number = round(rule.lowest * heads)

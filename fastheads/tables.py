@@ -1,7 +1,8 @@
 """Documents through Hugging Face `datasets`: Parquet files, data sets of the Hub, `datasets`' own objects.
 
 Parquet files are read as a stream, without a copy in the cache, a thousand rows at a time. Nothing is unpickled and no code
-that comes with data is run: `datasets` 4 and later cannot, and older ones are refused.
+that comes with data is run: `datasets` 4 and later cannot. Releases before `OLDEST` lose their place when a stream is resumed
+(they start again from the first row, or skip rows), and are refused.
 """
 
 import logging
@@ -10,10 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from fastheads.errors import DataError, FastheadsError, MissingExtraError
 from fastheads.readers import Chat, Item, as_item, choose_field
 
 ROWS = 1000  # read at a time
+OLDEST = "5.0.1"  # of `datasets`; as in pyproject.toml
 
 
 def parquet_table(path: Path, field: str | None, chat: Chat) -> "Table":
@@ -53,7 +57,10 @@ def object_table(dataset: Any, field: str | None, chat: Chat) -> "Table":
 
     Raises:
         DataError: if it has no rows, or no column for the documents.
+        MissingExtraError: if it is a stream of a release of `datasets` that loses its place.
     """
+    if hasattr(dataset, "state_dict"):
+        _library("a stream of the library datasets")
     name = getattr(dataset.info, "dataset_name", None) or "a data set in memory"
     with _errors(name):
         return Table(name, dataset, _field(dataset, field, chat, name), chat)
@@ -132,8 +139,10 @@ def _library(what: str) -> Any:
         import datasets
     except ImportError as error:
         raise MissingExtraError(what, "datasets", "corpus") from error
-    if int(datasets.__version__.split(".")[0]) < 4:  # older ones run code that comes with the data
-        raise MissingExtraError(what, "datasets 4 or later", "corpus")
+    if Version(datasets.__version__) < Version(OLDEST):
+        raise MissingExtraError(
+            what, f"datasets {OLDEST} or later ({datasets.__version__} is installed)", "corpus"
+        )
     # What its readers log is what they raise, which becomes our one line.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     return datasets

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastheads.encoding import Encoder, load_backend, receive, send, token_ids
-from fastheads.errors import DataError, OptionError
+from fastheads.errors import DataError, OptionError, TokenizerError
 from fastheads.readers import Item
 
 PROGRAM = (
@@ -73,7 +73,7 @@ class Tokenising:
         except queue.Empty:  # there are as many threads as processes are wanted
             with self._lock:
                 if self._closed:
-                    raise RuntimeError("tokenising has been closed") from None
+                    raise TokenizerError("tokenising has been closed") from None
                 process = _Process()
                 self._all.append(process)
             process.ask(self._packed)
@@ -111,7 +111,7 @@ class _Process:
 
         Raises:
             DataError: a document cannot be made tokens of.
-            RuntimeError: the tokenizer failed, or the process has ended.
+            TokenizerError: the tokenizer failed, or the process has ended.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         ids = head = None
@@ -122,12 +122,12 @@ class _Process:
         except (OSError, ValueError):  # a broken pipe, or one that close() has shut
             pass
         if head is None or ids is None:
-            raise RuntimeError(f"a tokenising process {self._end()}; with workers=0 there is none")
+            raise TokenizerError(f"a tokenising process {self._end()}; with workers=0 there is none")
         found = json.loads(head)
         if "error" in found:
             if found["data"]:
                 raise DataError(found["error"])
-            raise RuntimeError(f"the tokenizer failed in a process of its own: {found['error']}")
+            raise TokenizerError(f"the tokenizer failed in a process of its own: {found['error']}")
         whole = array("i", ids)
         return list(_tensor(whole).split(found["lengths"])) if found["lengths"] else []
 

@@ -1,5 +1,8 @@
 """The command line: what it prints, what it writes, and one clear line for every bad input."""
 
+import gc
+import io
+import json
 import os
 import re
 import shutil
@@ -172,22 +175,158 @@ def test_merging_leaves_other_files_alone(run, here, model):
     assert not (here / "new.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("default:the ranking has not settled")
 def test_until_stable_takes_all_the_data_unless_it_is_told(run, here, model):
-    assert run("profile", model, "--data", "text.txt", "--until-stable")[0] == 0
+    code, _, err = run("profile", model, "--data", "text.txt", "--until-stable")
+    assert code == 0
+    assert "fastheads: warning: the ranking has not settled by the end of the data: 12 of 12 heads und" in err
     found = HeadProfile.load("head_profile.safetensors").metadata["data"]
     assert (found["max_tokens"], found["until_stable"]["settled"]) == (None, False)
-    assert run("profile", model, "--data", "text.txt", "--until-stable", "--max-tokens", "40")[0] == 0
-    assert HeadProfile.load("head_profile.safetensors").metadata["data"]["tokens"] == 40
+    code, _, err = run("profile", model, "--data", "text.txt", "--until-stable", "--max-tokens", "40")
+    assert code == 0
+    assert "fastheads: warning: the ranking has not settled by max_tokens=40: 12 of 12 heads undecided" in err
+    found = HeadProfile.load("head_profile.safetensors").metadata["data"]
+    assert (found["tokens"], found["complete"], found["until_stable"]["settled"]) == (40, False, False)
     code, out, err = run("profile", model, "--until-stable", "--token-agg", "token")
     assert (code, out) == (2, "")
     assert err.startswith("fastheads: until_stable cannot be used with token_agg 'token': ")
 
 
-def test_all_the_data_can_be_asked_for(run, here, model):
-    (here / "long.txt").write_text(TEXT * 200)  # more than the default's tokens
-    assert run("profile", model, "--data", "long.txt", "--max-tokens", "all", "--layers", "0")[0] == 0
+@pytest.mark.parametrize("limit", [[], ["--max-tokens", "all"]])
+def test_all_the_data_are_profiled_unless_a_limit_is_given(run, here, model, limit):
+    (here / "long.txt").write_text(TEXT * 200)  # more than is taken of Python's text
+    assert run("profile", model, "--data", "long.txt", *limit, "--layers", "0")[0] == 0
     found = HeadProfile.load("head_profile.safetensors").metadata["data"]
-    assert (found["tokens"], found["max_tokens"]) == (len(TEXT) * 200, None)
+    assert (found["tokens"], found["max_tokens"], found["complete"]) == (len(TEXT) * 200, None, True)
+
+
+def test_python_s_own_text_is_cut_and_that_is_said(run, here, model):
+    code, out, err = run("profile", model, "--layers", "0")
+    assert code == 0
+    assert "fastheads: no --data: the first 32,768 tokens of Python's own English text" in err
+    assert "(incomplete)" in out
+    found = HeadProfile.load("head_profile.safetensors").metadata["data"]
+    assert (found["tokens"], found["complete"]) == (32_768, False)
+    assert "no --data" not in run("profile", model, "--layers", "0", "--max-tokens", "50")[2]
+
+
+@pytest.mark.parametrize(
+    ("limit", "complete"), [("224", False), ("225", True), ("226", True)]
+)  # of 225 tokens
+@pytest.mark.parametrize("cut", ["stream", "documents"])
+def test_only_a_profile_of_all_the_data_is_complete(run, here, model, limit, complete, cut):
+    if cut == "documents":
+        limit = str(int(limit) - 5)  # less the ends of the lines
+    assert run("profile", model, "--data", "text.txt", "--cut", cut, "--max-tokens", limit)[0] == 0
+    assert HeadProfile.load("head_profile.safetensors").metadata["data"]["complete"] is complete
+
+
+def lines(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def test_several_files_patterns_and_folders_are_one_corpus(run, here, model):
+    (here / "d").mkdir()
+    (here / "d/a.jsonl").write_text(lines("one", "two"))
+    (here / "d/b.jsonl").write_text(lines("three"))
+    (here / "all.jsonl").write_text(lines("one", "two", "three"))
+    assert run("profile", model, "--data", "all.jsonl", "-o", "all.safetensors")[0] == 0
+    whole = HeadProfile.load("all.safetensors")
+    for data in (["d/a.jsonl", "d/b.jsonl"], ["d/*.jsonl"], ["d"], ["d/"], ["d/a*", "d/b*"]):
+        options = [word for name in data for word in ("--data", name)]
+        assert run("profile", model, *options, "-o", "some.safetensors")[0] == 0
+        found = HeadProfile.load("some.safetensors")
+        assert found.metadata["data"]["source"] == "d/a.jsonl + d/b.jsonl"
+        assert found.metadata["data"]["complete"] is True
+        assert all(
+            torch.equal(a, b)
+            for m in whole.metrics
+            for a, b in zip(found.moments[m], whole.moments[m], strict=True)
+        )
+    # One of the files again is the same data again.
+    for name in ("d/a.jsonl", "d/b.jsonl"):
+        assert run("profile", model, "--data", name, "-o", "part.safetensors")[0] == 0
+        code, _, err = run("merge", "some.safetensors", "part.safetensors", "-o", "merged.safetensors")
+        assert (code, "would count twice" in err) == (1, True)
+    assert run("profile", model, "--data", "text.txt", "-o", "part.safetensors")[0] == 0
+    assert run("merge", "some.safetensors", "part.safetensors", "-o", "merged.safetensors")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "says"),
+    [
+        (["no*.jsonl"], 1, "no data file matches 'no\\*.jsonl'"),
+        (["text.txt", "./text.txt"], 1, "the data file text.txt is given twice: .*"),
+        (["text.txt", "t*.txt"], 1, "the data file text.txt is given twice: .*"),
+        (["text.txt", "d.jsonl"], 2, "text.txt \\+ d.jsonl: some are texts, .*cut='documents'.*"),
+        (["text.txt", "-"], 2, "--data - must be the only one: .*"),
+        (["owner/name", "text.txt"], 2, "--data owner/name must be the only one: .*"),
+        (["empty"], 1, "the data folder empty holds no files"),
+        (["odd"], 1, "the data folder odd holds README beside other kinds of files: .*'odd/\\*.jsonl'"),
+    ],
+)
+def test_data_that_cannot_be_one_corpus_are_refused(run, here, model, data, code, says):
+    (here / "d.jsonl").write_text(lines("one"))
+    (here / "empty").mkdir()
+    (here / "odd").mkdir()
+    (here / "odd/README").write_text("what this is")
+    (here / "odd/d.jsonl").write_text(lines("one"))
+    options = [word for name in data for word in ("--data", name)]
+    found, _, err = run("profile", model, *options)
+    assert found == code
+    assert re.fullmatch("fastheads: " + says, err.splitlines()[-1])
+
+
+class Stdin:
+    def __init__(self, content):
+        self.buffer = io.BytesIO(content)
+
+
+@pytest.mark.parametrize("kind", ["text", "lines"])
+def test_standard_input_is_data(run, here, model, monkeypatch, kind):
+    content = TEXT if kind == "text" else lines("one", "two")
+    file = here / ("a.txt" if kind == "text" else "a.jsonl")
+    file.write_text(content)
+    assert run("profile", model, "--data", str(file), "-o", "file.safetensors")[0] == 0
+    monkeypatch.setattr(sys, "stdin", Stdin(content.encode()))
+    before = set(os.listdir(tempfile.gettempdir()))
+    code, _, err = run("profile", model, "--data", "-", "-o", "stdin.safetensors")
+    assert code == 0
+    assert "fastheads: standard input cannot be resumed: no checkpoints are written" in err
+    gc.collect()
+    left = set(os.listdir(tempfile.gettempdir())) - before
+    assert not [name for name in left if name.startswith("fastheads")]
+    want, found = HeadProfile.load("file.safetensors"), HeadProfile.load("stdin.safetensors")
+    assert found.metadata["data"]["source"] == "standard input"
+    for key in ("sha256", "head_sha256", "tokens", "sequences", "complete"):
+        assert found.metadata["data"][key] == want.metadata["data"][key]
+    assert all(torch.equal(found.moments[m].mean, want.moments[m].mean) for m in want.metrics)
+
+
+def test_standard_input_is_refused_where_it_would_be_read_again(run, here, model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Stdin(b""))
+    code, _, err = run("profile", model, "--data", "-")
+    assert (code, err.splitlines()[-1]) == (1, "fastheads: standard input is empty")
+    code, _, err = run("profile", model, "--data", "-", "--resume")
+    assert (code, "standard input cannot be resumed" in err) == (2, True)
+
+
+def test_resume_says_what_it_does_and_replaces_no_finished_profile(run, here, model, monkeypatch):
+    arguments = ["profile", model, "--data", "text.txt", "--seq-len", "8", "--batch-tokens", "24"]
+    code, _, err = run(*arguments, "-o", "p.safetensors", "--resume")
+    assert code == 0
+    checkpoint = "p.safetensors.checkpoint"
+    assert f"fastheads: nothing to resume: there is no checkpoint {checkpoint}, so the run sta" in err
+    before = (here / "p.safetensors").read_bytes()
+    code, _, err = run(*arguments, "-o", "p.safetensors", "--resume")
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        f"fastheads: nothing to resume: there is no checkpoint {checkpoint}, and p.safetensors is a profile already. Without "
+        "--resume it is replaced"
+    )
+    assert (here / "p.safetensors").read_bytes() == before
+    code, _, err = run(*arguments, "-o", "p.safetensors")
+    assert (code, "fastheads: p.safetensors exists: it is replaced" in err) == (0, True)
 
 
 def test_options_reach_the_profile(run, here, model):
@@ -280,8 +419,11 @@ WRONG_USAGE = {
         (["{model}", "--data", "latin.txt"], "latin.txt is not UTF-8 text: .*"),
         (["{model}", "--data", "broken.jsonl"], "broken.jsonl, line 2 is not JSON: .*"),
         (["{model}", "--data", "lines.jsonl"], "lines.jsonl, line 1 has no field 'text' .*"),
-        (["{model}", "--data", "."], "the data file . is a folder: name a file in it"),
-        (["{model}", "--data", "/dev/zero"], "the data file /dev/zero is not a regular file"),
+        (["{model}", "--data", "."], "the data file empty.txt is empty"),
+        (
+            ["{model}", "--data", "/dev/zero"],
+            r"the data file /dev/zero is not a regular file \(- reads standard input\)",
+        ),
         (
             ["{model}", "--data", "no/such.txt"],
             "cannot read the data file no/such.txt: No such file or directory",
@@ -353,7 +495,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(run, here, model, monkeypatch,
     assert out == ""
     *notes, line = err.splitlines()
     assert re.fullmatch("fastheads: " + says, line)
-    assert all(note.startswith("loading ") for note in notes)
+    assert all(note.startswith(("loading ", "fastheads: no --data: ")) for note in notes)
     assert files(here) == before
 
 
@@ -646,7 +788,9 @@ def test_a_stopped_run_is_resumed_and_a_completed_one_leaves_no_checkpoint(run, 
         'fastheads: cannot resume from p.safetensors.checkpoint: token agg is not what it was: "all" then and "last" now. '
         "Without --resume the run starts afresh"
     )
-    assert run(*arguments, "-o", "p.safetensors", "--resume")[0] == 0
+    monkeypatch.setattr(loading, "load_model", load_model)
+    code, _, err = run(*arguments, "-o", "p.safetensors", "--resume")
+    assert (code, "fastheads: resuming from p.safetensors.checkpoint at 96 tokens" in err) == (0, True)
     found, whole = (HeadProfile.load(f"{name}.safetensors") for name in ("p", "whole"))
     for metric in whole.metrics:
         assert all(

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 import tracemalloc
 import weakref
 from itertools import chain, pairwise
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -20,28 +22,14 @@ import pyarrow.parquet
 import pytest
 import torch
 from checkpoints import ascii_tokenizer
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from word_tokenizers import WORDS, chat_tokenizer, special_tokenizer
 
 from fastheads import corpus as corpora
-from fastheads import data, encoding, readers
+from fastheads import data, encoding, readers, tables
 from fastheads.corpus import Corpus, Window, plan
 from fastheads.errors import DataError, MissingExtraError, OptionError
-
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-
-
-def special_tokenizer(bos: bool = True, eos: bool = True) -> PreTrainedTokenizerFast:
-    """Words, with a BOS in front of each text where it is asked for (1), and an EOS that is not added (2)."""
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {word: i for i, word in enumerate(WORDS, start=3)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
-        )
-    tokens = {"bos_token": "<s>"} | ({"eos_token": "</s>"} if eos else {})
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", **tokens)
 
 
 def some_texts(count: int, seed: int = 0, longest: int = 40) -> list[str]:
@@ -421,7 +409,8 @@ def test_options_that_would_be_passed_over_are_refused():
 
 def test_what_is_no_source():
     batches = datasets.Dataset.from_dict({"input_ids": [[1, 2]]})
-    assert data.open_source(batches) is data.open_source(torch.ones(1, 2)) is data.open_source([]) is None
+    assert data.open_source(batches) is data.open_source(torch.ones(1, 2)) is data.open_source(3) is None
+    assert data.open_source(iter(["read once"])) is None
 
 
 def test_without_datasets_the_extra_is_named(write, monkeypatch):
@@ -434,16 +423,31 @@ def test_without_datasets_the_extra_is_named(write, monkeypatch):
         assert all_ids(corpus(write(name, ["one"])).windows()) == [[1, 3]]
 
 
+@pytest.mark.parametrize("version", ["3.6.0", "4.0.0", "4.8.4", "5.0.0"])
+def test_releases_of_datasets_that_lose_their_place_are_refused_by_name(write, monkeypatch, version):
+    dataset = datasets.Dataset.from_dict({"text": TEXTS})
+    path = write("a.parquet", ["one"])
+    monkeypatch.setattr(datasets, "__version__", version)
+    for given in (path, "owner/name", dataset.to_iterable_dataset()):
+        with pytest.raises(
+            MissingExtraError, match=rf"needs datasets 5\.0\.1 or later \({version} is"
+        ) as error:
+            data.open_source(given)
+        assert "pip install 'fastheads[corpus]'" in str(error.value)
+    assert data.open_source(dataset) is not None  # has no place to lose
+    for sound in ("5.0.1", "5.2.0", "6.0.0"):
+        monkeypatch.setattr(datasets, "__version__", sound)
+        assert data.open_source(path) is not None
+
+
+def test_the_oldest_datasets_is_that_of_the_package():
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert re.findall(r"datasets>=([\d.]+)", project) == [tables.OLDEST] * 2
+
+
 # Chats
 
 CHATS = [[{"role": "user", "content": "one two"}, {"role": "assistant", "content": "three"}]] * 3
-TEMPLATE = "{% for m in messages %}<s> {{ m['content'] }} </s>{% endfor %}{% if add_generation_prompt %}ten{% endif %}"
-
-
-def chat_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    tokenizer = special_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @pytest.mark.parametrize("workers", [0, 1])

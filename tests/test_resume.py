@@ -13,6 +13,7 @@ import struct
 import threading
 from pathlib import Path
 
+import datasets
 import pytest
 import safetensors.torch
 import torch
@@ -23,7 +24,7 @@ from fastheads import HeadProfile, files
 from fastheads.batching import GivenFeed, WindowFeed
 from fastheads.checkpoint import Checkpoint
 from fastheads.corpus import Corpus
-from fastheads.data import as_batch, held_texts
+from fastheads.data import as_batch, held_texts, open_source
 from fastheads.distributed import Job, Place
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
 from fastheads.moments import COUNT, M2, MAX, MEAN, MIN, NONFINITE
@@ -92,6 +93,63 @@ def test_a_stopped_run_goes_on_where_it_stood(model, tokenizer, tmp_path, how):
     assert_same(HeadProfile.load(tmp_path / "p.safetensors"), want)
     assert os.listdir(tmp_path) == ["p.safetensors"]
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+STREAMS = {
+    "plain": lambda rows: rows,
+    "map": lambda rows: rows.map(lambda row: {"text": row["text"] + "!"}),
+    "map in batches": lambda rows: rows.map(lambda rows: rows, batched=True, batch_size=7),
+    "filter": lambda rows: rows.filter(lambda row: len(row["text"]) % 3 > 0),
+    "map and filter": lambda rows: rows.map(lambda row: row).filter(lambda row: len(row["text"]) % 3 > 0),
+    "skip and take": lambda rows: rows.skip(3).take(50),
+    "concatenated": lambda rows: datasets.concatenate_datasets([rows, rows.map(lambda row: row)]),
+}
+
+
+@pytest.mark.parametrize("chain", STREAMS)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_stream_that_is_stopped_again_and_again_loses_and_repeats_no_row(
+    model, tokenizer, tmp_path, chain, shards
+):
+    path = tmp_path / "c"
+
+    def data():  # made anew, as in a process of its own
+        rows = datasets.Dataset.from_dict({"text": some_texts()}).to_iterable_dataset(num_shards=shards)
+        options = {"seq_len": 48, "window_characters": 300, "workers": 0}
+        return Corpus(open_source(STREAMS[chain](rows)), tokenizer, **options)
+
+    options = {"batch_tokens": 200, "token_agg": "token"}
+    want = profile(model, data(), **options)
+    tokens = []
+    for after in (4, 5, 3):
+        stop = stopped(model, data(), path, after, resume=True, **options)
+        tokens.append(stop.profile.metadata["data"]["tokens"])
+    assert tokens == sorted(set(tokens))
+    assert_same(profile(model, data(), checkpoint=path, resume=True, **options), want)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_several_files_go_on_inside_any_of_them(model, tokenizer, tmp_path, kind):
+    path, texts = tmp_path / "c", some_texts(90)
+    for number in range(3):
+        part = texts[30 * number : 30 * number + 30]
+        lines = [json.dumps({"text": text}) if kind == "jsonl" else text for text in part]
+        (tmp_path / f"{number}.{kind}").write_text("\n".join(lines) + "\n")
+
+    def data():
+        options = {"seq_len": 48, "window_characters": 300, "workers": 0}
+        return Corpus(open_source(str(tmp_path / f"*.{kind}")), tokenizer, **options)
+
+    options = {"batch_tokens": 200, "token_agg": "token"}
+    want = profile(model, data(), **options)
+    for after in (4, 5, 6, 4):
+        stopped(model, data(), path, after, resume=True, **options)
+    assert_same(profile(model, data(), checkpoint=path, resume=True, **options), want)
+    (tmp_path / f"3.{kind}").write_text(json.dumps({"text": "more"}))
+    stopped(model, data(), path, 2, **options)
+    (tmp_path / f"3.{kind}").unlink()
+    with pytest.raises(CheckpointError, match="data source is not what it was"):
+        profile(model, data(), checkpoint=path, resume=True, **options)
 
 
 def test_token_batches_go_on_too(model, tmp_path):
@@ -201,7 +259,8 @@ def test_a_run_until_stable_ends_at_the_same_window(model, tokenizer, tmp_path):
     found = profile(model, corpus_of(texts, tokenizer), checkpoint=path, resume=True, **options)
     assert_same(found, want)
     never = options | {"until_stable": StableRule(tolerance=0.0)}
-    data = profile(model, corpus_of(texts[:150], tokenizer), **never).metadata["data"]
+    with pytest.warns(RuntimeWarning, match="has not settled by the end of the data: .* heads undecided"):
+        data = profile(model, corpus_of(texts[:150], tokenizer), **never).metadata["data"]
     assert data["sequences"] == sum(-(-len(text) // 48) for text in texts[:150])
     assert not data["until_stable"]["settled"]
     with pytest.raises(ValueError, match="until_stable cannot be used with token_agg 'token'"):
@@ -237,7 +296,8 @@ def test_a_look_follows_each_window(model, tokenizer, monkeypatch):
     monkeypatch.setattr("fastheads.run.judge", look)
     texts = some_texts(60)
     never = {"batch_tokens": 200, "until_stable": StableRule(tolerance=0.0)}
-    profile(model, corpus_of(texts, tokenizer), **never)
+    with pytest.warns(RuntimeWarning, match="has not settled"):
+        profile(model, corpus_of(texts, tokenizer), **never)
     windows = [len(window.sequences) for window in corpus_of(texts, tokenizer).windows()]
     assert len(windows) > 3
     assert seen == list(itertools.accumulate(windows))

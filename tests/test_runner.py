@@ -109,7 +109,7 @@ def test_the_budget_is_met_exactly(model, tokenizer):
         "sequences": 2,
         "seconds": 0,
         "padding": 0.1875,
-        "complete": True,
+        "complete": False,
     }
 
 
@@ -604,7 +604,7 @@ def test_the_end_of_a_corpus_with_a_limit_is_expected_at_it(model, tokenizer):
 
     @contextlib.contextmanager
     def bar(*_):
-        yield report
+        yield report, lambda line: None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastheads.runner._progress", bar)
