@@ -721,7 +721,7 @@ class HookManager:
                 self._unproven.discard(site.row)
             elif x.shape[0] > 1:
                 raise ForwardError(
-                    f"{site.name}: its input is {list(x.shape[:2])}, so that its rows and tokens cannot be told apart: its module "
+                    f"{site.name}: its input is {list(x.shape[:2])}, so that rows and tokens cannot be told apart: its module "
                     "is none of transformers, whose layouts are known. First run a batch with more tokens than rows, or fewer"
                 )
 
@@ -861,7 +861,9 @@ class HookManager:
                     "a forward that was compiled as a whole cannot be profiled while another one is under way, in another thread "
                     "or around it"
                 )
-            whole.frame, whole.thread, whole.epoch = frame_of_compiled_call(), get_ident(), self._epoch
+            if self._queues[pending.device] is next(iter(self._queues.values())):  # one call for each device
+                self._settle_whole()
+            whole.frame, whole.thread = frame_of_compiled_call(), get_ident()
             capturing = pending.is_cuda and torch.cuda.is_current_stream_capturing()
             for queue in self._queues.values():
                 if capturing:
@@ -869,6 +871,18 @@ class HookManager:
                 else:
                     queue.moments.distrust()  # what a graph that fails leaves there
             pending.copy_(committed)
+
+    def _settle_whole(self) -> None:
+        """Note what the last forward that a graph held as a whole did not run: Python is not told of its end."""
+        whole = self._whole
+        if whole.ran and whole.frame is None:  # else it failed
+            self._note_skipped({profiled.row for profiled in self._profiled} - whole.ran)
+        whole.ran.clear()
+
+    def _note_skipped(self, rows: set[int]) -> None:
+        """These did not run in a forward that counts, as far as Python saw."""
+        self._missed |= rows - self._in_captured
+        self._unseen |= rows & self._in_captured
 
     def record_in_graph(
         self,
@@ -904,8 +918,8 @@ class HookManager:
                     "one thread at a time"
                 )
             forward.in_graphs = True
-            forward.ran.update(rows)
             self._queue_on(inputs[0].device).recorded = True
+        (self._whole if forward is None else forward).ran.update(rows)
         dispatcher = self._channels[channel].dispatcher
         capturing = inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing:
@@ -998,8 +1012,7 @@ class HookManager:
             return
         with self._lock:
             if forward.counts and forward.epoch == self._epoch:  # else somebody forgot every sample meanwhile
-                self._missed |= forward.skipped - self._in_captured
-                self._unseen |= forward.skipped & self._in_captured
+                self._note_skipped(forward.skipped)
                 self._commit(forward)
             self._pop(forward)
 
@@ -1181,6 +1194,7 @@ class HookManager:
         self._waiting.clear()
         self._missed.clear()
         self._unseen.clear()
+        self._whole.ran.clear()
         self._may_wait = True
         for channel in self._channels:
             channel.dispatcher.rebuild()
@@ -1199,6 +1213,7 @@ class HookManager:
 
     def _state(self) -> tuple[list[Tensor], dict[str, Any]]:
         self._check_fresh()
+        self._settle_whole()
         buffers = []
         for queue in self._queues.values():
             with queue.on_its_stream():
@@ -1247,6 +1262,7 @@ class HookManager:
 
     def _check_that_all_ran(self, moments: Moments) -> None:
         """Raises ResultsError naming the sites that did not run in a forward that ran the decoder."""
+        self._settle_whole()
         if self.allow_skipped:
             return
         given = (moments.count + moments.nonfinite)[0].amax(dim=-1)  # [rows]

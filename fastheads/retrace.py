@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_code_exec_strategy as _set_strategy
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 from fastheads.operator import recorder_of
 
@@ -118,6 +120,10 @@ def _trace_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
         recorder = recorder_of(handle)
         if recorder is not None:
             recorder.trace(module, args, site)
+
+
+# Where Dynamo gave a frame up and tries those that it calls: these are Python's, and all that they call.
+_set_strategy(_run_taps.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
 
 
 def _runs_linear_forward(module: nn.Module, own: type[nn.Module]) -> bool:
