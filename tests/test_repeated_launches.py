@@ -4,6 +4,8 @@ On a GPU marked `gpu`; under TRITON_INTERPRET=1 (see test_kernel.py) on the CPU.
 """
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -34,9 +36,9 @@ def repeats(monkeypatch):
     seen = []
     repeated = HookManager._repeated
 
-    def spy(self, queue, *args):
+    def spy(self, forward, queue, *args):
         tried = queue.repeat is not None
-        done = repeated(self, queue, *args)
+        done = repeated(self, forward, queue, *args)
         if tried:
             seen.append(done)
         return done
@@ -457,6 +459,65 @@ def test_compiled_forwards_repeat_their_launch(monkeypatch, token_agg, padded):
     assert seen == [True] * 3
     masks = [None if m is None else m.cpu().numpy() for m in masks]
     assert_results(results, sites, inputs, masks, token_agg, RTOL)
+
+
+def test_eager_forwards_wait_again_after_compiled_ones(late):
+    torch._dynamo.reset()
+    model = model_on_device()
+    sites = fastheads.find_sites(model)
+    batches = [some(2, 6, i) for i in range(7)]
+    with captured_inputs([s.module for s in sites]) as inputs, torch.no_grad():
+        for ids in batches:
+            model(input_ids=ids, use_cache=False)
+    with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        compiled(input_ids=batches[0], use_cache=False)
+        compiled(input_ids=batches[1], use_cache=False)
+        for ids in batches[2:]:
+            model(input_ids=ids, use_cache=False)
+        before = len(late)
+        results = hooks.get_results()
+    assert len(late) - before == 4  # all that came after the first of their form
+    assert_results(results, sites, inputs, [None] * 7, "all", RTOL)
+    torch._dynamo.reset()
+
+
+def test_what_waits_is_measured_while_a_forward_of_another_thread_is_under_way(late):
+    """Results are asked for in the middle of it: what waits counts, and what is under way does not yet."""
+    model = model_on_device()
+    sites = fastheads.find_sites(model)
+    batches = [some(2, 6, i) for i in range(6)]
+    under_way, asked = threading.Event(), threading.Event()
+    with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
+        for ids in batches[:4]:
+            model(input_ids=ids, use_cache=False)
+
+        def wait(*_):
+            if threading.current_thread() is not threading.main_thread():
+                under_way.set()
+                asked.wait(timeout=60)
+
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(wait)
+
+        def run():
+            with torch.no_grad():
+                model(input_ids=batches[4], use_cache=False)
+
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(run)
+            under_way.wait(timeout=60)
+            assert (hooks.get_results()["head_output_norm"]["count"] == 8).all()
+            model(input_ids=batches[5], use_cache=False)  # beside it
+            assert (hooks.get_results()["head_output_norm"]["count"] == 10).all()
+            asked.set()
+            future.result(timeout=60)
+        handle.remove()
+        results = hooks.get_results()
+    with captured_inputs([s.module for s in sites]) as inputs, torch.no_grad():
+        for ids in batches:
+            model(input_ids=ids, use_cache=False)
+    assert late
+    assert_results(results, sites, inputs, [None] * 6, "all", RTOL)
 
 
 def using(memory, from_forward=0):
