@@ -56,7 +56,11 @@ class LoadError(FastheadsError, ValueError):
     """The model or its tokenizer cannot be loaded."""
 
 
-class ProfileFileError(FastheadsError, ValueError):
+class ProfileError(FastheadsError, ValueError):
+    """Moments and metadata that no profile can have: other shapes, or moments of no samples."""
+
+
+class ProfileFileError(ProfileError):
     """A file is no head profile, or a damaged one."""
 
 

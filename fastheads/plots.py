@@ -21,7 +21,7 @@ def heatmap(profile: "HeadProfile", metric: str, stat: str = "mean") -> "Figure"
     """A figure of `stat` of `metric`; heads that do not exist or got no sample stay blank.
 
     Raises:
-        ValueError: for an unknown metric or stat.
+        OptionError: for an unknown metric or stat.
         MissingExtraError: where matplotlib is not installed.
     """
     check_installed()
@@ -31,7 +31,7 @@ def heatmap(profile: "HeadProfile", metric: str, stat: str = "mean") -> "Figure"
     cells = profile.ranked_cells(metric)
     stats = profile.results()[metric]
     if stat not in stats:
-        raise ValueError(f"unknown stat {stat!r}: choose one of {', '.join(stats)}")
+        raise OptionError(f"unknown stat {stat!r}: choose one of {', '.join(stats)}")
     values = stats[stat].double().where(stats["count"] > 0, float("nan"))
 
     rows, heads = profile.shape

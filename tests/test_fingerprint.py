@@ -10,7 +10,7 @@ from tiny_models import build, tokens
 from torch import nn
 
 import fastheads
-from fastheads.fingerprint import SAMPLES, fingerprint
+from fastheads.fingerprint import ROW, fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_another_seed_has_the_same_layout_and_another_dtype_has_not(found):
 
 
 def test_samples_reach_the_end_of_a_tensor():
-    layer = nn.Linear(SAMPLES + 1, SAMPLES - 1, bias=False)
+    layer = nn.Linear(ROW + 1, ROW - 1, bias=False)
     before = fingerprint(layer)
     with torch.no_grad():
         layer.weight[-1] += 1

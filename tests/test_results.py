@@ -226,12 +226,16 @@ def change(plane: str, cell: tuple[int, int], value: float):
     ("tensors", "says"),
     [
         (lambda t: t.pop(f"{METRIC}/m2"), "missing or unknown"),
-        (lambda t: t.update(extra=torch.zeros(2, 3)), "missing or unknown"),
+        (lambda t: t.update(extra=torch.zeros(2, 3)), "of 'F32'"),
+        (lambda t: t.update(extra=torch.zeros(2, 3).double()), "missing or unknown"),
         (lambda t: t.update({f"{METRIC}/mean": torch.zeros(2, 3)}), "must be torch.float64"),
-        (lambda t: t.update({f"{METRIC}/count": torch.zeros(2, 3)}), "must be torch.int64"),
+        (lambda t: t.update({f"{METRIC}/count": torch.zeros(2, 3).double()}), "must be torch.int64"),
+        (lambda t: t.update({f"{METRIC}/mean": torch.zeros(2, 3).long()}), "must be torch.float64"),
         (lambda t: t.update({f"{METRIC}/mean": torch.zeros(3, 2).double()}), r"\[2, 3\]"),
         (lambda t: t.update({k: torch.zeros(6, dtype=v.dtype) for k, v in t.items()}), r"\[rows, heads\]"),
-        (lambda t: t.update({k: torch.zeros(0, 3, dtype=v.dtype) for k, v in t.items()}), "a site for each"),
+        (lambda t: t.update({k: torch.zeros(1, 3, dtype=v.dtype) for k, v in t.items()}), "a site for each"),
+        (lambda t: t.update({k: torch.zeros(0, 2**40, dtype=v.dtype) for k, v in t.items()}), "is empty"),
+        (lambda t: t.update({k: torch.zeros(2, 0, dtype=v.dtype) for k, v in t.items()}), "is empty"),
         (change("count", (0, 0), -1), "contradict"),
         (change("nonfinite", (0, 0), -1), "contradict"),
         (change("mean", (0, 0), math.nan), "contradict"),
@@ -353,7 +357,14 @@ def test_merging_does_not_change_its_parts(samples):
 
 
 def weights(seed: str = "w", layout: str = "l", dtype: str = "float32", unseen: int = 0) -> dict:
-    return {"sha256": seed + layout, "layout": layout, "dtypes": [dtype], "tensors": 9, "unseen": unseen}
+    return {
+        "sha256": seed + layout,
+        "layout": layout,
+        "dtypes": [dtype],
+        "tensors": 9,
+        "unseen": unseen,
+        "scheme": 2,
+    }
 
 
 @pytest.mark.parametrize(
