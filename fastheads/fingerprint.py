@@ -16,6 +16,7 @@ import json
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 
 from fastheads import offload
 from fastheads.forms import MODULES, NotDenseError, Parts, is_dtensor, leaves, qualified_name
+
+THREADS = 8  # that read weights in a CPU's memory, at most, and where torch may have more than one
 
 SCHEME = 2  # of how the weights are read; 1, which had no such entry, read 128 numbers of each tensor
 
@@ -55,8 +58,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     layout: list[tuple[str, list[int], str]] = []
     sums: list[list[Tensor] | None] = []  # None: not seen
     unseen: list[str] = []
-    reader = _Reader()
-    with torch.no_grad():
+    with torch.no_grad(), ThreadPoolExecutor(min(THREADS, torch.get_num_threads())) as pool:
+        reader = _Reader(pool)
         for name, tensor in _tensors(model):
             layout.append((name, list(tensor.told.shape), str(tensor.told.dtype).removeprefix("torch.")))
             found = [reader.sums(leaf) for leaf in _data(tensor.held)]
@@ -149,6 +152,7 @@ def _data(tensor: Any) -> list[Tensor]:
 class _Reader:
     """Reads each memory once, by whatever names it comes."""
 
+    pool: ThreadPoolExecutor
     known: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def sums(self, tensor: Tensor) -> Tensor | None:
@@ -159,11 +163,18 @@ class _Reader:
         plain = tensor.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
         key = (plain.device, plain.data_ptr(), plain.dtype, plain.shape, plain.stride())
         if key not in self.known:
-            pieces = [_sums_of_rows(piece) for piece in _pieces(plain)]
+            pieces = self._pieces(plain)
             none = torch.empty(0, dtype=torch.int64, device=plain.device)
             # With the tensor itself, so that its memory is not given to another meanwhile.
             self.known[key] = (torch.cat(pieces) if pieces else none, plain)
         return self.known[key][0]
+
+    def _pieces(self, tensor: Tensor) -> list[Tensor]:
+        pieces = _pieces(tensor)
+        # Where nothing is copied, all of them may be in hand at once. One core alone is slower than memory.
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and torch.get_num_threads() > 1:
+            return list(self.pool.map(_sums_of_rows, pieces))
+        return [_sums_of_rows(piece) for piece in pieces]
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
@@ -217,7 +228,7 @@ def _products(words: Tensor, multipliers: Tensor) -> Tensor:
     """Int32 `[rows, n]` times int64 `[n]`, wrapping: int64 `[rows]`."""
     if words.device.type != "cpu":
         return (words * multipliers).sum(dim=-1)
-    # By NumPy, which makes no threads: so short a step is not worth waiting for one that another program keeps from running.
+    # By NumPy, which makes no threads of its own: torch's would wait for each other at the end of each short step.
     wide = _scratch()[: words.numel()].reshape(words.shape)
     np.copyto(wide, words.numpy())
     return torch.from_numpy(np.einsum("rn,n->r", wide, multipliers.numpy()))

@@ -10,6 +10,7 @@ MOST_SAMPLES = 2**53  # of a head; float64, in which moments are merged, tells n
 
 # Of the mean, relative to the largest sample: rounding errors of 10⁹ merges are about 3e-12, of one merge 1e-16.
 ROUNDING = 1e-9
+TINY = torch.finfo(torch.float64).tiny  # below it numbers have fewer digits
 
 
 def impossible(m: Moments, *, least: float = -torch.inf) -> Tensor:
@@ -28,11 +29,11 @@ def impossible(m: Moments, *, least: float = -torch.inf) -> Tensor:
     largest = torch.maximum(low.abs(), high.abs())
     no_squares = (4 * n * largest.square()).isinf()
     no_sums = (n * largest).isinf()
-    error = ROUNDING * largest
+    error = ROUNDING * largest + TINY
     above, below = (high - m.mean).clamp(min=0), (m.mean - low).clamp(min=0)
     inset = (high - low) / n
     mean_fits = (m.mean >= low + inset - error) & (m.mean <= high - inset + error)
-    room = n * error.square()
+    room = n * (error.square() + TINY)
     spread_fits = (m.m2 <= n * (above + error) * (below + error) * (1 + ROUNDING) + room) & (
         m.m2 * (1 + ROUNDING) + room
         >= (above - error).clamp(min=0).square() + (below - error).clamp(min=0).square()

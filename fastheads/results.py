@@ -348,7 +348,7 @@ def _parse_document(document: dict[str, Any]) -> tuple[list[str], dict[str, Any]
 
 
 def _check_types(record: dict[str, Any], types: dict[str, tuple[type, ...]]) -> None:
-    """Raise ProfileError where an entry that is there is not of the types that `types` says. True is no int, and ints are counts."""
+    """Raise ProfileError where an entry that is there has another type than `types` says. True is no int, and ints are counts."""
     for key, expected in types.items():
         if key in record and type(record[key]) not in expected:
             said = " or ".join("null" if kind is NoneType else kind.__name__ for kind in expected)
