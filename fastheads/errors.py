@@ -1,6 +1,14 @@
 """Every error that a user of the library can meet. Each message is one line that says what to do.
 
 All derive from `FastheadsError`, and from the built-in exception that fits, so that `except ValueError` catches what it should.
+What the system says of files that are missing, or cannot be written, stays an OSError.
+
+    before a run     OptionError, DataError, LoadError, NoSitesError, UnsupportedWeightError, BackendError, MissingExtraError,
+                     CheckpointError
+    in a forward     ForwardError, with StaleFactorError and VerificationError; TokensError
+    in a run         RankLostError; ProfileInterrupted, an interrupt, which derives from KeyboardInterrupt alone
+    of its results   ResultsError, StaleFactorError
+    of profiles      ProfileError, with ProfileFileError; MergeError
 """
 
 import signal

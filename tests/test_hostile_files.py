@@ -24,6 +24,7 @@ from fastheads import profile
 from fastheads.checkpoint import FILE_KEY as CHECKPOINT_KEY
 from fastheads.checkpoint import Checkpoint
 from fastheads.corpus import Corpus
+from fastheads.data import held_texts
 from fastheads.errors import CheckpointError, ProfileFileError, ProfileInterrupted
 from fastheads.results import FILE_KEY, HeadProfile
 
@@ -63,7 +64,7 @@ def options(path):
 
 
 def corpus():
-    return Corpus(some_texts(12), ascii_tokenizer(), seq_len=24, cut="documents")
+    return Corpus(held_texts(some_texts(12)), ascii_tokenizer(), seq_len=24, window_characters=200, workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +272,7 @@ def mutations(content: bytes, key: str, seed: int):
         yield written(changed, key, edited | {"sha256": digest(changed, edited)} if fits else edited)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_mutated_profiles_are_refused_or_possible(good, seed, tmp_path):
     assert loads(tmp_path / "p", good)
@@ -283,6 +285,7 @@ def test_mutated_profiles_are_refused_or_possible(good, seed, tmp_path):
     assert tried > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [None, corpus])
 def test_mutated_checkpoints_are_refused_or_possible(model, checkpoint, checkpoint_of_texts, data, tmp_path):
     content = checkpoint if data is None else checkpoint_of_texts
