@@ -19,7 +19,7 @@ from torch import Tensor
 from fastheads import data as sources
 from fastheads import readers
 from fastheads.corpus import Corpus, Window, plan
-from fastheads.errors import CheckpointError
+from fastheads.errors import CheckpointError, DataError
 
 AHEAD = 4  # batches that are made before the model is ready for them
 CPU_TOKENS = 2048  # in a batch, by default
@@ -127,6 +127,13 @@ class WindowFeed:
             resume, self._todo, self._budget = _checked_position(position)
             self._position = copy.deepcopy(position)
             self._finished = position["tokens"]
+            if resume is not None:
+                try:
+                    corpus.windows(resume).close()  # now, and not when the first is read
+                except DataError as error:
+                    raise CheckpointError(
+                        f"the checkpoint has no position in this corpus: {error}"
+                    ) from error
         self.total: int | None = None
         self.expected: int | None = None
         self._corpus = corpus
