@@ -37,8 +37,8 @@ def written(arrays: dict[str, np.ndarray], key: str, document: dict) -> bytes:
     """A file of these arrays and this document, as it is."""
     header: dict = {"__metadata__": {key: json.dumps(document)}}
     place, body = 0, b""
-    # As safetensors orders them: by the size of their numbers, and by name.
-    for name, array in sorted(arrays.items()):
+    # As safetensors orders them: whole numbers first, and by name.
+    for name, array in sorted(arrays.items(), key=lambda item: (kind_of(item[1]) != "I64", item[0])):
         end = place + array.nbytes
         header[name] = {"dtype": kind_of(array), "shape": list(array.shape), "data_offsets": [place, end]}
         place, body = end, body + array.tobytes()
