@@ -14,7 +14,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from checkpoints import ascii_tokenizer, tiny_llama
 from sealed_files import digest, read, resealed, sealed, written
@@ -323,9 +322,7 @@ def test_the_file_is_what_its_description_says(good):
     arrays, document = read(good, FILE_KEY)
     assert document["format"] == 2
     assert document["sha256"] == digest(arrays, document)
-    assert resealed(good, FILE_KEY) == good or safetensors.torch.load(resealed(good, FILE_KEY)).keys() == {
-        *arrays
-    }
+    assert resealed(good, FILE_KEY) == good
 
 
 def earlier(content: bytes) -> tuple[dict, dict]:
