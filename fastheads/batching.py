@@ -135,6 +135,13 @@ class WindowFeed:
             resume, self._todo, self._budget = _checked_position(position)
             self._position = copy.deepcopy(position)
             self._finished = position["tokens"]
+            if resume is not None:
+                try:
+                    corpus.windows(resume).close()  # now, and not when the first is read
+                except DataError as error:
+                    raise CheckpointError(
+                        f"the checkpoint has no position in this corpus: {error}"
+                    ) from error
         self.total: int | None = None
         self.expected: int | None = None
         self._corpus = corpus
@@ -374,9 +381,10 @@ class GivenFeed:
         count, row, rows, spans = (position.get(key) for key in ("batches", "row", "rows", "spans"))
         if (
             not (type(count) is int and count >= 0 and isinstance(spans, list))
-            or not all(n is None or (type(n) is int and n >= 0) for n in (row, rows))
+            or not all(n is None or (type(n) is int and n >= least) for n, least in ((row, 0), (rows, 1)))
             or not all(type(n) is int and n > 0 for n in spans)
             or bool(spans) != (row is not None)
+            or (count == 0 and row is not None)
         ):
             raise CheckpointError("the checkpoint has no position in token batches")
         self._rows = rows
@@ -435,7 +443,9 @@ def _checked_position(
         or not rows_sound
         or type(budget) is not int
         or budget < 1
-        or not all(type(position.get(key)) is int for key in ("tokens", "windows"))
+        or not all(
+            type(n) is int and 0 <= n < 2**62 for n in (position.get("tokens"), position.get("windows"))
+        )
     ):
         raise CheckpointError("the checkpoint has no position in a corpus")
     return window, todo, budget

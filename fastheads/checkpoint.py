@@ -1,7 +1,8 @@
 """Checkpoints: what a run needs to go on where it stood, in one safetensors file for each process.
 
 The file holds the moments as they are in memory, bit for bit, and as JSON the position in the data, the counts so far and the
-configuration. It may come from anywhere, so all of it is checked; a run goes on only with its own configuration.
+configuration, with a digest of all (`fastheads.container`). It may come from anywhere, so all of it is checked; a run goes on
+only with its own configuration.
 """
 
 import json
@@ -11,18 +12,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from fastheads.container import ContainerError, pack, unpack
 from fastheads.errors import CheckpointError
-from fastheads.files import write_atomic
+from fastheads.files import UnreadableError, read_once, write_atomic
 from fastheads.moments import PLANES, RunningMoments
+from fastheads.possible import impossible
 
 FILE_KEY = "fastheads_checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # no other is read: a run goes on with the version that began it
 LARGEST = 2**30  # bytes; more than any run writes
+LARGEST_HEADER = 100_000_000  # as safetensors has it
+COUNTS = ("tokens", "sequences", "area", "batches", "looks")
 
 
 class Checkpoint:
@@ -37,9 +40,9 @@ class Checkpoint:
 
     def save(self, tensors: dict[str, Tensor], document: dict[str, Any]) -> bool:
         """Write the file whole. Where that fails the one before stays, a warning on stderr says so once, and it returns False."""
-        text = json.dumps({"format": FORMAT_VERSION, **document}, allow_nan=False)
+        content = pack(tensors, FILE_KEY, {"format": FORMAT_VERSION, **document})
         try:
-            write_atomic(self.path, safetensors.torch.save(tensors, {FILE_KEY: text}))
+            write_atomic(self.path, content)
         except OSError as error:
             if not self._warned:
                 self._warned = True
@@ -69,18 +72,19 @@ class Checkpoint:
                     f"{'is' if len(others) == 1 else 'are'}. Start as many processes, or go without --resume to start afresh"
                 )
             return None
-        if self.path.stat().st_size > LARGEST:
-            raise CheckpointError(f"{self.path} is not a checkpoint: it is too large for one")
-        with self.path.open("rb"):  # an error of this one names the file
-            pass
         try:
-            with safetensors.safe_open(self.path, framework="pt") as file:
-                document = _parsed((file.metadata() or {}).get(FILE_KEY))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, ValueError) as error:
-            line = " ".join(str(error).split())
+            content = read_once(self.path, LARGEST)
+            tensors, document = unpack(
+                content,
+                FILE_KEY,
+                formats=(FORMAT_VERSION,),
+                digested=(FORMAT_VERSION,),
+                header_limit=LARGEST_HEADER,
+            )
+            _check_counts(document)
+        except (ContainerError, UnreadableError) as error:
             raise CheckpointError(
-                f"{self.path} is not a checkpoint: {line}. Without --resume the run starts afresh"
+                f"{self.path} is not a checkpoint: {error}. Without --resume the run starts afresh"
             ) from error
         return tensors, document
 
@@ -135,29 +139,22 @@ def check_state(path: Path, buffers: list[Tensor], notes: dict[str, Any]) -> Non
         if buffer.dtype != torch.float64 or buffer.dim() != 5 or buffer.shape[1] != PLANES:
             raise CheckpointError(f"{path} is not a checkpoint: its moments have another shape or type")
         for channel in buffer:
-            m = RunningMoments.over(channel.contiguous()).views()
-            some = m.count > 0
-            values = torch.stack([m.mean, m.m2, m.min, m.max])
-            if not (
-                bool((m.count >= 0).all() and (m.nonfinite >= 0).all() and (m.m2 >= 0).all())
-                and not bool(values.isnan().any())
-                and bool((values.isfinite().all(dim=0) & (m.min <= m.max) | ~some).all())
-            ):
+            m = RunningMoments.over(
+                channel.contiguous()
+            ).views()  # [metrics, rows, heads], all of the same samples
+            totals = m.count + m.nonfinite
+            if bool(impossible(m, least=0.0).any()) or not bool((totals == totals[:1]).all()):
                 raise CheckpointError(f"{path} is not a checkpoint: its moments contradict each other")
 
 
-def _parsed(text: str | None) -> dict[str, Any]:
-    if text is None:
-        raise ValueError("it has no fastheads metadata")
-    try:
-        document = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("its metadata are nested too deeply") from error
-    if not isinstance(document, dict):
-        raise ValueError("its metadata are not an object")
-    if document.get("format") != FORMAT_VERSION:
-        raise ValueError(f"its format is {document.get('format')!r}; this version reads {FORMAT_VERSION}")
-    return document
+def _check_counts(document: dict[str, Any]) -> None:
+    """Raise ContainerError for counts of what was done that are none."""
+    for key in COUNTS:
+        if key in document and not (type(document[key]) is int and 0 <= document[key] < 2**62):
+            raise ContainerError(f"its number of {key} is {shown(document[key])}")
+    seconds = document.get("seconds", 0.0)
+    if not (isinstance(seconds, float) and seconds >= 0):
+        raise ContainerError(f"its number of seconds is {shown(seconds)}")
 
 
 def shown(value: Any) -> str:

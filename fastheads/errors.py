@@ -1,6 +1,14 @@
 """Every error that a user of the library can meet. Each message is one line that says what to do.
 
 All derive from `FastheadsError`, and from the built-in exception that fits, so that `except ValueError` catches what it should.
+What the system says of files that are missing, or cannot be written, stays an OSError.
+
+    before a run     OptionError, DataError, LoadError, NoSitesError, UnsupportedWeightError, BackendError, MissingExtraError,
+                     CheckpointError
+    in a forward     ForwardError, with StaleFactorError and VerificationError; TokensError
+    in a run         RankLostError; ProfileInterrupted, an interrupt, which derives from KeyboardInterrupt alone
+    of its results   ResultsError, StaleFactorError
+    of profiles      ProfileError, with ProfileFileError; MergeError
 """
 
 import signal
@@ -60,7 +68,11 @@ class LoadError(FastheadsError, ValueError):
     """The model or its tokenizer cannot be loaded."""
 
 
-class ProfileFileError(FastheadsError, ValueError):
+class ProfileError(FastheadsError, ValueError):
+    """Moments and metadata that no profile can have: other shapes, or moments of no samples."""
+
+
+class ProfileFileError(ProfileError):
     """A file is no head profile, or a damaged one."""
 
 

@@ -1,9 +1,34 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and reading them once."""
 
 import os
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+
+class UnreadableError(ValueError):
+    """Why a file is not read. For whoever reads it to say of which file."""
+
+
+def read_once(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Return the content of a file: a copy, which stays as it is whatever becomes of the file.
+
+    Raises:
+        UnreadableError: if it has more than `limit` bytes, or is no regular file.
+        OSError: if it cannot be read.
+    """
+    path = Path(path)
+    mode = path.stat().st_mode  # before it is opened: a pipe would wait for somebody to write
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UnreadableError("it is no regular file")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        # It may grow meanwhile; and of some files the system says that they are empty.
+        content = b"" if size > limit else file.read(limit + 1 if size == 0 else size + 1)
+    if max(size, len(content)) > limit:
+        raise UnreadableError(f"it has more than {limit:,} bytes")
+    return content
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastheads.errors import MergeError
 from fastheads.metrics import UPDATE_METRIC
+from fastheads.possible import MOST_SAMPLES
 
 if TYPE_CHECKING:
     from fastheads.results import HeadProfile
@@ -25,12 +26,21 @@ DISJOINT = ""  # what two runs both had where they are known to have had nothing
 
 def check_mergeable(profiles: Sequence["HeadProfile"], names: Sequence[str], *, allow_repeated: bool) -> None:
     """Raise MergeError, naming two of the profiles and what is between them, unless they are of the same model, weights,
-    aggregation and metrics, and of data that do not overlap where they measured the same heads.
+    aggregation and metrics, and of data that do not overlap where they measured the same heads; and where the counts of all of
+    them together would be more than can be told exactly.
     """
     for (a, name_a), (b, name_b) in itertools.combinations(zip(profiles, names, strict=True), 2):
         difference = _difference(a, b)
         if difference is not None:
             raise MergeError(f"cannot merge {name_a} and {name_b}: they differ in {difference}")
+    for metric in profiles[0].metrics:
+        for plane in ("count", "nonfinite"):
+            # In float64, where no sum wraps; each count is exact there, or beyond what is allowed.
+            counts = torch.stack([getattr(p.moments[metric], plane).double() for p in profiles])
+            if bool((counts.sum(dim=0) > MOST_SAMPLES).any()) or bool((counts < 0).any()):
+                raise MergeError(
+                    f"cannot merge {', '.join(names)}: together they have more samples of {metric} than can be counted"
+                )
     if allow_repeated:
         return
     measured, digests = [_measured(p) for p in profiles], [_digest(p) for p in profiles]
@@ -74,12 +84,19 @@ def _difference(a: "HeadProfile", b: "HeadProfile") -> str | None:
 
 
 def _difference_of_weights(one: Any, two: Any) -> str | None:
-    """What differs, "" where nothing does, None where that cannot be told."""
+    """What differs, "" where nothing does, None where that cannot be told.
+
+    Fingerprints of two schemes say nothing of each other. The first scheme read a few numbers of each tensor: what differs
+    there is different, what does not may be. Where tensors were not seen, the rest can be compared if they were the same ones.
+    """
     if not (isinstance(one, dict) and isinstance(two, dict)):
+        return None
+    schemes = [weights.get("scheme", 1) for weights in (one, two)]
+    if schemes[0] != schemes[1]:
         return None
     complete = one.get("unseen") == two.get("unseen") == 0
     if one.get("sha256") == two.get("sha256"):
-        return "" if complete else None
+        return "" if complete and schemes[0] != 1 else None
     if one.get("layout") != two.get("layout"):
         kinds = [_dtypes(weights) for weights in (one, two)]
         return (
@@ -87,7 +104,8 @@ def _difference_of_weights(one: Any, two: Any) -> str | None:
             if kinds[0] != kinds[1]
             else ("weights: they have other names or shapes")
         )
-    return "weights: names and shapes are the same, the numbers are not" if complete else None
+    same_unseen = isinstance(one.get("unseen_names"), str) and one["unseen_names"] == two.get("unseen_names")
+    return "weights: names and shapes are the same, the numbers are not" if complete or same_unseen else None
 
 
 def _dtypes(weights: Metadata) -> str:
@@ -211,9 +229,8 @@ def merged_metadata(profiles: Sequence["HeadProfile"]) -> Metadata:
         )
     if any("residual_update" in part for part in parts):
         merged["residual_update"] = _merged_updates(profiles)
-    whole = (part["weights"] for part in parts if (part.get("weights") or {}).get("unseen") == 0)
     if any("weights" in part for part in parts):
-        merged["weights"] = copy.deepcopy(next(whole, merged.get("weights")))
+        merged["weights"] = copy.deepcopy(_best_weights(parts))
     flat = [copy.deepcopy(leaf) for part in parts for leaf in _leaves(part)]
     if flat:
         merged["data"] = {
@@ -225,6 +242,18 @@ def merged_metadata(profiles: Sequence["HeadProfile"]) -> Metadata:
             "parts": flat,
         }
     return merged
+
+
+def _best_weights(parts: Sequence[Metadata]) -> Any:
+    """The fingerprint that says most: of the newest scheme, and with everything seen. The first of such."""
+
+    def worth(weights: Any) -> tuple[int, bool]:
+        if not isinstance(weights, dict):
+            return 0, False
+        scheme = weights.get("scheme", 1)
+        return scheme if isinstance(scheme, int) else 0, weights.get("unseen") == 0
+
+    return max((part.get("weights") for part in parts), key=worth)
 
 
 def _merged_updates(profiles: Sequence["HeadProfile"]) -> str | list[str]:

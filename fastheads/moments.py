@@ -57,11 +57,13 @@ class Moments(NamedTuple):
         count = self.count + other.count
         n = count.clamp(min=1).double()
         delta = other.mean - self.mean
+        weight = self.count * (other.count / n)
         return type(self)(
             count=count,
             nonfinite=self.nonfinite + other.nonfinite,
             mean=self.mean + delta * (other.count / n),
-            m2=self.m2 + other.m2 + delta.square() * (self.count * (other.count / n)),
+            # Where one side is empty its mean is no sample's, and the square may be infinite: 0 · inf is NaN.
+            m2=self.m2 + other.m2 + torch.where(weight > 0, delta.square() * weight, 0.0),
             min=torch.minimum(self.min, other.min),
             max=torch.maximum(self.max, other.max),
         )

@@ -1,7 +1,6 @@
 """HeadProfile: the moments of every head and metric, as tables, rankings, files and pictures."""
 
 import copy
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -9,15 +8,15 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Self
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastheads.errors import MissingExtraError, OptionError, ProfileFileError
-from fastheads.files import write_atomic
+from fastheads.container import ContainerError, pack, unpack
+from fastheads.errors import MergeError, MissingExtraError, OptionError, ProfileError, ProfileFileError
+from fastheads.files import UnreadableError, read_once, write_atomic
 from fastheads.merging import check_mergeable, merged_metadata
 from fastheads.moments import Moments
+from fastheads.possible import contradiction, impossible, least_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +27,10 @@ STATS = ("mean", "var", "std", "sem", "min", "max", "count", "nonfinite")
 RANKING_METRIC = "relative_head_residual_contribution_norm"
 
 FILE_KEY = "fastheads"  # of the one string of metadata in the file
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no digest; it is still read
+READ_VERSIONS = (1, 2)
+LARGEST = 2**28  # bytes; a thousand layers of a thousand heads would have fewer
+LARGEST_HEADER = 2**24
 COUNTS = ("count", "nonfinite")
 
 # Of what is read from files and then used as such. Other entries may be anything.
@@ -63,7 +65,7 @@ class HeadProfile:
         """Keep `moments` and `metadata`, which must hold `sites`: a list of name, layer, num_heads, head_dim.
 
         Raises:
-            ValueError: if shapes or dtypes are not those above, or the sites do not fit them.
+            ProfileError: if shapes or dtypes are not those above, or the sites do not fit them.
         """
         _check_structure(moments, metadata)
         self.moments = moments
@@ -167,20 +169,29 @@ class HeadProfile:
         """Write one safetensors file: arrays `metric/plane` and the metadata as JSON. Whole or not at all.
 
         Raises:
+            ProfileError: where `load()` would not read it: moments that no samples can have, metadata that are not JSON.
             OSError: where `path` cannot be written.
         """
         write_atomic(path, self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """The content of the file that `save()` writes."""
+        """The content of the file that `save()` writes. Raises ProfileError as that does."""
         tensors = {
             f"{metric}/{plane}": values.contiguous()
             for metric, moments in self.moments.items()
             for plane, values in moments._asdict().items()
         }
         document = {"format": FORMAT_VERSION, "metrics": list(self.metrics), "metadata": self.metadata}
-        text = json.dumps(document, allow_nan=False)
-        return safetensors.torch.save(tensors, {FILE_KEY: text})
+        try:
+            content = pack(tensors, FILE_KEY, document)
+            if len(content) > LARGEST:
+                raise ContainerError(f"it has more than {LARGEST:,} bytes")
+            self._of_content(content)
+        except (ContainerError, ProfileError) as error:
+            raise ProfileError(
+                f"this profile cannot be saved, for it could not be loaded: {error}"
+            ) from error
+        return content
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -191,17 +202,20 @@ class HeadProfile:
             OSError: if it cannot be read.
         """
         path = Path(path)
-        with path.open("rb"):  # the usual errors: missing, a folder, no permission
-            pass
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                metrics, metadata = _parse_document((file.metadata() or {}).get(FILE_KEY))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            moments = _moments_from_tensors(metrics, tensors)
-            profile = cls(moments, metadata)
-            _check_values(moments, metadata)
-        except (safetensors.SafetensorError, ValueError) as error:
-            raise ProfileFileError(f"{path} is not a head profile: {_one_line(error)}") from error
+            return cls._of_content(read_once(path, LARGEST))
+        except (ContainerError, UnreadableError, ProfileError) as error:
+            raise ProfileFileError(f"{path} is not a head profile: {error}") from error
+
+    @classmethod
+    def _of_content(cls, content: bytes) -> Self:
+        """The profile in the content of a file. Raises ContainerError and ProfileError."""
+        tensors, document = unpack(
+            content, FILE_KEY, formats=READ_VERSIONS, digested=(FORMAT_VERSION,), header_limit=LARGEST_HEADER
+        )
+        metrics, metadata = _parse_document(document)
+        profile = cls(_moments_from_tensors(metrics, tensors), metadata)
+        _check_values(profile.moments, metadata)
         return profile
 
     @classmethod
@@ -220,14 +234,16 @@ class HeadProfile:
                 errors come out too small. Profiles of other layers over the same data repeat nothing.
 
         Raises:
-            MergeError: for profiles that differ, or repeat data; it says which, and in what.
-            ValueError: for no profiles, or other than one name for each.
+            MergeError: for no profiles, or such that differ, or repeat data; it says which, and in what.
+            OptionError: for other than one name for each.
         """
         profiles = list(profiles)
         if not profiles:
-            raise ValueError("nothing to merge: no profiles were given")
+            raise MergeError("nothing to merge: no profiles were given")
         if names is None:
             names = [f"profile {number}" for number in range(1, len(profiles) + 1)]
+        if len(names) != len(profiles):
+            raise OptionError(f"names must be one for each profile: {len(profiles)}, not {len(names)}")
         check_mergeable(profiles, names, allow_repeated=allow_repeated)
         merged = dict(profiles[0].moments)
         for other in profiles[1:]:
@@ -265,107 +281,88 @@ def _stats(moments: Moments) -> dict[str, Tensor]:
 
 
 def _check_structure(moments: dict[str, Moments], metadata: dict[str, Any]) -> None:
-    """Raise ValueError unless all planes have one shape, their dtypes and a site for each row."""
+    """Raise ProfileError unless all planes have one shape, their dtypes and a site for each row."""
     if not moments:
-        raise ValueError("it holds no metrics")
+        raise ProfileError("it holds no metrics")
     shape = next(iter(moments.values())).count.shape
-    if len(shape) != 2:
-        raise ValueError(f"planes must be [rows, heads], not {list(shape)}")
+    if len(shape) != 2 or 0 in shape:
+        raise ProfileError(f"planes must be [rows, heads], one of each at least, not {list(shape)}")
     for metric, planes in moments.items():
         for plane, values in planes._asdict().items():
             dtype = torch.int64 if plane in COUNTS else torch.float64
             if values.shape != shape or values.dtype != dtype or values.device.type != "cpu":
-                raise ValueError(
+                raise ProfileError(
                     f"{metric}/{plane} must be {dtype} {list(shape)} on the CPU, "
                     f"not {values.dtype} {list(values.shape)} on {values.device}"
                 )
     sites = metadata.get("sites")
     if not isinstance(sites, list) or len(sites) != shape[0]:
-        raise ValueError(f"its metadata must name a site for each of the {shape[0]} rows")
+        raise ProfileError(f"its metadata must name a site for each of the {shape[0]} rows")
     for row, site in enumerate(sites):
         if not isinstance(site, dict) or not isinstance(site.get("name"), str):
-            raise ValueError(f"site {row} of its metadata has no name")
+            raise ProfileError(f"site {row} of its metadata has no name")
         numbers = [site.get(key) for key in ("layer", "num_heads", "head_dim")]
         if not all(type(number) is int for number in numbers):  # True is an instance of int
-            raise ValueError(
+            raise ProfileError(
                 f"site {row} of its metadata needs whole numbers as layer, num_heads and head_dim"
             )
         in_range = 0 <= site["layer"] < 2**31 and 1 <= site["head_dim"] < 2**31
         if not (in_range and 1 <= site["num_heads"] <= shape[1]):
-            raise ValueError(f"site {row} of its metadata is out of range for {shape[1]} heads")
+            raise ProfileError(f"site {row} of its metadata is out of range for {shape[1]} heads")
 
 
 def _check_values(moments: dict[str, Moments], metadata: dict[str, Any]) -> None:
-    """Raise ValueError for values that no run can have written: they would spread through merges."""
+    """Raise ProfileError for values that no run can have written: they would spread through merges."""
     rows, heads = next(iter(moments.values())).count.shape
     num_heads = torch.tensor([site["num_heads"] for site in metadata["sites"]]).view(rows, 1)
     beyond = torch.arange(heads) >= num_heads  # [rows, heads]
     for metric, m in moments.items():
-        empty = (m.count == 0) & (m.mean == 0) & (m.m2 == 0) & (m.min == torch.inf) & (m.max == -torch.inf)
-        some = (
-            (m.count > 0)
-            & m.mean.isfinite()
-            & (m.m2 >= 0)
-            & m.min.isfinite()
-            & m.max.isfinite()
-            & (m.min <= m.max)
-        )
-        if not bool(((empty | some) & (m.nonfinite >= 0)).all()):
-            raise ValueError(f"the moments of {metric} contradict each other")
+        if bool(impossible(m, least=least_of(metric)).any()):
+            raise ProfileError(f"the moments of {metric} contradict each other")
         if bool((beyond & ((m.count != 0) | (m.nonfinite != 0))).any()):
-            raise ValueError(f"{metric} has samples for heads that its sites do not have")
+            raise ProfileError(f"{metric} has samples for heads that its sites do not have")
+    if (told := contradiction(moments)) is not None:
+        raise ProfileError(told)
 
 
-def _parse_document(text: str | None) -> tuple[list[str], dict[str, Any]]:
+def _parse_document(document: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """The names of the metrics, in order, and the metadata."""
-    if text is None:
-        raise ValueError("it has no fastheads metadata")
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"its metadata hold {constant}")
-
-    try:
-        document = json.loads(text, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("its metadata are nested too deeply") from error
-    if not isinstance(document, dict) or not isinstance(document.get("metadata"), dict):
-        raise ValueError("its metadata are not an object")
-    if document.get("format") != FORMAT_VERSION:
-        raise ValueError(f"its format is {document.get('format')!r}; this version reads {FORMAT_VERSION}")
+    if not isinstance(document.get("metadata"), dict):
+        raise ProfileError("its metadata are not an object")
     metrics = document.get("metrics")
     if not isinstance(metrics, list) or not all(isinstance(m, str) and m.isidentifier() for m in metrics):
-        raise ValueError("its metadata do not name its metrics")
+        raise ProfileError("its metadata do not name its metrics")
+    if len(set(metrics)) < len(metrics):
+        raise ProfileError("its metadata name a metric twice")
     metadata: dict[str, Any] = document["metadata"]
     _check_types(metadata, TYPES)
     if not all(type(layer) is int for layer in metadata.get("layers") or []):
-        raise ValueError("the layers in its metadata are not whole numbers")
+        raise ProfileError("the layers in its metadata are not whole numbers")
     data = metadata.get("data", {})
     _check_types(data, DATA_TYPES)
     for part in data.get("parts", []):
         if not isinstance(part, dict):
-            raise ValueError("the parts of its metadata are not objects")
+            raise ProfileError("the parts of its metadata are not objects")
         _check_types(part, DATA_TYPES)
     return metrics, metadata
 
 
 def _check_types(record: dict[str, Any], types: dict[str, tuple[type, ...]]) -> None:
-    """Raise ValueError where an entry that is there has another type than `types` says. True is no int here."""
+    """Raise ProfileError where an entry that is there has another type than `types` says. True is no int, and ints are counts."""
     for key, expected in types.items():
         if key in record and type(record[key]) not in expected:
             said = " or ".join("null" if kind is NoneType else kind.__name__ for kind in expected)
-            raise ValueError(f"{key} in its metadata must be {said}, not {type(record[key]).__name__}")
+            raise ProfileError(f"{key} in its metadata must be {said}, not {type(record[key]).__name__}")
+        if type(record.get(key)) is int and not 0 <= record[key] < 2**63:
+            raise ProfileError(f"{key} in its metadata is out of range")
 
 
 def _moments_from_tensors(metrics: list[str], tensors: dict[str, Tensor]) -> dict[str, Moments]:
     expected = {f"{metric}/{plane}" for metric in metrics for plane in Moments._fields}
     if set(tensors) != expected:
         wrong = sorted(set(tensors) ^ expected)
-        raise ValueError(f"arrays are missing or unknown, {wrong[0]!r} among them")
+        raise ProfileError(f"arrays are missing or unknown, {wrong[0]!r} among them")
     return {
         metric: Moments(**{plane: tensors[f"{metric}/{plane}"] for plane in Moments._fields})
         for metric in metrics
     }
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

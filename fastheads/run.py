@@ -93,6 +93,9 @@ class Run:
         self.rotary = RotaryState(model)
         self.overhead = Overhead(self.device)
         self.stopping = Stopping(patient=job.place.tp > 1)
+        # Before the first forward, in which some quantised layers repack their weights; once, for it reads all of them.
+        needed = checkpoint is not None or job.place.shard[1] > 1
+        self._weights = (hooks._weights or fingerprint(model))["sha256"] if needed else ""
         self._takes_cache = _takes(ending.decoder, "use_cache")
         self._due = 0.0
         # The mask must be an argument of what is compiled: elsewhere it would be taken to have one shape.
@@ -191,7 +194,7 @@ class Run:
         else:
             data = {"data source": "token batches", "max_tokens": settings.max_tokens}
         return {
-            "model weights": fingerprint(self.model)["sha256"],
+            "model weights": self._weights,
             "model configuration": _digest_of_config(self.model),
             **data,
             **settings.options,

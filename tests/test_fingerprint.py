@@ -1,16 +1,21 @@
 """The fingerprint of weights: the same for the same weights wherever they lie, another for others."""
 
 import copy
+import hashlib
 import json
+import threading
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from tiny_models import build, tokens
 from torch import nn
 
 import fastheads
-from fastheads.fingerprint import SAMPLES, fingerprint
+from fastheads import fingerprint as fingerprints
+from fastheads.checkpoint import Checkpoint
+from fastheads.fingerprint import ROW, fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def test_another_seed_has_the_same_layout_and_another_dtype_has_not(found):
 
 
 def test_samples_reach_the_end_of_a_tensor():
-    layer = nn.Linear(SAMPLES + 1, SAMPLES - 1, bias=False)
+    layer = nn.Linear(ROW + 1, ROW - 1, bias=False)
     before = fingerprint(layer)
     with torch.no_grad():
         layer.weight[-1] += 1
@@ -125,3 +130,229 @@ def test_a_profile_knows_the_weights_it_was_made_of(model, found):
             hooks.reset()
             changed(input_ids=tokens(1, 4))
             assert hooks.to_profile().metadata["weights"] == fingerprint(changed) != found
+
+
+# ---------------------------------------------------------------- all bits
+
+
+def of_tensors(*tensors):
+    module = nn.Module()
+    for number, tensor in enumerate(tensors):
+        module.register_buffer(f"x{number}", tensor)
+    return fingerprint(module)
+
+
+def by_definition(*tensors):
+    """The digest of such a module, with Python's and NumPy's own integers, from the description in the module's docstring."""
+    kinds = [(f"x{n}", list(t.shape), str(t.dtype).removeprefix("torch.")) for n, t in enumerate(tensors)]
+    found = hashlib.sha256(json.dumps([2, kinds]).encode())
+    m = np.frombuffer(hashlib.shake_256(b"fastheads").digest(8 * ROW), "<u8") | np.uint64(1)
+    for tensor in tensors:
+        data = tensor.contiguous().numpy().tobytes()
+        words = np.frombuffer(data + bytes(-len(data) % 4), "<i4").astype(object)
+        sums = [
+            sum(w * int(k) for w, k in zip(words[at : at + ROW], m, strict=False)) % 2**64
+            for at in range(0, len(words), ROW)
+        ]
+        found.update(json.dumps([8 * len(sums)]).encode() + np.array(sums, "<u8").tobytes())
+    return found.hexdigest()
+
+
+def test_it_is_what_its_description_says():
+    random = np.random.default_rng(0)
+    tensors = [
+        torch.from_numpy(random.integers(-(2**63), 2**63 - 1, 9000)),
+        torch.from_numpy(random.normal(size=(70, 130)).astype(np.float32)),
+        torch.from_numpy(random.integers(0, 256, 16_387).astype(np.uint8)),
+        torch.tensor(1.5),
+        torch.empty(0, 3),
+        torch.from_numpy(random.normal(size=(90, 110))).T,
+    ]
+    assert of_tensors(*tensors)["sha256"] == by_definition(*tensors)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "o_proj", "up_proj", "down_proj"])
+def test_zeroing_every_other_column_shows(name):
+    model = build(
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, head_dim=64
+    )
+    before = fingerprint(model)["sha256"]
+    for path, module in model.named_modules():
+        if path.endswith(name):
+            module.weight.data[:, 1::2] = 0
+    assert fingerprint(model)["sha256"] != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+def test_a_change_of_any_single_bit_shows(dtype):
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[dtype.itemsize]
+    tensor = (torch.randn(131, 257, generator=torch.Generator().manual_seed(1)) * 50).to(dtype)
+    before = of_tensors(tensor)["sha256"]
+    random = np.random.default_rng(2)
+    for index in [0, tensor.numel() - 1, *random.integers(0, tensor.numel(), 60)]:
+        for bit in {0, 8 * dtype.itemsize - 1, int(random.integers(0, 8 * dtype.itemsize))}:
+            changed = tensor.clone()
+            value = 1 << bit
+            value -= 2 ** (8 * dtype.itemsize) if value >= 2 ** (8 * dtype.itemsize - 1) and bit != 7 else 0
+            changed.view(-1).view(integer)[index] ^= value
+            assert of_tensors(changed)["sha256"] != before, (index, bit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_changes_of_many_numbers_that_keep_sums_show(dtype):
+    square = torch.randn(256, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
+    square[1] = -square[0]
+    square[:, 3] = -square[:, 2]
+    before = of_tensors(square)["sha256"]
+
+    def swapped(dim, i, j):
+        order = torch.arange(256)
+        order[[i, j]] = order[[j, i]]
+        return square.index_select(dim, order)
+
+    signs = torch.ones(256, dtype=dtype)
+    signs[1::2] = -1
+    checks = signs[:, None] * signs[None]
+    element = square.clone()
+    element[0, 0], element[1, 0] = square[1, 0], square[0, 0]  # x and -x
+    others = {
+        "rows": swapped(0, 10, 20),
+        "rows of other sign": swapped(0, 0, 1),
+        "columns": swapped(1, 10, 20),
+        "columns of other sign": swapped(1, 2, 3),
+        "transposed": square.T,
+        "turned": square.flip(0),
+        "rolled": square.roll(1),
+        "elements": element,
+        "signs of every other column": square * signs,
+        "signs of every other row": square * signs[:, None],
+        "signs like a chess board": square * checks,
+        "all signs": -square,
+    }
+    found = {name: of_tensors(other.contiguous())["sha256"] for name, other in others.items()}
+    assert len({before, *found.values()}) == len(found) + 1
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_neither_the_layout_in_memory_nor_the_step_matters(step, monkeypatch):
+    tensors = [
+        torch.randn(3, 50, 257),
+        torch.randn(70, 301).double(),
+        torch.randint(0, 256, (5, 9001)).to(torch.uint8),
+        torch.randn(2, 40_000).bfloat16(),
+    ]
+    want = of_tensors(*tensors)
+    monkeypatch.setitem(fingerprints._STEP_BYTES, "cpu", step * 4 * ROW)
+    monkeypatch.setattr(fingerprints, "_own", threading.local())
+    assert of_tensors(*tensors) == want
+    turned = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in tensors]
+    sliced = [torch.cat((t, t), dim=-1)[..., : t.shape[-1]] for t in tensors]
+    odd = [torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape) for t in tensors]
+    for others in (turned, sliced, odd):
+        assert of_tensors(*others) == want
+    for tensor in turned:
+        assert all(piece.numel() <= (step + 2) * 4 * ROW for piece in fingerprints._pieces(tensor))
+
+
+def test_threads_change_nothing():
+    tensors = [torch.randn(3_000_000), torch.randn(1001, 777)]
+    before = torch.get_num_threads()
+    try:
+        found = [torch.set_num_threads(number) or of_tensors(*tensors) for number in (1, 3)]
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+
+
+def test_what_is_tied_is_read_once(monkeypatch):
+    read = []
+    inner = fingerprints._sums_of_rows
+    monkeypatch.setattr(fingerprints, "_sums_of_rows", lambda piece: read.append(len(piece)) or inner(piece))
+    model = build(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    fingerprint(model)
+    assert sum(read) == sum(p.nbytes for p in model.parameters())
+
+
+def test_scales_beside_the_parameters_are_seen():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+    def eight_bit(factor):
+        torch.manual_seed(0)
+        layer = bitsandbytes.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False).to("cpu")
+        with torch.no_grad():
+            (layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB)[3] *= factor
+        return fingerprint(layer)
+
+    def four_bit(edit):
+        torch.manual_seed(0)
+        layer = bitsandbytes.nn.Linear4bit(
+            64, 64, bias=False, compress_statistics=True, quant_type="nf4", compute_dtype=torch.float32
+        ).to("cpu")
+        edit(layer.weight.quant_state)
+        return fingerprint(layer)
+
+    assert eight_bit(1) == eight_bit(1) != eight_bit(2)
+    found = [
+        four_bit(edit)["sha256"]
+        for edit in (
+            lambda state: None,
+            lambda state: state.absmax.add_(1),
+            lambda state: state.code.mul_(2),
+            lambda state: state.state2.absmax.mul_(2),
+            lambda state: state.state2.code.mul_(2),
+            lambda state: state.offset.add_(1),
+        )
+    ]
+    assert len(set(found)) == len(found)
+
+
+def test_hqq_s_scales_are_seen():
+    hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
+
+    def quantised(key):
+        torch.manual_seed(0)
+        config = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
+        layer = hqq.HQQLinear(nn.Linear(64, 64, bias=False), config, torch.float32, device="cpu")
+        if key:
+            layer.meta[key] = layer.meta[key] * 2
+        return fingerprint(layer)["sha256"]
+
+    assert quantised(None) == quantised(None)
+    assert len({quantised(None), quantised("scale"), quantised("zero")}) == 3
+
+
+def test_what_a_rank_has_only_a_part_of_or_cannot_be_read_is_not_seen():
+    sharded = nn.Linear(4, 4, bias=False)
+    whole = fingerprint(sharded)
+    sharded.weight.ds_id = 1  # as ZeRO-3 marks its own
+    sparse = nn.Module()
+    sparse.register_buffer("x", torch.eye(3).to_sparse())
+    for module in (sharded, sparse):
+        assert fingerprint(module)["unseen"] == 1
+        assert fingerprint(module)["unseen_names"] is not None
+    assert (whole["unseen"], whole["unseen_names"], whole["scheme"]) == (0, None, 2)
+
+
+def test_a_run_reads_the_weights_once_and_one_that_goes_on_reads_them_anew(tmp_path, monkeypatch):
+    read, saved = [], []
+    save = Checkpoint.save
+    for place in ("fastheads.run", "fastheads.manager"):
+        monkeypatch.setattr(f"{place}.fingerprint", lambda model: read.append(1) or fingerprint(model))
+    monkeypatch.setattr(Checkpoint, "save", lambda *args: saved.append(1) or save(*args))
+    model, path = build(), tmp_path / "c"
+    options = {"checkpoint": path, "checkpoint_every": 1e-9}
+    data = [torch.ones(1, 4, dtype=torch.long)] * 5
+
+    def stop(tokens, total):
+        if tokens >= 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(fastheads.errors.ProfileInterrupted):
+        fastheads.profile(model, data, progress=stop, **options)
+    assert len(saved) > 1
+    assert len(read) == 1
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[3, 7] *= 1.5
+    with pytest.raises(fastheads.errors.CheckpointError, match="model weights is not what it was"):
+        fastheads.profile(model, data, resume=True, **options)

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastheads.errors import MergeError, ProfileFileError
+from fastheads.errors import MergeError, OptionError, ProfileFileError
 from fastheads.metrics import UPDATE_METRIC
 from fastheads.moments import Moments
 from fastheads.results import FILE_KEY, RANKING_METRIC, STATS, HeadProfile
@@ -226,12 +226,16 @@ def change(plane: str, cell: tuple[int, int], value: float):
     ("tensors", "says"),
     [
         (lambda t: t.pop(f"{METRIC}/m2"), "missing or unknown"),
-        (lambda t: t.update(extra=torch.zeros(2, 3)), "missing or unknown"),
+        (lambda t: t.update(extra=torch.zeros(2, 3)), "of 'F32'"),
+        (lambda t: t.update(extra=torch.zeros(2, 3).double()), "missing or unknown"),
         (lambda t: t.update({f"{METRIC}/mean": torch.zeros(2, 3)}), "must be torch.float64"),
-        (lambda t: t.update({f"{METRIC}/count": torch.zeros(2, 3)}), "must be torch.int64"),
+        (lambda t: t.update({f"{METRIC}/count": torch.zeros(2, 3).double()}), "must be torch.int64"),
+        (lambda t: t.update({f"{METRIC}/mean": torch.zeros(2, 3).long()}), "must be torch.float64"),
         (lambda t: t.update({f"{METRIC}/mean": torch.zeros(3, 2).double()}), r"\[2, 3\]"),
         (lambda t: t.update({k: torch.zeros(6, dtype=v.dtype) for k, v in t.items()}), r"\[rows, heads\]"),
-        (lambda t: t.update({k: torch.zeros(0, 3, dtype=v.dtype) for k, v in t.items()}), "a site for each"),
+        (lambda t: t.update({k: torch.zeros(1, 3, dtype=v.dtype) for k, v in t.items()}), "a site for each"),
+        (lambda t: t.update({k: torch.zeros(0, 2**40, dtype=v.dtype) for k, v in t.items()}), "is empty"),
+        (lambda t: t.update({k: torch.zeros(2, 0, dtype=v.dtype) for k, v in t.items()}), "is empty"),
         (change("count", (0, 0), -1), "contradict"),
         (change("nonfinite", (0, 0), -1), "contradict"),
         (change("mean", (0, 0), math.nan), "contradict"),
@@ -353,7 +357,14 @@ def test_merging_does_not_change_its_parts(samples):
 
 
 def weights(seed: str = "w", layout: str = "l", dtype: str = "float32", unseen: int = 0) -> dict:
-    return {"sha256": seed + layout, "layout": layout, "dtypes": [dtype], "tensors": 9, "unseen": unseen}
+    return {
+        "sha256": seed + layout,
+        "layout": layout,
+        "dtypes": [dtype],
+        "tensors": 9,
+        "unseen": unseen,
+        "scheme": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -560,3 +571,40 @@ def test_importing_results_imports_neither_pandas_nor_matplotlib():
     code = "import sys, fastheads.results; print({'pandas', 'matplotlib', 'triton'} & sys.modules.keys())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+def sampled(**changes) -> dict:
+    """A fingerprint of the scheme that read a few numbers of each tensor."""
+    return {key: value for key, value in (weights() | changes).items() if key != "scheme"}
+
+
+def test_fingerprints_of_two_schemes_say_nothing_of_each_other(samples):
+    for old in (sampled(), sampled(sha256="other"), sampled(layout="other", dtypes=["bfloat16"])):
+        parts = [make(samples[:3], weights=old), make(samples[3:], weights=weights())]
+        for order in (parts, parts[::-1]):
+            assert HeadProfile.merge(order).metadata["weights"] == weights()
+        with pytest.raises(MergeError, match="differ in model"):
+            HeadProfile.merge([parts[0], make(samples[3:], model="other", weights=weights())])
+
+
+def test_a_few_numbers_that_are_alike_are_not_the_same_weights(samples):
+    old = make(samples[:3], weights=sampled())
+    assert HeadProfile.merge([old, make(samples[3:], weights=sampled())]).metadata["weights"] == sampled()
+    with pytest.raises(MergeError, match="differ in model"):
+        HeadProfile.merge([old, make(samples[3:], model="other", weights=sampled())])
+    with pytest.raises(MergeError, match="the numbers are not"):
+        HeadProfile.merge([old, make(samples[3:], weights=sampled(sha256="other"))])
+
+
+def test_where_the_same_tensors_were_not_seen_the_others_are_compared(samples):
+    one = make(samples[:3], weights=weights(unseen=1) | {"unseen_names": "n"})
+    other = make(samples[3:], weights=weights("v", unseen=1) | {"unseen_names": "n"})
+    elsewhere = make(samples[3:], weights=weights("v", unseen=1) | {"unseen_names": "m"})
+    with pytest.raises(MergeError, match="the numbers are not"):
+        HeadProfile.merge([one, other])
+    assert HeadProfile.merge([one, elsewhere]).results()[METRIC]["count"][0, 0] == 7
+
+
+def test_as_many_names_as_profiles(samples):
+    with pytest.raises(OptionError, match="names must be one for each profile: 1, not 2"):
+        HeadProfile.merge([make(samples)], names=["a", "b"])

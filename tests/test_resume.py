@@ -9,15 +9,14 @@ import os
 import shutil
 import signal
 import stat
-import struct
 import threading
 from pathlib import Path
 
 import datasets
 import pytest
-import safetensors.torch
 import torch
 from checkpoints import ascii_tokenizer, tiny_llama
+from sealed_files import read, resealed
 from whole_profiles import assert_same, some_texts
 
 from fastheads import HeadProfile, files
@@ -397,15 +396,8 @@ def test_another_model_data_or_option_is_refused(model, tokenizer, tmp_path):
 
 
 def edited(path: Path, edit) -> bytes:
-    """The file with its JSON changed by `edit`."""
-    content = path.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    document = json.loads(header["__metadata__"]["fastheads_checkpoint"])
-    edit(document)
-    header["__metadata__"]["fastheads_checkpoint"] = json.dumps(document)
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+    """The file with its JSON changed by `edit`, and a digest that fits."""
+    return resealed(path.read_bytes(), "fastheads_checkpoint", edit)
 
 
 def set_in(document, keys, value):
@@ -423,13 +415,16 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
 
     stopped(model, corpus_of(texts, tokenizer), path, 2, batch_tokens=200)
     good = path.read_bytes()
-    bad = [b"", b"hello", good[:-1], good[:100], good + b"\0"]
+    assert edited(path, lambda document: None) == good
+    bad = [b"", b"hello", good[:-1], good[:100], good + b"\0", bytes([*good[:-1], good[-1] ^ 1])]
     for keys, value in (
         (["format"], 99),
         (["configuration"], None),
         (["configuration"], []),
         (["tokens"], "1"),
         (["tokens"], -1),
+        (["tokens"], 2**63),
+        (["seconds"], -1.0),
         (["batches"], True),
         (["seconds"], None),
         (["notes"], {}),
@@ -457,10 +452,19 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
     bad.append(good.replace(b"moments/0", b"moments/1"))
     bad.append(edited(path, lambda document: None).replace(b'"F64"', b'"I64"'))
     path.write_bytes(good)
-    with safetensors.safe_open(path, framework="pt") as file:
-        about, buffer = file.metadata(), file.get_tensor("moments/0")
+    buffer = torch.from_numpy(read(good, "fastheads_checkpoint")[0]["moments/0"])
+
+    def with_moments(changed):
+        return resealed(
+            good, "fastheads_checkpoint", change=lambda arrays: arrays.update({"moments/0": changed.numpy()})
+        )
+
     for plane, value in (
         *((plane, -1) for plane in (COUNT, NONFINITE, M2)),
+        *((plane, 2**62) for plane in (COUNT, NONFINITE)),
+        (MEAN, 1e9),
+        (M2, 1e9),
+        (MIN, -1.0),
         *((plane, math.nan) for plane in (MEAN, M2, MIN, MAX)),
         *((plane, math.inf) for plane in (MEAN, M2, MIN)),
         (MAX, -1.0),
@@ -470,7 +474,7 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
             changed.view(torch.int64)[0, plane, 0, 0, 0] = value
         else:
             changed[0, plane, 0, 0, 0] = value
-        bad.append(safetensors.torch.save({"moments/0": changed}, about))
+        bad.append(with_moments(changed))
     changed = buffer.clone()  # without samples, but with a mean
     changed.view(torch.int64)[0, COUNT, 0, 0, 0] = 0
     changed[0, MEAN, 0, 0, 0] = math.nan
@@ -479,10 +483,10 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
         buffer[0],
         buffer[:, :3],
         buffer[..., None],
-        buffer.float(),
+        buffer.view(torch.int64),
         buffer.flatten(),
     ):
-        bad.append(safetensors.torch.save({"moments/0": shaped.contiguous()}, about))
+        bad.append(with_moments(shaped.contiguous()))
     for content in bad:
         path.write_bytes(content)
         with pytest.raises((CheckpointError, DataError)) as no:

@@ -1,0 +1,161 @@
+"""The files of this package: one safetensors file with arrays, a JSON document, and a digest of both.
+
+The document is the one string of the file's metadata. Its entry `sha256` is the SHA-256 of all else: of the document without that
+entry, written with sorted keys, and of each array, in the order of their names, its name, dtype, shape and bytes.
+
+Files come from anywhere. They are read once into memory, so that nothing changes what was checked, and everything is checked
+before it is believed: sizes before memory is taken, the document before arrays are made.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+DIGEST_KEY = "sha256"
+DEEPEST = 64  # levels of lists and objects in a document
+_DTYPES = {"F64": torch.float64, "I64": torch.int64}
+_LENGTH = struct.Struct("<Q")
+
+
+class ContainerError(ValueError):
+    """Why something is no such file. For whoever reads it to say of which file."""
+
+
+def pack(tensors: dict[str, Tensor], key: str, document: dict[str, Any]) -> bytes:
+    """The content of a file. Raise ContainerError for a document that is no JSON, or holds NaN."""
+    try:
+        plain = json.loads(
+            json.dumps(document, allow_nan=False)
+        )  # as it will be read: keys that are numbers become text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ContainerError(f"its metadata cannot be written as JSON: {error}") from error
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    plain[DIGEST_KEY] = digest(tensors, plain)
+    return safetensors.torch.save(tensors, {key: json.dumps(plain)})
+
+
+def unpack(
+    content: bytes, key: str, *, formats: Sequence[int], digested: Sequence[int], header_limit: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The arrays (float64 or int64, with at least one element) and the document, less its digest, of a file's content.
+
+    Raises:
+        ContainerError: for anything else than what `pack` made, with one of `formats` as the document's `format`; those in
+            `digested` must have a digest.
+    """
+    header = _header(content, header_limit)
+    about = header.pop("__metadata__", {})
+    if not isinstance(about, dict) or not isinstance(about.get(key), str):
+        raise ContainerError("it has no fastheads metadata")
+    document = _json(about[key])
+    if not isinstance(document, dict):
+        raise ContainerError("its metadata are not an object")
+    version = document.get("format")
+    if type(version) is not int or version not in formats:
+        raise ContainerError(
+            f"its format is {_shown(version)}; this version reads {' and '.join(map(str, formats))}"
+        )
+    for name, array in header.items():
+        _check_array(name, array)
+    try:
+        tensors = safetensors.torch.load(
+            content
+        )  # which checks that the arrays fill the file, and do not overlap
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ContainerError(" ".join(str(error).split())) from error
+    said = document.pop(DIGEST_KEY, None)
+    if version in digested and said != digest(tensors, document):
+        raise ContainerError("it is damaged: its content is not that of its checksum")
+    return tensors, document
+
+
+def digest(tensors: dict[str, Tensor], document: dict[str, Any]) -> str:
+    """SHA-256 of contiguous CPU `tensors` and `document`."""
+    found = hashlib.sha256(json.dumps(document, sort_keys=True, allow_nan=False).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def _header(content: bytes, limit: int) -> dict[str, Any]:
+    if len(content) < _LENGTH.size:
+        raise ContainerError("it is no safetensors file")
+    (length,) = _LENGTH.unpack_from(content)
+    if length > min(limit, len(content) - _LENGTH.size):
+        raise ContainerError("it is no safetensors file, or its header is too large")
+    try:
+        text = content[_LENGTH.size : _LENGTH.size + length].decode()
+    except UnicodeDecodeError as error:
+        raise ContainerError("it is no safetensors file: its header is no UTF-8") from error
+    header = _json(text)
+    if not isinstance(header, dict):
+        raise ContainerError("it is no safetensors file: its header is not an object")
+    return header
+
+
+def _check_array(name: str, array: Any) -> None:
+    """Raise ContainerError unless the header's entry is of an array with elements, as large as its shape says."""
+    if not isinstance(array, dict) or set(array) != {"dtype", "shape", "data_offsets"}:
+        raise ContainerError(f"its array {_shown(name)} is not described")
+    kind, shape, offsets = array["dtype"], array["shape"], array["data_offsets"]
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    if not (all(type(number) is int and number >= 0 for number in numbers) and len(offsets) == 2):
+        raise ContainerError(f"its array {_shown(name)} has no shape or no place")
+    if not isinstance(kind, str) or kind not in _DTYPES:
+        raise ContainerError(
+            f"its array {_shown(name)} is of {_shown(kind)}: it must be torch.float64 or torch.int64 (F64, I64)"
+        )
+    if len(shape) > 8 or not 0 < math.prod(shape) * 8 == offsets[1] - offsets[0]:
+        raise ContainerError(f"its array {_shown(name)} is empty, or not as large as its shape says")
+
+
+def _json(text: str) -> Any:
+    """Parse JSON. Raise ContainerError for what is none, for keys that come twice, NaN, infinite numbers and deep nests."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ContainerError(f"its metadata hold {constant}")
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        return value if math.isfinite(value) else refuse(digits[:40])
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ContainerError("its metadata hold a key twice")
+        return found
+
+    try:
+        value = json.loads(text, parse_constant=refuse, parse_float=number, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ContainerError("its metadata are nested too deeply") from error
+    except ContainerError:
+        raise
+    except ValueError as error:
+        raise ContainerError(f"its metadata are no JSON: {' '.join(str(error).split())[:200]}") from error
+    level = [value]
+    for _ in range(DEEPEST):
+        nests = [
+            outer.values() if isinstance(outer, dict) else outer
+            for outer in level
+            if isinstance(outer, dict | list)
+        ]
+        level = [inner for nest in nests for inner in nest]
+    if level:
+        raise ContainerError("its metadata are nested too deeply")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

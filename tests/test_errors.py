@@ -1,0 +1,118 @@
+"""Every error that the package raises has a class of `fastheads.errors`, and the README says when."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import fastheads
+from fastheads import errors
+
+PACKAGE = Path(fastheads.__file__).parent
+README = (Path(__file__).parent.parent / "README.md").read_text()
+OURS = {
+    name
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and kind.__module__ == errors.__name__
+}
+
+# Whose errors have not all got a class yet. To be emptied.
+NOT_YET = {
+    "basic.py",
+    "batching.py",
+    "boundary.py",
+    "channels.py",
+    "cli.py",
+    "dispatch.py",
+    "distributed.py",
+    "doctor.py",
+    "factors.py",
+    "grouping.py",
+    "manager.py",
+    "operator.py",
+    "parallel.py",
+    "run.py",
+    "runner.py",
+    "sites.py",
+    "tokenising.py",
+    "tokens.py",
+    "verify.py",
+    "waiting.py",
+}
+# What may be raised besides: by the file that raises it (None: any), and why.
+OTHERS = {
+    (None, "OSError"): "the system's own, with the file's name, as open() gives it",
+    (None, "IsADirectoryError"): "the same",
+    (None, "NotADirectoryError"): "the same",
+    (None, "StopIteration"): "the protocol of iterators",
+    (None, "NotImplementedError"): "of what subclasses must define",
+    ("__init__.py", "AttributeError"): "the protocol of modules",
+    ("checkpoint.py", "ContainerError"): "inside: CheckpointError is made of it",
+    ("results.py", "ContainerError"): "inside: ProfileError is made of it",
+    ("stopping.py", "KeyboardInterrupt"): "Ctrl-C once more",
+    ("container.py", "ContainerError"): "inside: results.py and checkpoint.py say of which file",
+    ("files.py", "UnreadableError"): "inside: the same",
+    ("channels.py", "UnknownUpdateError"): "inside: the metric is NaN, and the metadata say why",
+    ("residual.py", "UnknownUpdateError"): "inside: the same",
+    ("forms.py", "NotDenseError"): "inside: weights.py names the site",
+    ("offload.py", "NotDenseError"): "inside: the same",
+    ("parallel.py", "NotDenseError"): "inside: the same",
+    ("weights.py", "NotDenseError"): "inside: the same",
+    ("stopping.py", "Stopped"): "inside: an interrupt, which becomes ProfileInterrupted",
+    ("run.py", "Stopped"): "inside: the same",
+    ("cli.py", "Exit"): "typer's, with the code of the process",
+}
+
+
+def raised(path: Path) -> list[tuple[int, str]]:
+    """Line and name of the class of each `raise` that names one. An error that is caught and raised again is not among them."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Raise) or node.exc is None:
+            continue
+        kind = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        name = kind.attr if isinstance(kind, ast.Attribute) else getattr(kind, "id", "")
+        if name[:1].isupper():
+            found.append((node.lineno, name))
+    return found
+
+
+def test_the_test_sees_what_is_raised(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(
+        "raise ValueError('x')\nraise\nraise a.B from c\nraise error\nraise KeyError\nraise kind(e)(1)\n"
+    )
+    assert raised(path) == [(1, "ValueError"), (3, "B"), (5, "KeyError")]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+def test_what_is_raised_has_a_class_of_the_package(path):
+    others = {name for file, name in OTHERS if file in (None, path.name)}
+    bare = [f"line {line}: {name}" for line, name in raised(path) if name not in OURS | others]
+    if path.name not in NOT_YET:
+        assert not bare
+
+
+def test_the_lists_name_files_that_there_are():
+    assert {*NOT_YET, *(file for file, _ in OTHERS if file)} <= {path.name for path in PACKAGE.glob("*.py")}
+
+
+def test_all_have_the_base_and_say_when():
+    for name in OURS - {"ProfileInterrupted"}:
+        kind = getattr(errors, name)
+        assert issubclass(kind, errors.FastheadsError)
+        assert kind.__doc__, name
+        builtin = [base for base in kind.__mro__ if base.__module__ == "builtins" and base is not Exception]
+        assert builtin, name
+
+
+def test_the_readme_and_the_module_list_every_error():
+    section = re.search(r"^## Errors\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (.+) \|$", section[1], re.MULTILINE)
+    assert {name for name, _, _ in rows} == OURS - {"FastheadsError"}
+    for name, base, _ in rows:
+        assert base in {kind.__name__ for kind in getattr(errors, name).__mro__}, name
+    for name in OURS:
+        assert f"{name}" in (errors.__doc__ or ""), name
