@@ -143,7 +143,7 @@ def find_sites(model: nn.Module, include: str | Iterable[str] = ()) -> list[Head
 
     Raises:
         NoSitesError: there is none, or there is attention that cannot be profiled; the message says which and why.
-        ValueError: a pattern matches no attention module.
+        OptionError: a pattern matches no attention module.
     """
     patterns = [include] if isinstance(include, str) else list(include)
     attentions = list(_attentions(model))
@@ -178,7 +178,7 @@ def _matching(pattern: str, attentions: "list[_Attention]", model: str) -> set[s
     matching = [a for a in candidates if a.is_called(pattern)]
     if not matching:
         left_out = _examples(a for a in candidates if not a.by_default)
-        raise ValueError(
+        raise OptionError(
             f"no attention module of {model} is called {pattern!r}; left out without include: {left_out}"
         )
     profilable = {a.path for a in matching if a.refusal() is None}
