@@ -34,9 +34,9 @@ def form_of_computed(module: Any) -> Form:
         return _form_of_hooked(module)
     lists = module._modules.get("parametrizations")
     if lists is not None and "weight" in lists:
-        return Form(_read_parametrized, _parts_of_known if _is_pure(lists["weight"]) else _parts_of_unknown)
+        return Form(_read_parametrized, _parts_reader(module, attributes=not _is_pure(lists["weight"])))
     if "weight" in module._parameters or hasattr(type(module), "weight"):
-        return Form(_read_attribute, _parts_of_unknown)
+        return Form(_read_attribute, _parts_reader(module, attributes=True))
     raise NotDenseError("has no weight: it was taken away, or FSDP1 keeps it")
 
 
@@ -127,17 +127,20 @@ def _kinds(parts: nn.Module) -> str:
     return ", ".join(type(part).__name__ for part in parts.children())
 
 
-def _parts_of_known(module: nn.Module) -> Parts:
-    """Tensors and modes; and whether weights are cached, for what is cached may be older than its tensors."""
-    return (
-        parametrize._cache_enabled > 0,
-        *[(m.training, *m._parameters.values(), *m._buffers.values()) for m in module.modules()],
-    )
+def _parts_reader(module: nn.Module, *, attributes: bool) -> Callable[[nn.Module], Parts]:
+    """Gives tensors, modes and children of the module and of those in it, and with `attributes` what these say; and whether
+    weights are cached, for what is cached may be older than its tensors.
+    """
+    inner = list(
+        module.modules()
+    )  # not each time, which would take most of it: a new one shows among the children
+    tables = [(m, m._parameters, m._buffers, m._modules) for m in inner]
 
+    def parts(_: nn.Module) -> Parts:
+        found = [(m.training, *p.values(), *b.values(), *c.values()) for m, p, b, c in tables]
+        return (parametrize._cache_enabled > 0, *found, *(map(_attributes, inner) if attributes else ()))
 
-def _parts_of_unknown(module: nn.Module) -> Parts:
-    """The same, and what attributes say."""
-    return (*_parts_of_known(module), *[_attributes(m) for m in module.modules()])
+    return parts
 
 
 def _attributes(module: nn.Module) -> Parts:

@@ -294,6 +294,11 @@ class ByMode(nn.Module):
         (by(ByMode), lambda part: part.train()),
         (by(Scaled), lambda part: setattr(part, "scale", 3.0)),
         (by(Scaled), lambda part: part.rows.mul_(2)),
+        (by(lambda: nn.Sequential(nn.Identity())), lambda part: part.append(Scaled())),
+        (
+            by(nn.Identity),
+            lambda part: parametrize.register_parametrization(part.owner(), "weight", Scaled()),
+        ),
         (by(Scaled), lambda part: setattr(part, "rows", part.rows * 2)),
     ],
 )
@@ -303,7 +308,9 @@ def test_what_a_weight_is_made_of_changes_between_forwards(make, change, backend
     with fastheads.HookManager(model, "token", backend=backend) as hooks, torch.no_grad():
         for step in range(2):
             if step:
-                change(projections(model)[1].parametrizations.weight[0])
+                part = projections(model)[1].parametrizations.weight[0]
+                vars(part)["owner"] = lambda: projections(model)[1]
+                change(part)
             weights = [weight_by_identity(module) for module in projections(model)]
             with captured_inputs(projections(model)) as inputs:
                 model(input_ids=tokens(2, 6, seed=step))
