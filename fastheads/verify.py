@@ -63,7 +63,7 @@ class SelfCheck:
         self._handles: dict[str, list[Any]] = {
             site.name: [
                 # before hooks that change the output
-                site.module.register_forward_hook(self._hook(site), prepend=True),
+                site.module.register_forward_hook(self._hook(site, _units_of(model, site)), prepend=True),
                 _layer_of(model, site).register_forward_pre_hook(self._forget),
             ]
             for site in sites
@@ -111,7 +111,7 @@ class SelfCheck:
         if not torch.compiler.is_compiling():
             self._attended = self._computed = None
 
-    def _hook(self, site: HeadSite) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def _hook(self, site: HeadSite, units: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             attended, computed = self._attended, self._computed
             self._attended = self._computed = None
@@ -123,7 +123,7 @@ class SelfCheck:
             with torch.no_grad():
                 geometry = _geometry(site, x, attended)
                 if attended is None and computed is not None:
-                    _check_number(site, x, computed)
+                    _check_number(site, units, x, computed)
                 error = _sum_error(site, x, output.detach())
             self.findings[site.name] = Finding(error, geometry)
             self._take_off(site.name)
@@ -150,18 +150,27 @@ def _geometry(site: HeadSite, x: Tensor, attended: tuple[nn.Module, Tensor] | No
     return CHANGED
 
 
-def _check_number(site: HeadSite, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises VerificationError where something of this shape is attention over the tokens of `x`, by another number of heads."""
+def _check_number(site: HeadSite, units: int, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises VerificationError where something of this shape is attention over the tokens of `x`, by another number of heads,
+    of which so many make one of the site.
+    """
     batch, seq = x.shape[0], x.shape[-2]
     if x.dim() != 3 or shape[-2] != seq:
         return
     heads, rest = (shape[1], shape[0] - batch) if len(shape) == 4 else divmod(shape[0], batch)
     if rest or heads == 1 or x.shape[-1] % heads:  # a router's softmax, say
         return
-    if heads != site.num_heads:
+    if heads != site.num_heads * units:
         raise VerificationError(
             f"{site.name}: the attention runs with {heads} heads, but the site has {site.num_heads} of {site.head_dim}"
         )
+
+
+def _units_of(model: nn.Module, site: HeadSite) -> int:
+    """How many heads of the attention make one of the site."""
+    parts = site.name.split(".")[:-1]
+    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+    return max(heads_per_unit(module) for module in around)
 
 
 def _layer_of(model: nn.Module, site: HeadSite) -> nn.Module:

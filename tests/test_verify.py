@@ -202,6 +202,18 @@ def test_narrow_values_that_do_not_show_when_attaching(how):
     run(model)
 
 
+def test_heads_of_which_two_are_one_at_the_projection():
+    """DiffLlama's, as its releases without the interface compute them."""
+
+    class DiffLlamaSdpaAttention(HiddenAttention):
+        v_head_dim = 4
+
+    model = build()
+    model.model.layers[1].self_attn = DiffLlamaSdpaAttention(F.scaled_dot_product_attention)
+    assert fastheads.find_sites(model)[1].num_heads == 2
+    run(model)
+
+
 def test_what_a_layer_without_a_site_attended_to_is_none_of_the_next_ones():
     model = build()
     model.model.layers[0].self_attn = HiddenAttention(F.scaled_dot_product_attention)
