@@ -142,8 +142,8 @@ def find_sites(model: nn.Module, include: str | Iterable[str] = ()) -> list[Head
     can be profiled.
 
     Raises:
-        NoSitesError: there is none, or there is attention that cannot be profiled; the message says which and why.
-        OptionError: a pattern matches no attention module.
+        NoSitesError: there is none, a pattern matches none, or there is attention that cannot be profiled; the message says which
+            and why.
     """
     patterns = [include] if isinstance(include, str) else list(include)
     attentions = list(_attentions(model))
@@ -178,7 +178,7 @@ def _matching(pattern: str, attentions: "list[_Attention]", model: str) -> set[s
     matching = [a for a in candidates if a.is_called(pattern)]
     if not matching:
         left_out = _examples(a for a in candidates if not a.by_default)
-        raise OptionError(
+        raise NoSitesError(
             f"no attention module of {model} is called {pattern!r}; left out without include: {left_out}"
         )
     profilable = {a.path for a in matching if a.refusal() is None}
