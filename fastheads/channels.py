@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastheads import geometry
 from fastheads.dispatch import TORCH_BACKENDS, Dispatcher
+from fastheads.errors import OptionError
 from fastheads.metrics import KV_METRIC, METRICS, UPDATE_METRIC
 from fastheads.moments import Moments, RunningMoments
 from fastheads.parallel import Ranks
@@ -156,19 +158,20 @@ def channel_of_kv_groups(
 
 
 def num_kv_heads(model: nn.Module, site: HeadSite) -> int:
-    """The KV heads of the attention that ends in `site`. Raises ValueError where that is not known."""
+    """The KV heads of the attention that ends in `site`. Raises OptionError where that is not known, or contradictory."""
     parts = site.name.split(".")
     for depth in range(
         len(parts) - 1, 0, -1
     ):  # the attention is above the projection, most often right above
         owner = model.get_submodule(".".join(parts[:depth]))
-        per_group = getattr(owner, "num_key_value_groups", None)
-        if isinstance(per_group, int) and per_group > 0 and site.num_heads % per_group == 0:
-            return site.num_heads // per_group
-        for name in ("num_key_value_heads", "num_kv_heads"):
-            count = getattr(owner, name, None)
-            if isinstance(count, int) and count > 0 and site.num_heads % count == 0:
-                return count
-    raise ValueError(
+        try:
+            count = geometry.num_kv_heads(owner, site.num_heads)
+        except ValueError as error:
+            raise OptionError(
+                f"{site.name}: how many query heads share keys and values is said in several ways ({error}): kv_groups=False"
+            ) from None
+        if count is not None:
+            return count
+    raise OptionError(
         f"{site.name}: its attention does not say how many query heads share keys and values: kv_groups=False"
     )

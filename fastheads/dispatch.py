@@ -11,8 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastheads.errors import OptionError, StaleFactorError
-from fastheads.factors import SiteFactor, WeightWatch
+from fastheads.errors import BackendError, OptionError, StaleFactorError
+from fastheads.factors import SiteFactor, SiteWeight, WeightWatch
 from fastheads.grouping import Profiled, Repeat
 from fastheads.metrics import (
     ContributionNorms,
@@ -40,17 +40,17 @@ LATE_ELEMENTS = 2**12
 
 
 def check_backend(backend: str) -> None:
-    """Raises OptionError for an unknown name, RuntimeError for a backend that cannot work here at all."""
+    """Raises OptionError for an unknown name, BackendError for a backend that cannot work here at all."""
     if backend not in BACKENDS:
         raise OptionError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "triton" and (reason := _triton_missing()):
-        raise RuntimeError(
+        raise BackendError(
             f"backend 'triton' cannot be used: {reason}; choose one of {', '.join(TORCH_BACKENDS)}"
         )
 
 
 def backend_for(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend for such inputs: the one asked for, or what "auto" takes. RuntimeError where "triton" cannot serve them."""
+    """The backend for such inputs: the one asked for, or what "auto" takes. BackendError where "triton" cannot serve them."""
     if backend in TORCH_BACKENDS:
         return backend
     if backend == "auto" and device.type != "cuda":
@@ -62,7 +62,7 @@ def backend_for(backend: str, device: torch.device, dtype: torch.dtype, head_dim
         return "triton"
     if backend == "auto":
         return "factored"
-    raise RuntimeError(
+    raise BackendError(
         f"backend 'triton' cannot be used: {reason}; choose one of {', '.join(TORCH_BACKENDS)}, or auto"
     )
 
@@ -139,7 +139,11 @@ class Dispatcher:
                 self.factors[row] = SiteFactor(site, weight, self._updates.get(row))
             if self._choice(weight.device, weight.dtype, site.head_dim) == "triton":
                 self.factors[row].kernel(weight.dtype, precision)
-        self._watch = WeightWatch(self.factors.values())
+        # Backends without factors read the weight each time, but behind a group of layers: there too it must stand for a forward.
+        self._weights: list[SiteWeight] = list(self.factors.values()) or [
+            SiteWeight(site, self._updates.get(row)) for row, site in sites.items()
+        ]
+        self._watch = WeightWatch(self._weights)
         self._forms: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.generation = 0  # how often factors followed a weight that had changed
         self._ranks = ranks
@@ -356,15 +360,13 @@ class Dispatcher:
         """Raises StaleFactorError where a weight changed during a forward, at whose start `generation` was what it was then."""
         if generation == self.generation and not self._watch.moved():
             return
-        moved = [
-            factor.site.name for factor in self.factors.values() if factor.moved() and not factor.moves_itself
-        ]
+        moved = [weight.site.name for weight in self._weights if weight.moved() and not weight.moves_itself]
         if generation != self.generation:  # another forward that began meanwhile let the factors follow
             moved = moved or ["some projections"]
         if moved:
             raise StaleFactorError(
-                f"the weight of {', '.join(moved)} changed during a forward, which was not counted: "
-                "backend='einsum' reads the weight each time"
+                f"the weight of {', '.join(moved)} changed during a forward, which was not counted: no one weight acts in it, "
+                "whatever the backend. Change weights between forwards, or take off the hook that does"
             )
 
     def _choice(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:

@@ -35,7 +35,50 @@ def _plain_mode() -> Iterator[None]:
         yield
 
 
-class SiteFactor:
+class SiteWeight:
+    """The weight of one projection, of which is known when it is replaced, moved or changed in place the ordinary way."""
+
+    def __init__(self, site: HeadSite, update: Update | None = None) -> None:
+        """With an `update` it is diag(g) W, g the gain of its norm."""
+        self.site = site
+        self._update = update
+        self._note_key()
+
+    def places(self) -> list[Place] | None:
+        """Where the parameters hang that the weight is made from, and the norm among them; None where it depends on more."""
+        if not is_plain(self.site):
+            return None
+        norm = [] if self._update is None else self._update.places()
+        return None if norm is None else [(self.site.module._parameters, "weight"), *norm]
+
+    def mark_changed(self) -> None:
+        """The weight may have changed without a trace: `refresh` takes it anew."""
+        self._key = ()
+
+    def key(self) -> Any:
+        """What moves when the weight is replaced or changed in place the ordinary way."""
+        key = self._read_key()
+        return key if self._update is None else (key, self._update.key())
+
+    def moved(self) -> bool:
+        """Whether the weight is known to have changed since the last `refresh`."""
+        return bool(self.key() != self._key)
+
+    def refresh(self) -> None:
+        """Take the weight as it is. Raises UnsupportedWeightError where it cannot be read any more."""
+        if self.moved():
+            dense_weight(self.site)
+            self._note_key()
+
+    def _note_key(self) -> None:
+        self.moves_itself = moves_when_run(self.site)
+        self._read_key = key_reader(self.site)
+        self._key, self._held = self.key(), hold_key(self.site)
+        if self._update is not None:
+            self._held += hold(self._update.parameters())
+
+
+class SiteFactor(SiteWeight):
     """The factor of one projection in the forms that backends read, kept as long as the weight it was made from stands.
 
     A weight that is replaced, moved or changed in place the ordinary way is seen by `refresh` before the next forward; one that
@@ -44,11 +87,7 @@ class SiteFactor:
     """
 
     def __init__(self, site: HeadSite, weight: Tensor | None = None, update: Update | None = None) -> None:
-        """`weight` is `dense_weight(site)`, where the caller has it: it can take long to read. With an `update` the factor is
-        that of diag(g) W, g the gain of its norm.
-        """
-        self.site = site
-        self._update = update
+        """`weight` is `dense_weight(site)`, where the caller has it: it can take long to read."""
         self.in_graph = False  # a CUDA graph reads it
         self.in_own_graph = (
             False  # one that was captured by hand: its replays ask nobody whether the weight has changed
@@ -57,6 +96,10 @@ class SiteFactor:
         self._kernel: dict[tuple[torch.dtype, str], Any] = {}  # by dtype of the input and precision
         self._unverified = False
         self._stale = False
+        self.site, self._update = (
+            site,
+            update,
+        )  # not as the base does it: the weight may be slow to look at twice
         self._note_weight(weight)
 
     def dense(self) -> Tensor:
@@ -80,26 +123,6 @@ class SiteFactor:
         """Hold the dense form in `storage` `[num_heads, head_dim, head_dim]`, so that neighbours make one batch."""
         self._dense = storage
         self._write_dense(self._lower())
-
-    def places(self) -> list[Place] | None:
-        """Where the parameters hang that the factor is made from, and the norm among them; None where it depends on more."""
-        if not is_plain(self.site):
-            return None
-        norm = [] if self._update is None else self._update.places()
-        return None if norm is None else [(self.site.module._parameters, "weight"), *norm]
-
-    def mark_changed(self) -> None:
-        """The weight may have changed without a trace: `refresh` rebuilds."""
-        self._key = ()
-
-    def key(self) -> Any:
-        """What moves when the weight is replaced or changed in place the ordinary way."""
-        key = self._read_key()
-        return key if self._update is None else (key, self._update.key())
-
-    def moved(self) -> bool:
-        """Whether the weight is known to have changed since the factor was made."""
-        return bool(self.key() != self._key)
 
     def refresh(self) -> None:
         """Rebuild where the weight is known to have changed; reads no value back."""
@@ -139,11 +162,7 @@ class SiteFactor:
         """The weight as it is now; its key and checksum are kept."""
         # In the caller's mode, like every look at the weight: what acts may depend on it (`repacks_when_run`).
         weight = dense_weight(self.site) if weight is None else weight
-        self.moves_itself = moves_when_run(self.site)
-        self._read_key = key_reader(self.site)
-        self._key, self._held = self.key(), hold_key(self.site)
-        if self._update is not None:
-            self._held += hold(self._update.parameters())
+        self._note_key()
         # Of the dense form: float32 rounds by 6e-8, as the products themselves do.
         self.place = (weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
         with _plain_mode():
@@ -176,11 +195,11 @@ class SiteFactor:
 class WeightWatch:
     """Whether any of many weights has moved, for the price of a short look at each: it is asked twice a forward."""
 
-    def __init__(self, factors: Iterable[SiteFactor]) -> None:
+    def __init__(self, factors: Iterable[SiteWeight]) -> None:
         self._factors = list(factors)
         self._parameters: list[Place] = []
         self._modules: list[Place] = []
-        self._others: list[SiteFactor] = []
+        self._others: list[SiteWeight] = []
         self._seen: list[Any] | None = None
 
     def moved(self) -> bool:

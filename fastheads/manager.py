@@ -172,7 +172,8 @@ class HookManager:
             )
         self._dispatcher = self._channels[0].dispatcher
         self._max_heads = max(site.num_heads for site in self.sites)
-        self._group_bytes = group_bytes
+        # Backends without factors read the weight, and that has to be before any hook of others may change it.
+        self._group_bytes = group_bytes if self._dispatcher.factors else 0
         self._lock = threading.RLock()
         # Of this thread: `forward`, the innermost one under way, and `paused`. No subclass: Dynamo would not guard what it reads.
         self._here = threading.local()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.errors import UnsupportedWeightError
+from fastheads.errors import BackendError, ForwardError, ResultsError, UnsupportedWeightError
 from fastheads.forms import NotDenseError, is_dtensor, plain_forward, qualified_name
 from fastheads.metrics import METRICS, relative_to_layer
 from fastheads.moments import Moments, RunningMoments
@@ -149,11 +149,11 @@ class Ranks:
         }
 
     def torch_backend(self, backend: str) -> str:
-        """The backend that serves where `backend` is asked for. RuntimeError for "triton": the kernel makes a sample of all
+        """The backend that serves where `backend` is asked for. BackendError for "triton": the kernel makes a sample of all
         heads of a layer, and there is no rank that has them.
         """
         if backend == "triton":
-            raise RuntimeError(
+            raise BackendError(
                 "backend 'triton' cannot be used with tensor parallelism: choose one of loop, einsum, factored, or auto"
             )
         return "factored" if backend == "auto" else backend
@@ -188,13 +188,13 @@ class Ranks:
         return row in self.shards and self.shards[row].split_input
 
     def check_agreement(self, sites: Sequence[HeadSite], **options: Any) -> None:
-        """Collective. Raises RuntimeError, on every rank, where the ranks profile other sites or with other options."""
+        """Collective. Raises ResultsError, on every rank, where the ranks profile other sites or with other options."""
         said = repr(([(s.name, s.num_heads, s.head_dim) for s in sites], sorted(self.shards), options))
         digest = int.from_bytes(hashlib.sha256(said.encode()).digest()[:7], "big")
         answers = self._gathered(torch.tensor([digest, self._coordinate]))
         self._order = [int(answer[1]) for answer in answers]
         if len({int(answer[0]) for answer in answers}) > 1:
-            raise RuntimeError(
+            raise ResultsError(
                 "the ranks of a tensor-parallel model must attach with the same options, to the same sites: here rank "
                 f"{self._coordinate} has {', '.join(f'{k}={v!r}' for k, v in options.items())}"
             )
@@ -204,7 +204,7 @@ class Ranks:
         are there took this rank's heads for all.
         """
         if any(values.is_cuda for values in samples) and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("heads of a tensor-parallel model cannot be profiled in CUDA graphs")
+            raise ForwardError("heads of a tensor-parallel model cannot be profiled in CUDA graphs")
         sums = [values[:, :2].sum(dim=-1) for values in samples]  # [n, 2, rows]
         total = torch.cat([part.flatten() for part in sums])
         torch.distributed.all_reduce(total, group=self._group)
@@ -218,7 +218,7 @@ class Ranks:
         """Collective: the moments of the whole model `[metrics, rows, heads]`, the same bits on every rank, from the ones that
         `measured` gives here, this rank's heads first in each row; those of `METRICS` come first. CPU tensors.
 
-        Raises RuntimeError, on every rank, where `measured` raised on another one (here its own error is raised), or where
+        Raises ResultsError, on every rank, where `measured` raised on another one (here its own error is raised), or where
         the ranks did not count the same samples.
         """
         failure: Exception | None = None
@@ -231,7 +231,7 @@ class Ranks:
             raise failure
         if any(failed):
             ranks = ", ".join(str(place) for place, flag in zip(self._order, failed, strict=True) if flag)
-            raise RuntimeError(
+            raise ResultsError(
                 f"rank {ranks} of the tensor-parallel group could not give its results; its own error says why"
             )
         # As bits, so that one tensor holds counts and values.
@@ -253,7 +253,7 @@ class Ranks:
         return everyone.views()
 
     def _check_same_forwards(self, by_rank: list[Tensor], everyone: Moments) -> None:
-        """Raises RuntimeError where the ranks have samples of different forwards."""
+        """Raises ResultsError where the ranks have samples of different forwards."""
         samples = [part[0, 0, :, 0] + part[1, 0, :, 0] for part in by_rank]  # count + nonfinite, [rows]
         if any(not torch.equal(samples[0], other) for other in samples[1:]):
             numbers = ", ".join(f"{int(n.max())} on rank {rank}" for rank, n in enumerate(samples))
@@ -267,7 +267,7 @@ class Ranks:
                     break
             else:
                 return
-        raise RuntimeError(
+        raise ResultsError(
             f"the ranks did not count the same forwards ({numbers}, in samples of a site): an error ended one on some ranks "
             "only. Call reset() on every rank and profile again"
         )

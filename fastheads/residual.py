@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastheads.computed import isolated
+from fastheads.errors import UnsupportedWeightError
 from fastheads.forms import is_dtensor
 from fastheads.sites import HeadSite, unwrapped
 
@@ -74,7 +76,7 @@ KNOWN_PACKAGES = ("transformers.", "torch.nn.")
 Place = tuple[dict[str, Any], str]
 
 
-class UnknownUpdateError(ValueError):
+class UnknownUpdateError(UnsupportedWeightError):
     """What a layer adds to the residual stream is not known."""
 
 
@@ -151,18 +153,29 @@ class Update:
         with torch.no_grad():
             probe = torch.linspace(-1.0, 2.0, width, device=self.device)
             want = gain * probe.double() / (probe.double().square().mean() + self.eps).sqrt()
-            got = type(norm).forward(norm, probe[None, None])[0, 0].double()
+            got = self._normed(probe[None, None])[0, 0].double()
         if not torch.allclose(got, want, rtol=2e-2, atol=2e-2 * float(gain.abs().max())):
             raise UnknownUpdateError(f"{type(norm).__name__} is no RMS norm")
 
     def gain(self, width: int, device: torch.device) -> Tensor:
         """The norm's gain, float64 `[width]`: what it does to ones."""
-        norm = self.norm
-        assert norm is not None
         with torch.no_grad():
             ones = torch.ones(1, 1, width, dtype=torch.float32, device=device)
-            # Not by a call, which others' hooks would see.
-            return type(norm).forward(norm, ones)[0, 0].double() * (1.0 + self.eps) ** 0.5  # type: ignore[no-any-return]
+            return self._normed(ones)[0, 0].double() * (1.0 + self.eps) ** 0.5
+
+    def _normed(self, x: Tensor) -> Tensor:
+        """What the norm makes of `x`, without a trace on it. Raises UnknownUpdateError where it leaves one, or draws numbers."""
+        norm = self.norm
+        assert norm is not None
+        # Not by a call, which others' hooks would see.
+        if type(norm).__module__.startswith(KNOWN_PACKAGES):
+            return type(norm).forward(norm, x)  # type: ignore[no-any-return]
+        with isolated(norm) as changes:
+            normed: Tensor = type(norm).forward(norm, x)
+            what = changes()
+        if what is not None:
+            raise UnknownUpdateError(f"{type(norm).__name__} {what} as it runs")
+        return normed
 
     @property
     def eps(self) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastheads.errors import NoSitesError, OptionError
+from fastheads.geometry import WRAPPED, describe, head_dim_of, input_width, said_head_dim
 
 # The output projection of an attention module, as a path from it; the first that is there is taken. ".." is the module's parent,
 # if that is an attention module too: a BERT-like keeps the projection beside the attention.
@@ -29,11 +30,6 @@ PROJECTION_PATHS = (
     "../output.dense",
 )
 
-# Where a layer that is no linear layer itself keeps the one that it calls (MoshiLinear).
-WRAPPED = "linear"
-# What a linear layer calls the width of its input; `nx` is transformers' Conv1D.
-WIDTH_ATTRIBUTES = ("in_features", "nx")
-
 # Attention classes by name: what transformers calls them, and what it calls the mixers that are no softmax attention over
 # heads though some of them have an `o_proj` too (Kimi-Linear, Olmo-Hybrid), and the towers that are not the decoder.
 ATTENTION = re.compile(r"(Attention|Attn|MLA)\w*$")
@@ -44,19 +40,7 @@ NOT_ATTENTION = re.compile(
 # Attention to an encoder's output, by its name: a decoder alone never runs it.
 TO_ENCODER = re.compile(r"\b(encoder_attn|crossattention|EncDecAttention)\b")
 
-# Where an attention module keeps the width of one head of the projection's input (MLA's is the value's), and how many there are.
-# The first width that divides that input is taken; where the number is there too, the first that agrees with it.
-HEAD_DIM_ATTRIBUTES = (
-    *("v_head_dim", "value_head_dim", "head_v_dim", "key_value_proj_dim"),
-    *("head_dim", "head_size", "attention_head_size"),
-)
-NUM_HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-
-# By patterns of the attention's class from here on. Heads that are one unit where they reach the projection:
-HEADS_PER_UNIT = {
-    r"^DiffLlama": 2,  # the difference of two heads, as wide as both
-}
-# Attention that cannot be profiled, and why.
+# By patterns of the attention's class from here on. Attention that cannot be profiled, and why.
 REFUSED = {
     r"^Blt": "its layers run over bytes and over patches of them, so that real tokens cannot be told",
     r"^CpmAnt": "it puts a prompt of its own before the tokens, so that real tokens cannot be told",
@@ -179,11 +163,6 @@ def _attention_of(model: nn.Module, site: HeadSite) -> nn.Module:
     return model
 
 
-def heads_per_unit(owner: nn.Module) -> int:
-    """How many heads of an attention module make one where they reach its projection: 1 of nearly all."""
-    return next((n for kind, n in HEADS_PER_UNIT.items() if re.search(kind, type(owner).__name__)), 1)
-
-
 def find_sites(model: nn.Module, include: str | Iterable[str] = ()) -> list[HeadSite]:
     """The attention output projections of `model`'s decoder, in the order of its modules.
 
@@ -193,8 +172,8 @@ def find_sites(model: nn.Module, include: str | Iterable[str] = ()) -> list[Head
     can be profiled.
 
     Raises:
-        NoSitesError: there is none, or there is attention that cannot be profiled; the message says which and why.
-        ValueError: a pattern matches no attention module.
+        NoSitesError: there is none, a pattern matches none, or there is attention that cannot be profiled; the message says which
+            and why.
     """
     patterns = [include] if isinstance(include, str) else list(include)
     attentions = list(_attentions(model))
@@ -229,7 +208,7 @@ def _matching(pattern: str, attentions: "list[_Attention]", model: str) -> set[s
     matching = [a for a in candidates if a.is_called(pattern)]
     if not matching:
         left_out = _examples(a for a in candidates if not a.by_default)
-        raise ValueError(
+        raise NoSitesError(
             f"no attention module of {model} is called {pattern!r}; left out without include: {left_out}"
         )
     profilable = {a.path for a in matching if a.refusal() is None}
@@ -268,16 +247,12 @@ class _Attention:
 
     def site(self) -> HeadSite:
         assert self.projection is not None
-        width = _width(self.projection) or 0
-        head_dim = _head_dim(self.owner, width)
+        width = input_width(self.projection) or 0
+        head_dim = head_dim_of(self.owner, width)
         if head_dim is None:
-            names = HEAD_DIM_ATTRIBUTES + NUM_HEADS_ATTRIBUTES
-            has = ", ".join(
-                f"{name} {getattr(self.owner, name)}" for name in names if hasattr(self.owner, name)
-            )
             raise NoSitesError(
                 f"{self.name}: its input, {width} wide, does not divide into heads by what {type(self.owner).__name__} says of "
-                f"them, or not in one way: it has {has or 'none of ' + ', '.join(names)}"
+                f"them, or not in one way: it has {describe(self.owner)}"
             )
         # The number of heads is the width's, never the configuration's: layers and ranks may differ.
         return HeadSite(
@@ -296,7 +271,9 @@ def _attentions(model: nn.Module) -> Iterator[_Attention]:
         kind = type(owner).__name__
         is_attention = ATTENTION.search(kind) is not None
         name, projection = _projection(path, modules)
-        if not is_attention and (projection is None or _head_dim(owner, _width(projection) or 0) is None):
+        if not is_attention and (
+            projection is None or said_head_dim(owner, input_width(projection) or 0) is None
+        ):
             continue
         by_default = is_attention and id(owner) in in_decoder and not NOT_ATTENTION.search(kind)
         if by_default and not has_encoder:
@@ -315,40 +292,12 @@ def _projection(path: str, modules: dict[str, nn.Module]) -> tuple[str, nn.Modul
                 continue
         name = ".".join([*parts, *steps[-1].split(".")])
         module = modules.get(name)
-        while module is not None and _width(module) is None:
+        while module is not None and input_width(module) is None:
             name = f"{name}.{WRAPPED}"
             module = modules.get(name)
         if module is not None:
             return name, module
     return "", None
-
-
-def _width(projection: nn.Module) -> int | None:
-    """The width of a linear layer's input; an adapter has that of its base layer."""
-    for layer in (projection, getattr(projection, "base_layer", None)):
-        for attribute in WIDTH_ATTRIBUTES:
-            width = getattr(layer, attribute, None)
-            if isinstance(width, int):
-                return width
-    return None
-
-
-def _head_dim(owner: nn.Module, width: int) -> int | None:
-    """The width of one head; None where the attributes that there are do not say, or contradict one another."""
-    units = heads_per_unit(owner)
-    widths = [n for n in _numbers(owner, HEAD_DIM_ATTRIBUTES) if width % (units * n) == 0]
-    counts = [n for n in _numbers(owner, NUM_HEADS_ATTRIBUTES) if width % n == 0]
-    if widths and counts:
-        widths = [n for n in widths if width // n in counts]
-        return units * widths[0] if widths else None
-    if widths:
-        return units * widths[0]
-    return units * (width // counts[0]) if counts else None
-
-
-def _numbers(owner: nn.Module, attributes: Iterable[str]) -> list[int]:
-    values = [getattr(owner, attribute, None) for attribute in attributes]
-    return [n for n in values if isinstance(n, int) and n > 0]
 
 
 def _layer(name: str, owner: nn.Module) -> int:

@@ -1,21 +1,25 @@
 """The self-check: what one forward shows about the sites, while it runs.
 
 Two claims carry every number: that the projection adds up its heads (W x + bias is what it gives), and that the heads lie in its
-input one after another, as wide as the site says. The first is checked against the projection's own output, the second against
-the output of transformers' attention interface, for the models that use it.
+input one after another, as wide as the site says. The first is checked against the projection's own output, which any division
+into heads sums up to. The second is checked against the output of transformers' attention interface; of models that do not use
+it, against the number of heads that torch's attention or softmax was called with.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastheads.errors import VerificationError
+from fastheads.geometry import heads_per_unit
 from fastheads.numerics import exact_arithmetic
-from fastheads.sites import HeadSite, heads_per_unit
+from fastheads.sites import HeadSite
 from fastheads.weights import dense_weight
 
 # Tokens of a batch that are checked: the product is taken in float64, whatever the model's size.
@@ -36,7 +40,7 @@ EXACT, CHANGED, UNSEEN = "exact", "changed", "unseen"
 GEOMETRY = {
     EXACT: "the projection is given the very heads that transformers' attention interface returned",
     CHANGED: "it is given as many heads, which a gate or a norm changed on the way",
-    UNSEEN: "the model does not use that interface, so that its heads were not compared",
+    UNSEEN: "the model does not use that interface, so that its heads were not compared, or by their number alone",
 }
 
 
@@ -53,9 +57,15 @@ class SelfCheck:
         self._attended: tuple[nn.Module, Tensor] | None = (
             None  # the last call of the interface, until a projection runs
         )
-        self._handles: dict[str, Any] = {
-            # before hooks that change the output
-            site.name: site.module.register_forward_hook(self._hook(site), prepend=True)
+        # The shape of torch's last attention `[batch, heads, seq, head_dim]`, or of its weights `[batch, heads, seq, keys]` or
+        # `[batch * heads, seq, keys]`.
+        self._computed: tuple[int, ...] | None = None
+        self._handles: dict[str, list[Any]] = {
+            site.name: [
+                # before hooks that change the output
+                site.module.register_forward_hook(self._hook(site, _units_of(model, site)), prepend=True),
+                _layer_of(model, site).register_forward_pre_hook(self._forget),
+            ]
             for site in sites
         }
 
@@ -67,7 +77,7 @@ class SelfCheck:
 
     def unwatch(self) -> None:
         """The forward is over, one way or the other."""
-        self._attended = None
+        self._attended = self._computed = None
         if self in _watchers:
             _watchers.remove(self)
             _listen()
@@ -75,9 +85,8 @@ class SelfCheck:
     def close(self) -> None:
         """Take everything off the model."""
         self.unwatch()
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+        for name in list(self._handles):
+            self._take_off(name)
 
     def unchecked(self) -> list[str]:
         """The names of the sites that have not been checked."""
@@ -88,9 +97,24 @@ class SelfCheck:
         if id(owner) in self._modules and isinstance(output, Tensor) and output.dim() == 4:
             self._attended = owner, output
 
-    def _hook(self, site: HeadSite) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def computed(self, shape: tuple[int, ...]) -> None:
+        """Torch's attention or softmax gave something of this shape."""
+        if len(shape) in (3, 4):
+            self._computed = shape
+
+    def _take_off(self, name: str) -> None:
+        for handle in self._handles.pop(name):
+            handle.remove()
+
+    def _forget(self, *_: Any) -> None:
+        """A layer begins: what another one, which may have no site, attended to is none of its own."""
+        if not torch.compiler.is_compiling():
+            self._attended = self._computed = None
+
+    def _hook(self, site: HeadSite, units: int) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            attended, self._attended = self._attended, None
+            attended, computed = self._attended, self._computed
+            self._attended = self._computed = None
             if module is not site.module or self not in _watchers or torch.compiler.is_compiling():
                 return
             x = args[0].detach()
@@ -98,9 +122,11 @@ class SelfCheck:
                 return
             with torch.no_grad():
                 geometry = _geometry(site, x, attended)
+                if attended is None and computed is not None:
+                    _check_number(site, units, x, computed)
                 error = _sum_error(site, x, output.detach())
             self.findings[site.name] = Finding(error, geometry)
-            self._handles.pop(site.name).remove()
+            self._take_off(site.name)
 
         return hook
 
@@ -122,6 +148,36 @@ def _geometry(site: HeadSite, x: Tensor, attended: tuple[nn.Module, Tensor] | No
             f"{site.name}: the attention makes {heads} heads of {head_dim}, but the site has {site.num_heads} of {site.head_dim}"
         )
     return CHANGED
+
+
+def _check_number(site: HeadSite, units: int, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises VerificationError where something of this shape is attention over the tokens of `x`, by another number of heads,
+    of which so many make one of the site.
+    """
+    batch, seq = x.shape[0], x.shape[-2]
+    if x.dim() != 3 or shape[-2] != seq:
+        return
+    heads, rest = (shape[1], shape[0] - batch) if len(shape) == 4 else divmod(shape[0], batch)
+    if rest or heads == 1 or x.shape[-1] % heads:  # a router's softmax, say
+        return
+    if heads != site.num_heads * units:
+        raise VerificationError(
+            f"{site.name}: the attention runs with {heads} heads, but the site has {site.num_heads} of {site.head_dim}"
+        )
+
+
+def _units_of(model: nn.Module, site: HeadSite) -> int:
+    """How many heads of the attention make one of the site."""
+    parts = site.name.split(".")[:-1]
+    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+    return max(heads_per_unit(module) for module in around)
+
+
+def _layer_of(model: nn.Module, site: HeadSite) -> nn.Module:
+    """The innermost module of a list around the projection; the one that it is a child of where there is none."""
+    parts = site.name.split(".")[:-1]
+    numbered = [depth for depth, part in enumerate(parts, 1) if part.isdigit()]
+    return model.get_submodule(".".join(parts[: numbered[-1]] if numbered else parts))
 
 
 def _sum_error(site: HeadSite, x: Tensor, output: Tensor) -> float:
@@ -167,22 +223,43 @@ def _rounding(x: Tensor, output: Tensor) -> float:
 
 
 _watchers: list[SelfCheck] = []
-_own_get_interface: list[Callable[..., Any]] = []  # transformers' own, while another stands in its place
+# What is replaced while anyone watches: (owner, name, its own, or None where it inherits that).
+_own: list[tuple[Any, str, Any]] = []
+
+# Where torch's attention and softmax are called.
+TORCH_ATTENTION: tuple[tuple[Any, str], ...] = (
+    (F, "scaled_dot_product_attention"),
+    (F, "softmax"),
+    (torch, "softmax"),
+    (Tensor, "softmax"),
+)
 
 
 def _listen() -> None:
-    """While anyone watches, transformers' `AttentionInterface.get_interface` hands out functions that tell of their outputs."""
+    """While anyone watches, transformers' `AttentionInterface.get_interface` hands out functions that tell of their outputs, and
+    torch's attention and softmax tell of the shapes of theirs.
+    """
     from transformers.modeling_utils import AttentionInterface
 
-    interface: Any = AttentionInterface  # the class: Doge has an instance of its own
-    if not _watchers and _own_get_interface:
-        interface.get_interface = _own_get_interface.pop()
-    elif (
-        _watchers and not _own_get_interface and hasattr(interface, "get_interface")
-    ):  # early releases have none
-        own = interface.get_interface
-        _own_get_interface.append(own)
-        interface.get_interface = lambda *args, **kwargs: _telling(own(*args, **kwargs))
+    if not _watchers:
+        while _own:
+            owner, name, own = _own.pop()
+            if own is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, own)
+    elif not _own:
+        for owner, name in TORCH_ATTENTION:
+            _replace(owner, name, _telling_shape(getattr(owner, name)))
+        interface: Any = AttentionInterface  # the class: Doge has an instance of its own
+        if hasattr(interface, "get_interface"):  # early releases have none
+            get = interface.get_interface
+            _replace(interface, "get_interface", lambda *args, **kwargs: _telling(get(*args, **kwargs)))
+
+
+def _replace(owner: Any, name: str, other: Any) -> None:
+    _own.append((owner, name, vars(owner).get(name)))
+    setattr(owner, name, other)
 
 
 def _telling(attend: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,3 +270,15 @@ def _telling(attend: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return attend_and_tell
+
+
+def _telling_shape(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def compute_and_tell(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if not torch.compiler.is_compiling() and isinstance(result, Tensor):
+            for check in _watchers:
+                check.computed(tuple(result.shape))
+        return result
+
+    return compute_and_tell

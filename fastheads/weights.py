@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastheads import offload, parallel
+from fastheads.computed import form_of_computed, is_shadowed, isolated
 from fastheads.errors import UnsupportedWeightError
 from fastheads.forms import (
     MODULES,
@@ -84,6 +85,7 @@ def is_plain(site: HeadSite) -> bool:
     return (
         plain_forward(module)
         and type(module._parameters.get("weight")) is nn.Parameter
+        and not is_shadowed(module)
         and offload.source(module) is None
     )
 
@@ -146,10 +148,14 @@ def checksum(weight: Tensor) -> Tensor:
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     bits = weight.view(integer)
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for dim in (0, 1):
-        sums = bits.sum(dim=dim, dtype=torch.int64)
-        odd = torch.arange(1, 2 * len(sums), 2, device=weight.device)
-        total += ((sums ^ (sums >> 29)) * odd * (0x9E3779B97F4A7C1 + 2 * dim)).sum()  # wraps, as it should
+    # Of 64 bits the upper ones once more: in a sum of an even number of rows a sign would be lost.
+    for place, part in enumerate([bits] if weight.element_size() < 8 else [bits, bits >> 32]):
+        for dim in (0, 1):
+            sums = part.sum(dim=dim, dtype=torch.int64)
+            odd = torch.arange(1, 2 * len(sums), 2, device=weight.device)
+            total += (
+                (sums ^ (sums >> 29)) * odd * (0x9E3779B97F4A7C1 + 2 * (dim + 2 * place))
+            ).sum()  # wraps, as it should
     return total
 
 
@@ -192,11 +198,11 @@ def _form_as_it_lies(module: nn.Module) -> Form:
             f"is a {kind.__name__} of {kind.__module__}, whose weight cannot be read with certainty: "
             "only torch.nn.Linear and the forms listed under Weights in the README are supported"
         )
+    weight = module._parameters.get("weight")
+    if weight is None or is_shadowed(module):
+        return form_of_computed(module)
     if offload.source(module) is not None:
         return OFFLOADED
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return COMPUTED
     if is_dtensor(weight):
         parallel.check_layout(module)
         return LOCAL
@@ -256,20 +262,10 @@ def _parts_of_offloaded(module: nn.Module) -> Parts:
     return (None,) if found is None else found.parts()
 
 
-def _read_computed(module: Any) -> Tensor:
-    """`torch.nn.utils.parametrize` and `prune` make the weight of other tensors."""
-    if hasattr(module, "parametrizations"):
-        return module.weight.detach()  # type: ignore[no-any-return]
-    if "weight_orig" in module._parameters and "weight_mask" in module._buffers:
-        return (module.weight_orig * module.weight_mask).detach()  # type: ignore[no-any-return]
-    raise NotDenseError("has a weight that is no parameter: a hook makes it, or FSDP1")
-
-
 PLAIN = Form(_read_plain, lambda module: (module._parameters["weight"],))
 # This rank's columns of a weight that is split over ranks.
 LOCAL = Form(_read_local, _parts_of_local)
 OFFLOADED = Form(_read_offloaded, _parts_of_offloaded)
-COMPUTED = Form(_read_computed, lambda module: (*module.parameters(), *module.buffers(), module.training))
 
 
 # ---------------------------------------------------------------- adapters
@@ -309,7 +305,9 @@ def _unmerged(module: Any, base: nn.Module, weight: Tensor) -> Tensor:
         )
     with torch.no_grad():
         for name in reversed(module.merged_adapters):
-            delta = module.get_delta_weight(name)  # lies as the weight does
+            _check_no_variant(module, name)
+            with isolated(module.lora_A[name], module.lora_B[name]):  # some releases put new data in them
+                delta = module.get_delta_weight(name)  # lies as the weight does
             weight = weight - (delta.T if form.transposed else delta).to(weight)
     return weight
 
@@ -319,16 +317,24 @@ def _acting_adapters(module: Any) -> list[str]:
     if module.merged_adapters:
         return []  # with one merged, the layer leaves all others out
     acting = [name for name in module.active_adapters if name in module.lora_A]
-    variants = getattr(module, "lora_variant", {})  # DoRA and its like are not base + delta
-    biases = getattr(module, "lora_bias", {})
     for name in acting:
-        if name in variants or biases.get(name):
-            raise NotDenseError(f"has adapter {name!r}, which is more than plain LoRA (DoRA, lora_bias …)")
+        _check_plain_lora(module, name)
         if module.training and getattr(module.lora_dropout[name], "p", 0.0) > 0:
             raise NotDenseError(
                 f"has adapter {name!r}, which drops inputs at random in training, so no one weight acts: model.eval()"
             )
     return acting
+
+
+def _check_plain_lora(module: Any, name: str) -> None:
+    _check_no_variant(module, name)
+    if getattr(module, "lora_bias", {}).get(name):
+        raise NotDenseError(f"has adapter {name!r}, which is more than plain LoRA (lora_bias)")
+
+
+def _check_no_variant(module: Any, name: str) -> None:
+    if name in getattr(module, "lora_variant", {}):  # DoRA and its like are not base + delta
+        raise NotDenseError(f"has adapter {name!r}, which is more than plain LoRA (DoRA …)")
 
 
 def _parts_of_adapters(module: Any) -> Parts:
@@ -345,7 +351,7 @@ def _parts_of_adapters(module: Any) -> Parts:
 
 
 def _parts_of_low_rank(module: nn.Module) -> Parts:
-    if "_hf_hook" in vars(module):
+    if "_hf_hook" in vars(module) or "weight" not in module._parameters:
         return _parts_reader(module)()
     return (module._parameters.get("weight"),)
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import families
 import pytest
 import torch
-from oracle import captured_inputs
+from oracle import UPDATE_METRIC, captured_inputs
+from tiny_models import build, tokens
 
 import fastheads
 from fastheads.basic import HookManager as BasicHookManager
@@ -557,3 +558,35 @@ def test_an_epsilon_that_holds_for_one_call_is_the_one_that_counts():
                 model(**batch)
                 found.append(hooks.get_results()[METRIC]["mean"][0])
     torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
+class CountingNorm(torch.nn.Module):
+    """Gemma's norm, which counts its calls and keeps what it saw last."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight, self.eps = norm.weight, norm.eps
+        self.calls = torch.nn.Buffer(torch.zeros((), dtype=torch.int64))
+        self.last = None
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+@pytest.mark.parametrize("backend", ["factored", "einsum"])
+def test_a_norm_that_keeps_count_is_left_alone(backend):
+    """Its gain is read by running it: then it would have run once too often."""
+    model = build("gemma2")
+    for layer in model.model.layers:
+        layer.post_attention_layernorm = CountingNorm(layer.post_attention_layernorm)
+    with fastheads.HookManager(model, "all", backend=backend) as hooks, torch.no_grad():
+        assert all(layer.post_attention_layernorm.calls == 0 for layer in model.model.layers)
+        assert all(layer.post_attention_layernorm.last is None for layer in model.model.layers)
+        model(input_ids=tokens(2, 5))
+        results = hooks.get_results()
+    assert all(layer.post_attention_layernorm.calls == 1 for layer in model.model.layers)
+    assert (results[UPDATE_METRIC]["count"] == 0).all()
+    assert "CountingNorm changes" in results["metadata"]["residual_update"]

@@ -39,10 +39,10 @@ CHECKPOINTS = {
     "gpt-oss": ("gpt-oss", {}),
 }
 REFUSED = {
-    "triton": "RuntimeError: backend 'triton' cannot be used with tensor parallelism",
+    "triton": "BackendError: backend 'triton' cannot be used with tensor parallelism",
     "verify": "verify=True cannot check tensor-parallel",
-    "other-options": "RuntimeError: the ranks of a tensor-parallel model must attach with the same options",
-    "other-layers": "RuntimeError: the ranks of a tensor-parallel model must attach with the same options",
+    "other-options": "ResultsError: the ranks of a tensor-parallel model must attach with the same options",
+    "other-layers": "ResultsError: the ranks of a tensor-parallel model must attach with the same options",
     "cut-heads": "UnsupportedWeightError: model.layers.0.self_attn.o_proj has 3 heads of 24 over 2 ranks",
     "torch-style": "UnsupportedWeightError: model.layers.0.self_attn.o_proj has its weight sharded over ranks",
     "fsdp-by-columns": "UnsupportedWeightError: model.layers.0.self_attn.o_proj has its weight sharded over ranks",
@@ -260,7 +260,7 @@ def test_different_forwards_with_as_many_samples(device, seen):
 
 def test_a_rank_without_results_is_named(device, seen):
     ranks = seen("stale-on-one")
-    assert ranks[0]["says"].startswith("RuntimeError: rank 1 of the tensor-parallel group could not give")
+    assert ranks[0]["says"].startswith("ResultsError: rank 1 of the tensor-parallel group could not give")
     assert ranks[1]["says"].startswith("StaleFactorError: the weight of model.layers.1.self_attn.o_proj")
 
 

@@ -1,5 +1,6 @@
 """The self-check: passes where the model does what is measured, and names the site where it does not."""
 
+import dataclasses
 from contextlib import nullcontext
 
 import families
@@ -18,6 +19,7 @@ from fastheads.verify import CHANGED, EXACT, UNSEEN, VerificationError
 from fastheads.weights import dense_weight
 
 GET_INTERFACE = getattr(AttentionInterface, "get_interface", None)
+OF_TORCH = [getattr(owner, name) for owner, name in verify.TORCH_ATTENTION]
 SEEN = EXACT if GET_INTERFACE else UNSEEN  # in the first releases of transformers 5 nobody can listen
 
 
@@ -32,6 +34,7 @@ def run(model, **options):
 def nothing_is_left(model):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert getattr(AttentionInterface, "get_interface", None) is GET_INTERFACE and not verify._watchers
+    assert [getattr(owner, name) for owner, name in verify.TORCH_ATTENTION] == OF_TORCH
 
 
 @pytest.mark.parametrize(
@@ -114,11 +117,26 @@ def test_only_the_first_batch_is_checked(monkeypatch):
             assert getattr(AttentionInterface, "get_interface", None) is GET_INTERFACE
 
 
+def wrongly_found(monkeypatch, layer, num_heads):
+    """As if `find_sites` had taken the input of one layer's projection for as many heads."""
+    own = fastheads.manager.find_sites
+
+    def find(model, include=()):
+        return [
+            dataclasses.replace(s, num_heads=num_heads, head_dim=s.num_heads * s.head_dim // num_heads)
+            if s.layer == layer
+            else s
+            for s in own(model, include)
+        ]
+
+    monkeypatch.setattr("fastheads.manager.find_sites", find)
+
+
 def test_a_wrong_number_of_heads_is_named(monkeypatch):
     if GET_INTERFACE is None:
         pytest.skip("in this release nobody can listen to the attention interface")
     model = build()
-    model.model.layers[1].self_attn.v_head_dim = 12
+    wrongly_found(monkeypatch, 1, 8)
     with fastheads.HookManager(model, verify=True) as hooks, torch.no_grad():
         for _ in range(2):  # and again, for a caller that goes on
             with pytest.raises(
@@ -127,6 +145,86 @@ def test_a_wrong_number_of_heads_is_named(monkeypatch):
                 model(input_ids=tokens(1, 4))
         assert (hooks.get_results()["head_output_norm"]["count"] == 0).all()
     nothing_is_left(model)
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "gpt_neo", "codegen", "mpt", "dbrx", "t5"])
+@pytest.mark.parametrize("number", [2, 8])
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_number_of_heads_shows_without_the_interface_too(family, number, monkeypatch):
+    if family == "t5":
+        config = tf.T5Config(vocab_size=101, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=4)
+        model = tf.T5EncoderModel(config).eval()
+    else:
+        model = families.build(family)
+    run(model)
+    wrongly_found(monkeypatch, 1, number)
+    with pytest.raises(VerificationError, match=rf"\.1\..*4 heads.*the site has {number} of"):
+        run(model)
+    nothing_is_left(model)
+
+
+class HiddenAttention(torch.nn.Module):
+    """Values half as wide as keys, and a projection that says nothing of it: `how` computes the attention."""
+
+    head_dim = 8
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.everything, self.o_proj = torch.nn.Linear(64, 4 * (8 + 8 + 4)), torch.nn.Linear(16, 64)
+
+    def forward(self, hidden_states, **_):
+        q, k, v = (
+            t.unflatten(-1, (4, -1)).transpose(1, 2)
+            for t in self.everything(hidden_states).split([32, 32, 16], dim=-1)
+        )
+        return self.o_proj(self.how(q, k, v).transpose(1, 2).flatten(2)), None
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        lambda q, k, v: F.softmax(q @ k.mT, dim=-1) @ v,
+        lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v,
+        lambda q, k, v: (q @ k.mT).softmax(-1) @ v,
+        lambda q, k, v: torch.nn.Softmax(-1)(q.flatten(0, 1) @ k.flatten(0, 1).mT).unflatten(0, (-1, 4)) @ v,
+    ],
+)
+def test_narrow_values_that_do_not_show_when_attaching(how):
+    model = build()
+    model.model.layers[1].self_attn = HiddenAttention(how)
+    assert fastheads.find_sites(model)[1].num_heads == 2
+    with pytest.raises(VerificationError, match=r"layers\.1\..*runs with 4 heads.*the site has 2 of 8"):
+        run(model)
+    nothing_is_left(model)
+    model.model.layers[1].self_attn.v_head_dim = 4
+    run(model)
+
+
+def test_heads_of_which_two_are_one_at_the_projection():
+    """DiffLlama's, as its releases without the interface compute them."""
+
+    class DiffLlamaSdpaAttention(HiddenAttention):
+        v_head_dim = 4
+
+    model = build()
+    model.model.layers[1].self_attn = DiffLlamaSdpaAttention(F.scaled_dot_product_attention)
+    assert fastheads.find_sites(model)[1].num_heads == 2
+    run(model)
+
+
+def test_what_a_layer_without_a_site_attended_to_is_none_of_the_next_ones():
+    model = build()
+    model.model.layers[0].self_attn = HiddenAttention(F.scaled_dot_product_attention)
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (
+        hidden_states @ torch.zeros(64, 64),
+        None,
+    )
+    owner = model.model.layers[2].self_attn
+    owner.forward = lambda hidden_states, **_: (owner.o_proj(owner.q_proj(hidden_states)), None)
+    _, findings = run(model, layers=[2])
+    assert [finding.geometry for finding in findings.values()] == [UNSEEN]
 
 
 @pytest.mark.parametrize("change", ["weight", "bias", "transposed"])
