@@ -29,14 +29,14 @@ class Boundary(Protocol):
     ) -> None:
         """A call of the model or its decoder begins; `frame` is torch's of that call."""
 
-    def finish(self, module: nn.Module, frame: FrameType | None) -> None:
-        """It returned: measure what is left. May raise, and then the forward does not count."""
+    def finish(self, module: nn.Module, frame: FrameType | None) -> bool:
+        """It returned: measure what is left, and raise where the forward must not count. True if it was the outermost call."""
 
-    def commit(self, module: nn.Module, frame: FrameType | None) -> None:
-        """It returned, and nothing raised: if it is the outermost, the forward counts."""
+    def commit(self) -> None:
+        """The innermost forward of this thread counts, and is over."""
 
     def abandon(self, module: nn.Module, frame: FrameType | None) -> None:
-        """It returned or raised; the last call of these."""
+        """It raised: if it was the outermost, the forward does not count."""
 
     def start_traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """`start`, as Dynamo traces it."""
@@ -51,6 +51,7 @@ class _Shared:
     def __init__(self) -> None:
         self.boundaries: tuple[Boundary, ...] = ()
         self.handles: list[Any] = []
+        self.before = self.behind = -1  # the ids of the two hooks
         # Arguments that hooks of others may yet change, by torch's frame of the call.
         self.given: dict[FrameType | None, _Snapshot] = {}
 
@@ -65,19 +66,16 @@ def _keep_last(hooks: "OrderedDict[int, Any]", own: int) -> bool:
     """Move the hook to the end; True if it was there."""
     if next(reversed(hooks)) == own:
         return True
-    if own in hooks:  # not on a copy of the module
-        hooks.move_to_end(own)
-        return False
-    return True
+    if own not in hooks:  # on a copy of the module
+        return True
+    hooks.move_to_end(own)
+    return False
 
 
 def _start(shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not shared.handles:
-        return
     frame, _ = frame_of_call()
-    before, behind = (handle.id for handle in shared.handles)
-    _keep_last(module._forward_hooks, behind)  # type: ignore[arg-type]
-    if not _keep_last(module._forward_pre_hooks, before):  # type: ignore[arg-type]
+    _keep_last(module._forward_hooks, shared.behind)  # type: ignore[arg-type]
+    if not _keep_last(module._forward_pre_hooks, shared.before):  # type: ignore[arg-type]
         shared.given[frame] = _Snapshot(args, kwargs)  # those that come after it may change them
     for boundary in shared.boundaries:
         boundary.start(module, args, kwargs, frame)
@@ -87,26 +85,30 @@ def _end(
     shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
 ) -> None:
     frame, raised = frame_of_call()
+    given = shared.given.pop(frame, None) if shared.given else None
     try:
-        given = shared.given.pop(frame, None)
-        if not raised:
-            if given is not None and not given.is_of(args, kwargs):
-                raise ForwardError(
-                    f"a forward pre-hook that was registered on {type(module).__name__} after the profiling hooks changed its "
-                    "arguments: this forward is not counted, later ones are"
-                )
-            if shared.handles and not _keep_last(module._forward_hooks, shared.handles[1].id):  # type: ignore[arg-type]
-                raise ForwardError(
-                    f"a forward hook was registered on {type(module).__name__} during its forward, and may yet fail: this one is "
-                    "not counted, later ones are"
-                )
-            for boundary in shared.boundaries:
-                boundary.finish(module, frame)
-            for boundary in shared.boundaries:
-                boundary.commit(module, frame)
+        if raised:
+            return  # the forward's own error goes on
+        if given is not None and not given.is_of(args, kwargs):
+            raise ForwardError(
+                f"a forward pre-hook that was registered on {type(module).__name__} after the profiling hooks changed its "
+                "arguments: this forward is not counted, later ones are"
+            )
+        if not _keep_last(module._forward_hooks, shared.behind):  # type: ignore[arg-type]
+            raise ForwardError(
+                f"a forward hook was registered on {type(module).__name__} during its forward, and may yet fail: this one is not "
+                "counted, later ones are"
+            )
+        ended = [boundary for boundary in shared.boundaries if boundary.finish(module, frame)]
+        for boundary in ended:
+            boundary.commit()
+    except BaseException:
+        raised = True
+        raise
     finally:
-        for boundary in shared.boundaries:
-            boundary.abandon(module, frame)
+        if raised:
+            for boundary in shared.boundaries:
+                boundary.abandon(module, frame)
 
 
 class _Snapshot:
@@ -182,5 +184,6 @@ def register(boundary: Boundary, module: nn.Module) -> _Handle:
             module.register_forward_pre_hook(partial(_plain_start, shared), with_kwargs=True),
             module.register_forward_hook(partial(_plain_end, shared), with_kwargs=True, always_call=True),
         ]
+        shared.before, shared.behind = (handle.id for handle in shared.handles)
     shared.boundaries += (boundary,)
     return _Handle(boundary, module)

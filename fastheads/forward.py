@@ -38,7 +38,7 @@ class Forward:
         self.rooms: list[int] | None = None  # of the queues, while another forward runs inside this one
         self.counts = True  # not within `paused()`
         self.epoch = 0  # how often the manager had been reset when it began
-        self.generations: tuple[int, ...] = ()  # of the factors, as it began
+        self.generations: list[int] = []  # of the factors, as it began
         self.capturing = False  # a CUDA graph is captured by hand
         self.in_graphs = False  # compiled code measured something
         # Rows that ran in the decoder's call under way; that did not in some call that ended.
@@ -79,20 +79,18 @@ def on_stack(frame: FrameType | None, thread: int) -> bool:
     return found is not None
 
 
-def _is_call(frame: FrameType) -> bool:
-    code = frame.f_code
-    # Code that Dynamo made of it has its name.
-    return code is _CALL or (code.co_name == _CALL.co_name and code.co_filename == _CALL.co_filename)
-
-
 def frame_of_call() -> tuple[FrameType | None, bool]:
     """Torch's frame of the innermost call of a module, seen from a hook of that module, and whether torch calls the hook because
     the forward raised: it then does so outside the function that runs the other hooks.
     """
     frame: FrameType | None = sys._getframe(1)
     raised = True
-    while frame is not None and not _is_call(frame):
-        raised = raised and frame.f_code.co_qualname != _INNER_CALL
+    while frame is not None and frame.f_code is not _CALL:
+        code = frame.f_code
+        if code.co_name == "_call_impl" and code.co_filename == _CALL.co_filename:
+            break  # code that Dynamo made of it
+        if code.co_qualname == _INNER_CALL:
+            raised = False
         frame = frame.f_back
     return frame, raised
 

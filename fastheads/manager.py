@@ -448,7 +448,7 @@ class HookManager:
             self._follow_weights()
             for device in list(self._queues):
                 self._queue_of(forward, device)
-        forward.generations = tuple(channel.dispatcher.generation for channel in self._channels)
+        forward.generations = [channel.dispatcher.generation for channel in self._channels]
         return forward
 
     def _check_may_run_beside(self, capturing: bool) -> None:
@@ -966,15 +966,18 @@ class HookManager:
             if made is not None:
                 self._repeats[key] = made
 
-    def finish(self, module: nn.Module, frame: FrameType | None) -> None:
-        """A call of the model, or of its decoder, returned: measure what it left."""
+    def finish(self, module: nn.Module, frame: FrameType | None) -> bool:
+        """A call of the model, or of its decoder, returned: measure what it left. True if it was the forward itself."""
         forward = self._current()
-        if forward is None or not forward.counts:
-            return
+        if forward is None:
+            return False
+        is_outermost = self._is_outermost(forward, module, frame)
+        if not forward.counts:
+            return is_outermost
         with self._lock:
-            if module is self._decoder and (forward.decoder_traced or forward.decoder_frame is frame):
+            if module is self._decoder and (forward.decoder_frame is frame or forward.decoder_traced):
                 self._finish_decoder(forward)
-            if self._is_outermost(forward, module, frame):
+            if is_outermost:
                 if forward.decoder_frame is not None:
                     raise ForwardError(
                         "a call of the decoder in this forward did not end: an error in it was caught, and what it measured is "
@@ -984,6 +987,7 @@ class HookManager:
                     forward.skipped.update({p.row for p in self._profiled} - forward.ran)
                 for channel, generation in zip(self._channels, forward.generations, strict=False):
                     channel.dispatcher.check_unmoved(generation)
+        return is_outermost
 
     def _is_outermost(self, forward: Forward, module: nn.Module, frame: FrameType | None) -> bool:
         """True if the call of `module` that ends is the forward itself."""
@@ -1006,11 +1010,10 @@ class HookManager:
         forward.ran.clear()
         forward.real = forward.decoder_frame = None
 
-    def commit(self, module: nn.Module, frame: FrameType | None) -> None:
-        """A call of the model, or of its decoder, returned, and no hook of ours raised."""
+    def commit(self) -> None:
+        """The innermost forward of this thread is over, and counts."""
         forward = self._current()
-        if forward is None or not self._is_outermost(forward, module, frame):
-            return
+        assert forward is not None  # it has just finished
         with self._lock:
             if forward.counts and forward.epoch == self._epoch:  # else somebody forgot every sample meanwhile
                 self._note_skipped(forward.skipped)
@@ -1039,13 +1042,13 @@ class HookManager:
     def end_forward(self) -> None:
         """End the decoder's call under way in this thread as if it returned now, for a caller who leaves it by an exception."""
         forward = self._current()
-        if forward is not None and forward.decoder_frame is not None:
-            frame = forward.decoder_frame
-            self.finish(self._decoder, frame)
-            self.commit(self._decoder, frame)
+        if forward is None or forward.decoder_frame is None:
+            return
+        if self.finish(self._decoder, forward.decoder_frame):
+            self.commit()
 
     def abandon(self, module: nn.Module, frame: FrameType | None) -> None:
-        """A call of the model, or of its decoder, is over; where `commit` was not called, it raised."""
+        """A call of the model, or of its decoder, raised."""
         forward = self._current()
         if forward is not None and self._is_outermost(forward, module, frame):
             with self._lock:

@@ -62,8 +62,8 @@ class Moments(NamedTuple):
             count=count,
             nonfinite=self.nonfinite + other.nonfinite,
             mean=self.mean + delta * (other.count / n),
-            # Where one side is empty its mean is no sample's, and the square may be infinite: 0 · inf is NaN.
-            m2=self.m2 + other.m2 + torch.where(weight > 0, delta.square() * weight, 0.0),
+            # In this order: where one side is empty the weight is 0, and a square may be infinite.
+            m2=self.m2 + other.m2 + delta * weight * delta,
             min=torch.minimum(self.min, other.min),
             max=torch.maximum(self.max, other.max),
         )

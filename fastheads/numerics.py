@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 # The precision of float32 products is one setting of the process: the first thread that needs exact ones sets it, and the last
-# one puts back what it was. By the type of device: how many are inside, and what it was.
-_inside: dict[str, tuple[int, str]] = {}
+# one puts back what it was. By the type of device: what it was, once for each that is inside.
+_inside: dict[str, list[str]] = {}
 _lock = threading.Lock()
 
 
@@ -21,16 +21,14 @@ def exact_arithmetic(device_type: str) -> Iterator[None]:
     matmul = backends.mkldnn.matmul if kind == "cpu" else backends.cuda.matmul
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         with _lock:
-            count, before = _inside.get(kind, (0, ""))
-            if not count:
-                before = matmul.fp32_precision
-                matmul.fp32_precision = "ieee"
-            _inside[kind] = count + 1, before
+            inside = _inside.setdefault(kind, [])
+            # Only the first one finds what it was.
+            inside.append(inside[0] if inside else matmul.fp32_precision)
+            matmul.fp32_precision = "ieee"
         try:
             yield
         finally:
             with _lock:
-                count, before = _inside[kind]
-                _inside[kind] = count - 1, before
-                if count == 1:
+                before = inside.pop()
+                if not inside:
                     matmul.fp32_precision = before

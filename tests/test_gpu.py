@@ -1,7 +1,9 @@
 """The manager on a GPU: the fused kernel behind the hooks, compiled forwards, CUDA graphs, streams, running out of memory."""
 
+import contextlib
 import gc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -282,3 +284,33 @@ def test_the_same_moments_as_factored_after_1000_batches():
         for i in range(1000):
             model(input_ids=tokens(3, 6, seed=i).cuda(), use_cache=False)
         assert_same(kernel.get_results(), factored.get_results(), rtol=2e-5)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("group_bytes", [0, 64 << 20])
+def test_forwards_in_threads_on_the_same_stream_and_on_streams_of_their_own(group_bytes, streams):
+    """Each thread's tokens are measured under its own mask, and all are added up."""
+    model = gpu_model(torch.float32)
+    sites = fastheads.find_sites(model)
+    calls = [batch for _ in range(4) for batch in batches()]
+    with captured_inputs([s.module for s in sites]) as inputs, torch.inference_mode():
+        for call in calls:
+            model(**call)
+    with fastheads.HookManager(model, "all", group_bytes=group_bytes) as hooks:
+
+        def run(part):
+            context = torch.cuda.stream(torch.cuda.Stream()) if streams else contextlib.nullcontext()
+            torch.cuda.synchronize()
+            with context, torch.inference_mode():
+                for call in part:
+                    model(**call)
+                torch.cuda.current_stream().synchronize()
+
+        third = len(calls) // 3
+        parts = [calls[:third], calls[third : 2 * third], calls[2 * third :]]
+        with ThreadPoolExecutor(3) as pool:
+            for future in [pool.submit(run, part) for part in parts]:
+                future.result(timeout=120)
+        results = hooks.get_results()
+    masks = [None if (mask := call.get("attention_mask")) is None else mask.cpu().numpy() for call in calls]
+    assert_results(results, sites, inputs, masks, "all", 1e-4)
