@@ -334,8 +334,6 @@ class HookManager:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None
     ) -> None:
         """A call of the model, or of its decoder, begins; `frame` is torch's of that call."""
-        if not self._is_profiled(module):
-            return
         with self._lock:
             forward = self._innermost()
             if getattr(self._here, "paused", False):
@@ -363,16 +361,6 @@ class HookManager:
         forward.real = self._arguments.real_tokens(args, kwargs, self.skip_first)
         for queue in forward.queues.values():
             queue.open(forward.thread)
-
-    def _is_profiled(self, module: nn.Module) -> bool:
-        """True of the model and its decoder, False of copies, which brought the hooks along. Raises ForwardError for replicas."""
-        if module is self.model or module is self._decoder:
-            return True
-        if getattr(module, "_is_replica", False):
-            raise ForwardError(
-                "DataParallel's replicas cannot be profiled: use DistributedDataParallel, or the model itself on one device"
-            )
-        return False
 
     def _is_decoder_of(self, forward: Forward | None, module: nn.Module) -> bool:
         """True if this call is that of the decoder in the forward, and not a forward of its own that is called inside it."""
@@ -811,7 +799,7 @@ class HookManager:
 
     def start_traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """`start` inside a graph."""
-        if not self._is_profiled(module) or getattr(self._here, "paused", False):
+        if getattr(self._here, "paused", False):
             return
         forward: Forward | None = getattr(self._here, "forward", None)
         if self._whole.module is not None:
@@ -841,7 +829,7 @@ class HookManager:
     def finish_traced(self, module: nn.Module) -> None:
         """`finish` and `commit` inside a graph."""
         forward = self._traced_forward()
-        if forward is None or not forward.counts or not self._is_profiled(module):
+        if forward is None or not forward.counts:
             return
         if module is self._decoder:
             self._trace_kept(forward)

@@ -40,7 +40,8 @@ def profiled(model, token_agg="all", forwards=2, seq=6, **options):
 @pytest.mark.parametrize("backend", ["factored", "einsum", "loop"])
 def test_small_inputs_are_measured_together_with_the_same_numbers(groups, backend, token_agg):
     together, sites, inputs = profiled(build(), token_agg, backend=backend)
-    assert groups == [[0, 1, 2]] * 2
+    # Those without factors read the weight: at once, or a hook of others could change it before.
+    assert groups == ([[0, 1, 2]] if backend == "factored" else [[0], [1], [2]]) * 2
     groups.clear()
     at_once, _, _ = profiled(build(), token_agg, backend=backend, group_bytes=0)
     assert groups == [[0], [1], [2]] * 2
