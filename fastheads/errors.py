@@ -6,7 +6,8 @@ What the system says of files that are missing, or cannot be written, stays an O
     before a run     OptionError, DataError, LoadError, NoSitesError, UnsupportedWeightError, BackendError, MissingExtraError,
                      CheckpointError
     in a forward     ForwardError, with StaleFactorError and VerificationError; TokensError
-    in a run         RankLostError; ProfileInterrupted, an interrupt, which derives from KeyboardInterrupt alone
+    in a run         TokenizerError; JobError, RankLostError; ProfileInterrupted, an interrupt, which derives from
+                     KeyboardInterrupt alone
     of its results   ResultsError, StaleFactorError
     of profiles      ProfileError, with ProfileFileError; MergeError
 """
