@@ -62,6 +62,7 @@ from fastheads.results import HeadProfile, warn_where_empty
 from fastheads.retrace import SITE_ATTRIBUTE, RetraceHandle, Tap, add_tap, takes_taps
 from fastheads.sites import (
     HeadSite,
+    attention_of,
     checked_layers,
     decoder_of,
     find_sites,
@@ -195,8 +196,9 @@ class HookManager:
         self._decoder = decoder_of(self.model)
         self._arguments = DecoderArguments(self._decoder)
         self._sequence_first = {row for row, site in chosen.items() if is_sequence_first(self.model, site)}
-        # Rows whose layout [batch, seq] no table knows, and no input has shown yet.
-        self._unproven = {row for row, site in chosen.items() if not has_known_layout(self.model, site)}
+        # Rows whose layout [batch, seq] no table knows, and with which forward an input has shown it.
+        self._unknown = {row for row, site in chosen.items() if not has_known_layout(self.model, site)}
+        self._shown: dict[int, tuple[Any, Any]] = {}
         # Rows that did not run in a forward that ended; those of them that CUDA graphs measure, whose replays Python does not
         # see; and all that such graphs measure.
         self._missed: set[int] = set()
@@ -382,8 +384,10 @@ class HookManager:
         return forward
 
     def _current(self) -> Forward | None:
-        """The same, for what runs within a forward."""
+        """The same, for what runs within a forward: only one inside another may have been broken off unseen."""
         forward: Forward | None = getattr(self._here, "forward", None)
+        if forward is not None and forward.outer is not None:
+            forward = self._innermost()
         if forward is None and self._whole.module is not None and self._whole.thread == get_ident():
             return self._whole
         return forward
@@ -613,7 +617,8 @@ class HookManager:
             for profiled, x, _ in kept
         }
         # Most often so: each of these lines is paid for at each token.
-        if len(kinds) == 1 and not self._unproven:
+        batch, seq = kept[0][1].shape[:2] if kept[0][1].dim() > 1 else (1, 0)
+        if len(kinds) == 1 and (batch != seq or seq == 1) and not self._unknown:
             self._check_input(forward, *kept[0][:2])
         else:
             for profiled, x, _ in kept:
@@ -660,6 +665,8 @@ class HookManager:
             return
         if forward is not self._main or forward.real is None:
             return
+        if inputs[0].shape[0] == inputs[0].shape[1] > 1:  # each time it is asked whether the batch is known
+            return
         profiled = tuple(item[0] for item in kept)
         pending = queue.moments.pending[0]
         queue.repeat = self._dispatcher.repeat(
@@ -705,14 +712,30 @@ class HookManager:
         if real.tokens is None:
             real = forward.real = real.settled(x.shape)
         check_form(site, x, real)
-        if site.row in self._unproven:
-            if x.shape[0] != x.shape[1]:
-                self._unproven.discard(site.row)
-            elif x.shape[0] > 1:
-                raise ForwardError(
-                    f"{site.name}: its input is {list(x.shape[:2])}, so that rows and tokens cannot be told apart: its module "
-                    "is none of transformers, whose layouts are known. First run a batch with more tokens than rows, or fewer"
-                )
+        if torch.compiler.is_compiling():  # of a layout that is known nothing is asked: it would be guarded
+            known = site.row not in self._unknown or site.row in self._shown
+        else:
+            known = self._shows_layout(site.row, x)
+        if not known and x.shape[0] == x.shape[1] > 1:
+            raise ForwardError(
+                f"{site.name}: its input is {list(x.shape[:2])}, so that rows and tokens cannot be told apart: its module "
+                "is none of transformers, whose layouts are known. First run a batch with more tokens than rows, or fewer"
+            )
+
+    def _shows_layout(self, row: int, x: Tensor) -> bool:
+        """True if it is known which dimension of `x` is the batch: by its shape, which is noted, or by what was known before."""
+        is_square = x.shape[0] == x.shape[1] > 1
+        if not is_square and row not in self._unknown:
+            return True
+        site = self.sites[row]
+        owner = attention_of(self.model, site)
+        forward = type(owner).forward, vars(owner).get("forward")
+        if x.shape[0] != x.shape[1]:
+            self._shown[row] = forward
+        if not is_square or self._shown.get(row) == forward or has_known_layout(self.model, site):
+            return True
+        self._unknown.add(row)  # somebody replaced its forward since: from now on each input is looked at
+        return False
 
     def trace(self, module: nn.Module, args: tuple[Any, ...], site: TracedSite) -> None:
         """`_measure` inside a graph. The budget is decided here, once, when the graph is made."""

@@ -3,6 +3,7 @@
 What differs between families is in the tables at the top: a new family is a line there.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -142,18 +143,21 @@ def sites_of_layers(sites: list[HeadSite], layers: list[int] | None) -> dict[int
 
 def is_sequence_first(model: nn.Module, site: HeadSite) -> bool:
     """True if the projection's input is `[seq, batch, width]`."""
-    return type(_attention_of(model, site)).__module__.startswith(SEQUENCE_FIRST)
+    return type(attention_of(model, site)).__module__.startswith(SEQUENCE_FIRST)
 
 
 def has_known_layout(model: nn.Module, site: HeadSite) -> bool:
     """True if a table says which dimension of the projection's input is the batch. None does of a forward that somebody put in
     the place of the attention's own.
     """
-    owner = _attention_of(model, site)
-    return type(owner).__module__.startswith(BATCH_FIRST) and "forward" not in vars(owner)
+    owner = attention_of(model, site)
+    if not type(owner).__module__.startswith(BATCH_FIRST) or "forward" in vars(owner):
+        return False
+    forward = inspect.unwrap(type(owner).forward)
+    return getattr(forward, "__module__", "").startswith(BATCH_FIRST)
 
 
-def _attention_of(model: nn.Module, site: HeadSite) -> nn.Module:
+def attention_of(model: nn.Module, site: HeadSite) -> nn.Module:
     """The module that calls the projection."""
     parts = site.name.split(".")
     for depth in range(len(parts) - 1, 0, -1):

@@ -22,6 +22,15 @@ from fastheads.errors import TokensError
 # Decoders that take several rows of ids for each row of tokens: the attribute that says how many.
 ROWS_OF_IDS = {r"^Musicgen": "num_codebooks"}
 
+# Arguments that are no tokens: pictures and sounds, of which a model decides how many tokens they make.
+NO_TOKENS = re.compile(r"pixel|image|video|audio|input_features|input_values|pictures|spectrogram")
+# Arguments that may say of padding, by their names, and those that do not though they are called so.
+PADDING = re.compile(r"mask|pad|length", re.IGNORECASE)
+NO_PADDING = re.compile(
+    r"head_mask|encoder|cross|causal|global|image|visual|video|audio|text_row|mask_token|masked_pos|mask_time|mask_feature"
+    r"|bool_masked|use_|output_|return_"
+)
+
 # How many tokens a decoder's call may have, (batch, seq): None where its arguments leave the second open.
 Shape = tuple[int, int | None]
 
@@ -167,8 +176,6 @@ class DecoderArguments:
         parameters = inspect.signature(self._decoder.forward).parameters.values()
         named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self._positional = [p.name for p in parameters if p.kind in named]
-        # How some decoders are told of padding that is not read here (FSMT, XLM, XLNet); empty for all others.
-        self._unread = [p for p in ("decoder_padding_mask", "lengths", "input_mask") if p in self._positional]
 
     def follow_signature(self) -> None:
         """Read the names of the arguments anew where somebody gave the decoder another `forward`."""
@@ -209,8 +216,8 @@ class DecoderArguments:
         valid = None if token_mask is None else self._told(token_mask, given)
         if valid is None and mask is not None:
             valid = _valid(mask, given, cache, self._past(given, cache))
-        elif valid is None and self._unread:
-            self._check_unread(given)
+        elif valid is None:
+            _check_unread(given)
         if bounds is not None:
             valid = _within(bounds, valid, skip_first, self._tokens_of(given))
         elif skip_first and valid is not None:
@@ -236,9 +243,16 @@ class DecoderArguments:
             found = given.get(name)
             if isinstance(found, Tensor) and found.dim() > 2:
                 return ((found.shape[0], found.shape[1]),)
-        # Pictures and sounds: a row is a sequence of patches or frames, how many the model decides.
-        first = next((value for value in given.values() if isinstance(value, Tensor) and value.dim()), None)
-        return () if first is None else ((first.shape[0], None),)
+        name, first = next(
+            ((n, value) for n, value in given.items() if isinstance(value, Tensor) and value.dim()),
+            ("", None),
+        )
+        if first is None:
+            return ()
+        # Tokens by another name: ids [batch, seq], or vectors [batch, seq, width].
+        if first.dim() == (3 if first.is_floating_point() else 2) and not NO_TOKENS.search(name):
+            return ((first.shape[0], first.shape[1]),)
+        return ((first.shape[0], None),)
 
     def _tokens_of(self, given: dict[str, Any]) -> tuple[int, int]:
         """(batch, seq) of the call."""
@@ -262,13 +276,6 @@ class DecoderArguments:
             # that are not zero. Those of padding may be, for its embedding is.
             return position[0]
         return past
-
-    def _check_unread(self, given: dict[str, Any]) -> None:
-        for name in self._unread:
-            if given.get(name) is not None:
-                raise TokensError(
-                    f"padding that is given as {name} is not read: say which tokens are real with token_mask()"
-                )
 
     def _told(self, token_mask: TokenMask, given: dict[str, Any]) -> Tensor | None:
         mask = token_mask if isinstance(token_mask, Tensor) else token_mask(given)
@@ -321,6 +328,17 @@ class DecoderArguments:
         if use_cache or self._decoder._compiled_call_impl is not None:
             return False
         return not (positions.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _check_unread(given: dict[str, Any]) -> None:
+    """Raises TokensError for arguments that seem to say of padding, where no attention mask does (FSMT, XLM, XLNet)."""
+    for name, value in given.items():
+        if value is None or name == "attention_mask" or not isinstance(value, Tensor | list | tuple):
+            continue
+        if PADDING.search(name) and not NO_PADDING.search(name):
+            raise TokensError(
+                f"padding that is given as {name} is not read: say which tokens are real with token_mask()"
+            )
 
 
 def _given_bounds(given: dict[str, Any], call: tuple[int, int]) -> Tensor:
