@@ -6,7 +6,7 @@ Beside the managers goes a book of what must have counted, kept by what really r
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
@@ -250,10 +250,8 @@ class Script:
                     if isinstance(step, Event):
                         self._happens(step)
                     else:
-                        try:
+                        with suppress(Broken, Interrupt, FastheadsError):
                             self._forward(step)
-                        except (Broken, Interrupt, FastheadsError):
-                            pass
         finally:
             if self._turns is not None:
                 self._turns.leave(number)
