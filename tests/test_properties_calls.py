@@ -186,14 +186,22 @@ def one_name(forward):
     return wrapper
 
 
+def swapped(forward):
+    def wrapper(attention_mask=None, input_ids=None, *args, **kwargs):
+        return forward(input_ids, attention_mask, *args, **kwargs)
+
+    return wrapper
+
+
 WRAPPERS = {
     "none": None,
     "wraps": lambda forward: functools.wraps(forward)(bare(forward)),
     "bare": bare,
     "one name": one_name,
+    "swapped": swapped,
 }
 # How many positional arguments have a name.
-NAMED = {"bare": 0, "one name": 1}
+NAMED = {"bare": 0, "one name": 1, "swapped": 2}
 
 
 def positional_part(by_name, number):
@@ -222,6 +230,9 @@ def run(model, hooks, call, inputs, wrapper, tally):
         with MODES[call.mode]():
             by_name = call.arguments(step, cache, model.get_input_embeddings())
             args, kwargs = positional_part(by_name, call.positional)
+            if wrapper == "swapped" and call.via == "decoder" and args:
+                mask = args[1] if len(args) > 1 else kwargs.pop("attention_mask", None)
+                args = [mask, args[0], *args[2:]]
             told = nullcontext()
             if call.told is not None:
                 past = sum(call.steps[:step])
