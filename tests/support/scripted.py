@@ -285,7 +285,7 @@ class Script:
                 self._tally["failed"] += 1
             raise
         else:
-            assert not record.tainted
+            assert record.paused or not record.tainted
             assert fits or record.void
             self._tally["paused" if record.paused else "measured"] += 1
             self._ended(record)
