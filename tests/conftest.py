@@ -9,10 +9,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
+# The same examples in each run: a failure is that of the change, not of the day. They draw models' arguments, slow to generate.
+settings.register_profile(
+    "fastheads",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("fastheads")
+
 SUPPORT = Path(__file__).parent / "support"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked `thorough`, unless `-m` speaks of it."""
+    if "thorough" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("thorough")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
 
 
 @pytest.fixture(scope="session")
