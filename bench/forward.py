@@ -30,8 +30,8 @@ from seed_attention import RecomputingManager
 from torch import Tensor, nn
 
 import fastheads
-from fastheads.loading import find_model, load_model
-from fastheads.retrace import SITE_ATTRIBUTE
+from fastheads.capture.projection_hook import SITE_ATTRIBUTE
+from fastheads.run.loading import find_model, load_model
 
 GATE = 2e-5  # relative; what float32 products of a few hundred terms stay well inside
 

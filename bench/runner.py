@@ -34,11 +34,11 @@ from forward import SHAPES, machine, random_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fastheads
-from fastheads.batching import automatic_budget
-from fastheads.corpus import Corpus, plan
-from fastheads.data import collate, text_file
-from fastheads.distributed import Job
-from fastheads.sites import decoder_of
+from fastheads.corpus.sources import collate, text_file
+from fastheads.corpus.windows import Corpus, plan
+from fastheads.models.sites import decoder_of
+from fastheads.run.batches import automatic_budget
+from fastheads.run.job import Job
 
 WORDS = 4096
 TOKENS = {"llama-3.2-1b": 4_000_000, "llama-3-8b": 1_500_000}

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from fastheads._version import __version__
 
 if TYPE_CHECKING:
+    from fastheads.capture.manager import HookManager
     from fastheads.errors import FastheadsError, NoSitesError, StaleFactorError, UnsupportedWeightError
-    from fastheads.manager import HookManager
-    from fastheads.results import HeadProfile
-    from fastheads.runner import profile
-    from fastheads.sites import HeadSite, find_sites
+    from fastheads.models.sites import HeadSite, find_sites
+    from fastheads.results.head_profile import HeadProfile
+    from fastheads.run.api import profile
 
 __all__ = [
     "FastheadsError",
@@ -30,14 +30,14 @@ __all__ = [
 
 _HOMES = {
     "FastheadsError": "errors",
-    "HeadProfile": "results",
-    "HeadSite": "sites",
-    "HookManager": "manager",
+    "HeadProfile": "results.head_profile",
+    "HeadSite": "models.sites",
+    "HookManager": "capture.manager",
     "NoSitesError": "errors",
     "StaleFactorError": "errors",
     "UnsupportedWeightError": "errors",
-    "find_sites": "sites",
-    "profile": "runner",
+    "find_sites": "models.sites",
+    "profile": "run.api",
 }
 
 

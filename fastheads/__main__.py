@@ -1,6 +1,6 @@
 """`python -m fastheads`, which `torchrun -m fastheads` needs."""
 
-from fastheads.cli import main
+from fastheads.cli.commands import main
 
 if __name__ == "__main__":
     main()

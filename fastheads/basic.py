@@ -14,16 +14,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fastheads.channels import Updates
+from fastheads.capture.channels import Updates
 from fastheads.errors import OptionError
-from fastheads.fingerprint import fingerprint
-from fastheads.metadata import describe
-from fastheads.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
-from fastheads.moments import Moments
-from fastheads.results import HeadProfile, warn_where_empty
-from fastheads.sites import HeadSite, decoder_of, find_sites, unwrapped
-from fastheads.tokens import DecoderArguments, RealTokens, TokenMask
-from fastheads.weights import dense_weight
+from fastheads.models.fingerprint import fingerprint
+from fastheads.models.metadata import describe
+from fastheads.models.sites import HeadSite, decoder_of, find_sites, unwrapped
+from fastheads.models.weights import dense_weight
+from fastheads.results.head_profile import HeadProfile, warn_where_empty
+from fastheads.stats.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
+from fastheads.stats.moments import Moments
+from fastheads.stats.token_layout import DecoderArguments, RealTokens, TokenMask
 
 
 class Welford:

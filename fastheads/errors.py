@@ -13,12 +13,8 @@ What the system says of files that are missing, or cannot be written, stays an O
 """
 
 import signal
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from fastheads.results import HeadProfile
+from pathlib import Path
+from typing import Any
 
 
 class FastheadsError(Exception):
@@ -99,9 +95,7 @@ class ProfileInterrupted(KeyboardInterrupt):  # an interrupt, like its base, rat
     `number` is the signal's, and `checkpoint` the file that a run with `resume=True` goes on from, or None.
     """
 
-    def __init__(
-        self, profile: "HeadProfile", number: int = signal.SIGINT, checkpoint: "Path | None" = None
-    ) -> None:
+    def __init__(self, profile: Any, number: int = signal.SIGINT, checkpoint: Path | None = None) -> None:
         super().__init__("interrupted" if number == signal.SIGINT else "ended by a signal")
         self.profile = profile
         self.number = number

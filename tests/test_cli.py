@@ -16,10 +16,11 @@ import torch
 from checkpoints import save_checkpoint
 from transformers import AutoModelForCausalLM
 
-from fastheads import HeadProfile, __version__, loading
-from fastheads.cli import main
+from fastheads import HeadProfile, __version__
+from fastheads.cli.commands import main
+from fastheads.run import loading
 
-PROGRAM = [sys.executable, "-c", "from fastheads.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from fastheads.cli.commands import main; main()"]
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 5
 
 
@@ -585,7 +586,7 @@ def test_help_imports_no_heavy_library(arguments):
         "package = types.ModuleType('fastheads'); "
         "package.__path__ = importlib.util.find_spec('fastheads').submodule_search_locations\n"
         "sys.modules['fastheads'] = package\n"
-        "from fastheads.cli import main\n"
+        "from fastheads.cli.commands import main\n"
         "try: main(sys.argv[1:])\n"
         "finally: print({'torch', 'transformers', 'pandas', 'matplotlib'} & sys.modules.keys(), file=sys.stderr)"
     )
@@ -652,7 +653,7 @@ def test_ctrl_c_while_starting_leaves_nothing(run, here, model, monkeypatch):
     def interrupt(**_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastheads.cli._check_options", interrupt)
+    monkeypatch.setattr("fastheads.cli.commands._check_options", interrupt)
     code, out, err = run("profile", model, "--data", "text.txt")
     assert (code, out) == (130, "")
     assert err.splitlines() == ["fastheads: interrupted before anything was measured; nothing is saved"]
@@ -682,7 +683,7 @@ def test_ctrl_c_while_the_table_is_printed_says_where_the_profile_is(run, here, 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastheads.cli._show", interrupt)
+    monkeypatch.setattr("fastheads.cli.commands._show", interrupt)
     code, out, err = run("profile", model, "--data", "text.txt", "-o", "p.safetensors")
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "fastheads: interrupted; the profile is saved in p.safetensors"
@@ -694,7 +695,7 @@ def test_ctrl_c_twice_does_not_say_that_nothing_is_saved_where_a_checkpoint_is(r
         (here / "p.safetensors.checkpoint").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastheads.runner.profile", interrupt)
+    monkeypatch.setattr("fastheads.run.api.profile", interrupt)
     code, out, err = run("profile", model, "--data", "text.txt", "-o", "p.safetensors")
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "fastheads: interrupted; --resume goes on from p.safetensors.checkpoint"
@@ -846,7 +847,7 @@ def test_of_several_processes_the_first_alone_tries_whether_the_file_can_be_writ
     run, here, model, monkeypatch
 ):
     tried = []
-    monkeypatch.setattr("fastheads.cli._check_files", lambda *files: tried.append(files))
+    monkeypatch.setattr("fastheads.cli.commands._check_files", lambda *files: tried.append(files))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, times in (("1", 0), ("0", 1)):
         monkeypatch.setenv("RANK", rank)

@@ -6,7 +6,7 @@ from oracle import METRICS, assert_results, captured_inputs
 from tiny_models import build, tokens
 
 import fastheads
-from fastheads.retrace import TRACED_ATTRIBUTE
+from fastheads.capture.projection_hook import TRACED_ATTRIBUTE
 
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [1] * 6])
 

@@ -346,7 +346,7 @@ def test_the_settings_of_products_survive_threads():
     """They are the process's: one thread must not put back what another one had set for a moment."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    from fastheads.numerics import exact_arithmetic
+    from fastheads.stats.numerics import exact_arithmetic
 
     first, second = threading.Event(), threading.Event()
 

@@ -26,9 +26,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from word_tokenizers import WORDS, chat_tokenizer, special_tokenizer
 
-from fastheads import corpus as corpora
-from fastheads import data, encoding, readers, tables
-from fastheads.corpus import Corpus, Window, plan
+from fastheads.corpus import hf_datasets as tables
+from fastheads.corpus import readers
+from fastheads.corpus import sources as data
+from fastheads.corpus import tokenizer_worker as encoding
+from fastheads.corpus import windows as corpora
+from fastheads.corpus.opening import open_source
+from fastheads.corpus.windows import Corpus, Window, plan
 from fastheads.errors import DataError, MissingExtraError, OptionError
 
 
@@ -41,7 +45,7 @@ TEXTS = some_texts(60)
 
 
 def corpus(source, tokenizer=None, *, seq_len=8, window_characters=300, **options) -> Corpus:
-    source = source if isinstance(source, data.Source) else data.open_source(source)
+    source = source if isinstance(source, data.Source) else open_source(source)
     return Corpus(
         source,
         tokenizer or special_tokenizer(),
@@ -240,16 +244,16 @@ def test_the_column_is_chosen_or_the_columns_are_named(write, name, says):
     with pytest.raises(
         DataError, match=rf"has no field 'text' \(its fields: {says}; field=, or --field, chooses one\)"
     ):
-        data.open_source(path)
+        open_source(path)
     with pytest.raises(DataError, match="has no field 'none'"):
-        data.open_source(path, field="none")
-    assert list(data.open_source(path, field="body").items()) == ["one", "two"]
+        open_source(path, field="none")
+    assert list(open_source(path, field="body").items()) == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
 def test_cells_are_texts_as_they_stand(write, name):
     texts = ["NA", "null", "007", "1e5", 'a "quote",\nand a line', "", "ü\u2028", "long " * 10**5]
-    assert list(data.open_source(write(name, texts)).items()) == texts
+    assert list(open_source(write(name, texts)).items()) == texts
 
 
 @pytest.mark.parametrize(
@@ -267,7 +271,7 @@ def test_columns_that_are_no_texts_are_refused_by_row(tmp_path, values, kind):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(values, kind)}), path)
     with pytest.raises(DataError, match=r"a\.parquet, row \d: field 'text' is not a text$"):
-        list(data.open_source(path).items())
+        list(open_source(path).items())
 
 
 def damaged(content: bytes) -> bytes:
@@ -322,20 +326,20 @@ def test_an_extension_type_is_not_unpickled(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table([pyarrow.array(["one"])], schema=pyarrow.schema([field])), path)
     with contextlib.suppress(DataError, Warning):
-        list(data.open_source(path).items())
+        list(open_source(path).items())
     assert not (tmp_path / "ran").exists()
 
 
 def test_other_data_are_told_where_no_hash_of_all_of_it_does(write, monkeypatch):
     """Though they begin alike, the positions of one are refused by the other."""
     monkeypatch.setattr(data, "HASHED_BYTES", 10)
-    monkeypatch.setattr("fastheads.corpus.HEAD_CHARACTERS", 20)
+    monkeypatch.setattr("fastheads.corpus.windows.HEAD_CHARACTERS", 20)
     other = [*TEXTS[:-1], TEXTS[-1][::-1] + "!"]
     for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet"):
         found = corpus(write(name))
         assert found.identity["sha256"] is None
         resume = next(iter(found.windows())).after
-        assert list(corpus(data.open_source(found.source.name)).windows(resume))
+        assert list(corpus(open_source(found.source.name)).windows(resume))
         path = write(name, other)
         os.utime(path, ns=(1, 1))
         changed = corpus(path)
@@ -355,7 +359,7 @@ def test_other_data_are_told_where_no_hash_of_all_of_it_does(write, monkeypatch)
 
 def test_names_with_the_signs_of_patterns_are_names(write, tmp_path):
     (tmp_path / "a1.parquet").write_bytes(b"another file")
-    assert list(data.open_source(write("a[1]*?.parquet", ["one"])).items()) == ["one"]
+    assert list(open_source(write("a[1]*?.parquet", ["one"])).items()) == ["one"]
 
 
 def test_a_name_of_the_hub(write, tmp_path, monkeypatch):
@@ -372,14 +376,14 @@ def test_a_name_of_the_hub(write, tmp_path, monkeypatch):
     datasets.disable_progress_bars()
     tokenizer = special_tokenizer()
     for streaming in (False, True):
-        source = data.open_source("an-owner/some_name:part", split="train", streaming=streaming)
+        source = open_source("an-owner/some_name:part", split="train", streaming=streaming)
         assert asked.pop() == ("an-owner/some_name", "part", {"split": "train", "streaming": streaming})
         assert (source.name, source.sha256) == ("an-owner/some_name:part, split train", None)
         assert ("dataset" in corpus(source, tokenizer).identity) == (not streaming)
         windows = list(corpus(source, tokenizer).windows())
         assert all_ids(windows) == as_documents(TEXTS, tokenizer)
         assert_resumes(corpus(source, tokenizer), windows)
-    data.open_source("owner/name")
+    open_source("owner/name")
     assert asked == [("owner/name", None, {"split": "train", "streaming": False})]
 
 
@@ -389,7 +393,7 @@ def test_a_data_set_that_cannot_be_had_is_an_error_of_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fails)
     with pytest.raises(DataError, match="^cannot read owner/name, split test: no route to the host$"):
-        data.open_source("owner/name", split="test")
+        open_source("owner/name", split="test")
 
 
 @pytest.mark.parametrize(
@@ -397,28 +401,28 @@ def test_a_data_set_that_cannot_be_had_is_an_error_of_one_line(monkeypatch):
 )
 def test_what_is_neither_a_file_nor_of_the_hub(name):
     with pytest.raises(DataError, match="no data file .*owner/name"):
-        data.open_source(name)
+        open_source(name)
 
 
 def test_options_that_would_be_passed_over_are_refused():
     for given in ({"field": "text"}, {"chat": True}):
         with pytest.raises(OptionError, match=f"{next(iter(given))} is for .* a list of texts has no fields"):
-            data.open_source(TEXTS, **given)
-    assert data.open_source(TEXTS, chat=False).held == tuple(TEXTS)
+            open_source(TEXTS, **given)
+    assert open_source(TEXTS, chat=False).held == tuple(TEXTS)
 
 
 def test_what_is_no_source():
     batches = datasets.Dataset.from_dict({"input_ids": [[1, 2]]})
-    assert data.open_source(batches) is data.open_source(torch.ones(1, 2)) is data.open_source(3) is None
-    assert data.open_source(iter(["read once"])) is None
+    assert open_source(batches) is open_source(torch.ones(1, 2)) is open_source(3) is None
+    assert open_source(iter(["read once"])) is None
 
 
 def test_without_datasets_the_extra_is_named(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtraError, match=r"needs datasets: pip install 'fastheads\[corpus\]'"):
-        data.open_source(write("a.parquet", ["one"]))
+        open_source(write("a.parquet", ["one"]))
     with pytest.raises(MissingExtraError, match="the data set owner/name needs datasets"):
-        data.open_source("owner/name")
+        open_source("owner/name")
     for name in ("a.jsonl", "a.csv"):
         assert all_ids(corpus(write(name, ["one"])).windows()) == [[1, 3]]
 
@@ -432,12 +436,12 @@ def test_releases_of_datasets_that_lose_their_place_are_refused_by_name(write, m
         with pytest.raises(
             MissingExtraError, match=rf"needs datasets 5\.0\.1 or later \({version} is"
         ) as error:
-            data.open_source(given)
+            open_source(given)
         assert "pip install 'fastheads[corpus]'" in str(error.value)
-    assert data.open_source(dataset) is not None  # has no place to lose
+    assert open_source(dataset) is not None  # has no place to lose
     for sound in ("5.0.1", "5.2.0", "6.0.0"):
         monkeypatch.setattr(datasets, "__version__", sound)
-        assert data.open_source(path) is not None
+        assert open_source(path) is not None
 
 
 def test_the_oldest_datasets_is_that_of_the_package():
@@ -462,20 +466,20 @@ def test_chats_go_through_the_template_and_get_no_second_bos(write, name, field,
 
 def test_chats_as_sharegpt_has_them(write):
     chat = [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]
-    (item,) = data.open_source(write("a.jsonl", [chat], "conversations")).items()
+    (item,) = open_source(write("a.jsonl", [chat], "conversations")).items()
     assert item == [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
 
 def test_whether_a_field_is_a_chat(write):
     both = write("a.jsonl", [{"x": 1}], "messages")
     both.write_text(json.dumps({"text": "one", "messages": CHATS[0]}))
-    assert list(data.open_source(both).items()) == ["one"]
-    assert list(data.open_source(both, chat=True).items()) == [CHATS[0]]
-    assert list(data.open_source(both, field="messages").items()) == [CHATS[0]]
+    assert list(open_source(both).items()) == ["one"]
+    assert list(open_source(both, chat=True).items()) == [CHATS[0]]
+    assert list(open_source(both, field="messages").items()) == [CHATS[0]]
     with pytest.raises(DataError, match="field 'text' is not a chat"):
-        data.open_source(both, field="text", chat=True)
+        open_source(both, field="text", chat=True)
     with pytest.raises(DataError, match="field 'messages' is not a text"):
-        data.open_source(both, field="messages", chat=False)
+        open_source(both, field="messages", chat=False)
 
 
 @pytest.mark.parametrize(
@@ -484,7 +488,7 @@ def test_whether_a_field_is_a_chat(write):
 )  # fmt: skip
 def test_what_is_no_chat_is_refused(write, chat):
     with pytest.raises(DataError, match="line 1: field 'messages' is not a chat"):
-        data.open_source(write("a.jsonl", [chat], "messages"), chat=True)
+        open_source(write("a.jsonl", [chat], "messages"), chat=True)
 
 
 def test_between_chats_there_is_what_the_template_writes(write):
@@ -668,7 +672,7 @@ def test_positions_of_other_corpora_and_damaged_ones_are_refused():
 def test_the_identity_names_the_data_and_tells_it_from_others(write):
     whole = corpus(write("a.jsonl")).identity
     assert json.loads(json.dumps(whole)) == whole
-    assert whole["sha256"] == data.open_source(write("a.jsonl")).sha256
+    assert whole["sha256"] == open_source(write("a.jsonl")).sha256
     parts = [corpus(write("a.jsonl"), shard=(rank, 2)).identity for rank in (0, 1)]
     assert [part | {"shard": [0, 1]} for part in parts] == [whole, whole]
     # the hash of how it begins is of the texts, whatever the file, the cut or the windows
@@ -805,8 +809,8 @@ SCRIPT = """
 import sys, time
 import psutil
 from tokenizers import Tokenizer, models, pre_tokenizers
-from fastheads.corpus import Corpus
-from fastheads.data import held_texts
+from fastheads.corpus.windows import Corpus
+from fastheads.corpus.sources import held_texts
 
 class Words:
     backend_tokenizer = Tokenizer(models.WordLevel({"one": 0, "two": 1, "three": 2}, unk_token="one"))

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
-from fastheads import data, readers
-from fastheads.corpus import Corpus
+from fastheads.corpus import readers
+from fastheads.corpus import sources as data
+from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError
 
 

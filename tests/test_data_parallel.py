@@ -6,9 +6,10 @@ import pytest
 import torch
 from whole_profiles import assert_same
 
-from fastheads import HeadProfile, distributed
-from fastheads.distributed import Job, Place, place_in_environment
+from fastheads import HeadProfile
 from fastheads.errors import OptionError
+from fastheads.run import job as distributed
+from fastheads.run.job import Job, Place, place_in_environment
 
 RESUME = "Ended; its last checkpoint is kept, and the same command with --resume goes on from it"
 

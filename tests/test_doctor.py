@@ -7,9 +7,9 @@ from checkpoints import save_checkpoint
 from tiny_models import acts_as, build
 from transformers.modeling_utils import AttentionInterface
 
-from fastheads.cli import main
-from fastheads.doctor import diagnose
-from fastheads.verify import EXACT, UNSEEN, VerificationError
+from fastheads.capture.verify import EXACT, UNSEEN, VerificationError
+from fastheads.cli.commands import main
+from fastheads.cli.doctor import diagnose
 
 SEEN = EXACT if hasattr(AttentionInterface, "get_interface") else UNSEEN
 

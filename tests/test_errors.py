@@ -26,23 +26,23 @@ OTHERS = {
     (None, "NotImplementedError"): "of what subclasses must define",
     ("__init__.py", "AttributeError"): "the protocol of modules",
     ("checkpoint.py", "ContainerError"): "inside: CheckpointError is made of it",
-    ("results.py", "ContainerError"): "inside: ProfileError is made of it",
-    ("stopping.py", "KeyboardInterrupt"): "Ctrl-C once more",
-    ("container.py", "ContainerError"): "inside: results.py and checkpoint.py say of which file",
+    ("head_profile.py", "ContainerError"): "inside: ProfileError is made of it",
+    ("signals.py", "KeyboardInterrupt"): "Ctrl-C once more",
+    ("container.py", "ContainerError"): "inside: head_profile.py and checkpoint.py say of which file",
     ("files.py", "UnreadableError"): "inside: the same",
     ("channels.py", "UnknownUpdateError"): "inside: the metric is NaN, and the metadata say why",
     ("residual.py", "UnknownUpdateError"): "inside: the same",
-    ("forms.py", "NotDenseError"): "inside: weights.py names the site",
+    ("weight_formats.py", "NotDenseError"): "inside: weights.py names the site",
     ("offload.py", "NotDenseError"): "inside: the same",
-    ("parallel.py", "NotDenseError"): "inside: the same",
+    ("sharding.py", "NotDenseError"): "inside: the same",
     ("weights.py", "NotDenseError"): "inside: the same",
-    ("stopping.py", "Stopped"): "inside: an interrupt, which becomes ProfileInterrupted",
-    ("run.py", "Stopped"): "inside: the same",
-    ("cli.py", "Exit"): "typer's, with the code of the process",
-    ("cli.py", "BadParameter"): "typer's, which the command line prints as wrong usage",
-    ("cli.py", "SystemExit"): "the end of the process, with its code",
-    ("cli.py", "KeyboardInterrupt"): "Ctrl-C once more",
-    ("computed.py", "NotDenseError"): "inside: weights.py names the site",
+    ("signals.py", "Stopped"): "inside: an interrupt, which becomes ProfileInterrupted",
+    ("loop.py", "Stopped"): "inside: the same",
+    ("commands.py", "Exit"): "typer's, with the code of the process",
+    ("commands.py", "BadParameter"): "typer's, which the command line prints as wrong usage",
+    ("commands.py", "SystemExit"): "the end of the process, with its code",
+    ("commands.py", "KeyboardInterrupt"): "Ctrl-C once more",
+    ("computed_weights.py", "NotDenseError"): "inside: weights.py names the site",
     ("geometry.py", "ValueError"): "inside: channels.py makes an OptionError of it",
 }
 
@@ -68,7 +68,9 @@ def test_the_test_sees_what_is_raised(tmp_path):
     assert raised(path) == [(1, "ValueError"), (3, "B"), (5, "KeyError")]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_what_is_raised_has_a_class_of_the_package(path):
     others = {name for file, name in OTHERS if file in (None, path.name)}
     bare = [f"line {line}: {name}" for line, name in raised(path) if name not in OURS | others]
@@ -76,7 +78,7 @@ def test_what_is_raised_has_a_class_of_the_package(path):
 
 
 def test_the_lists_name_files_that_there_are():
-    assert {file for file, _ in OTHERS if file} <= {path.name for path in PACKAGE.glob("*.py")}
+    assert {file for file, _ in OTHERS if file} <= {path.name for path in PACKAGE.rglob("*.py")}
 
 
 def test_all_have_the_base_and_say_when():

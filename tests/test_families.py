@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_utils import AttentionInterface
 
 import fastheads
-from fastheads.verify import CHANGED, EXACT, UNSEEN
-from fastheads.weights import dense_weight
+from fastheads.capture.verify import CHANGED, EXACT, UNSEEN
+from fastheads.models.weights import dense_weight
 
 README = Path(__file__).parents[1] / "README.md"
 MASK = [[0, 0, 1, 1, 1, 1, 1], [1] * 7]

@@ -13,9 +13,9 @@ from tiny_models import build, tokens
 from torch import nn
 
 import fastheads
-from fastheads import fingerprint as fingerprints
-from fastheads.checkpoint import Checkpoint
-from fastheads.fingerprint import ROW, fingerprint
+from fastheads.models import fingerprint as fingerprints
+from fastheads.models.fingerprint import ROW, fingerprint
+from fastheads.run.checkpoint import Checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -337,7 +337,7 @@ def test_what_a_rank_has_only_a_part_of_or_cannot_be_read_is_not_seen():
 def test_a_run_reads_the_weights_once_and_one_that_goes_on_reads_them_anew(tmp_path, monkeypatch):
     read, saved = [], []
     save = Checkpoint.save
-    for place in ("fastheads.run", "fastheads.manager"):
+    for place in ("fastheads.run.loop", "fastheads.capture.manager"):
         monkeypatch.setattr(f"{place}.fingerprint", lambda model: read.append(1) or fingerprint(model))
     monkeypatch.setattr(Checkpoint, "save", lambda *args: saved.append(1) or save(*args))
     model, path = build(), tmp_path / "c"

@@ -6,8 +6,8 @@ from oracle import assert_results, captured_inputs, equal_results
 from tiny_models import build, tokens
 
 import fastheads
-from fastheads.dispatch import Dispatcher
-from fastheads.grouping import CPU_KEEP_BYTES
+from fastheads.backends.accumulator import Dispatcher
+from fastheads.capture.queue import CPU_KEEP_BYTES
 
 
 @pytest.fixture

@@ -390,7 +390,7 @@ def test_ambient_settings_change_no_number(backend):
 
 def test_float32_products_are_taken_in_float32():
     """What holds on a CPU whose bfloat16 units would serve "medium", and on a GPU with TF32."""
-    from fastheads.numerics import exact_arithmetic
+    from fastheads.stats.numerics import exact_arithmetic
 
     for device, matmul in (("cpu", torch.backends.mkldnn.matmul), ("cuda", torch.backends.cuda.matmul)):
         before = matmul.fp32_precision

@@ -20,12 +20,12 @@ from sealed_files import digest, read, resealed, sealed, written
 from whole_profiles import some_texts
 
 from fastheads import profile
-from fastheads.checkpoint import FILE_KEY as CHECKPOINT_KEY
-from fastheads.checkpoint import Checkpoint
-from fastheads.corpus import Corpus
-from fastheads.data import held_texts
+from fastheads.corpus.sources import held_texts
+from fastheads.corpus.windows import Corpus
 from fastheads.errors import CheckpointError, DataError, ProfileFileError, ProfileInterrupted
-from fastheads.results import FILE_KEY, HeadProfile
+from fastheads.results.head_profile import FILE_KEY, HeadProfile
+from fastheads.run.checkpoint import FILE_KEY as CHECKPOINT_KEY
+from fastheads.run.checkpoint import Checkpoint
 
 SECONDS = 12  # for each of the tests by random mutations, at most
 PLANES = ("count", "nonfinite", "mean", "m2", "min", "max")

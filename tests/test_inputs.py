@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from word_tokenizers import chat_tokenizer, special_tokenizer
 
 from fastheads import HeadProfile, profile
-from fastheads.corpus import Corpus
-from fastheads.data import held_texts, open_source, text_file
+from fastheads.corpus.filesets import files_source, stdin_source
+from fastheads.corpus.opening import open_source
+from fastheads.corpus.sources import held_texts, text_file
+from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError, MergeError, OptionError
-from fastheads.filesets import files_source, stdin_source
 
 TEXTS = ["one two", "three", "a longer one than the others"]
 ROWS = [[5, 6, 7], [8, 9, 10, 11, 12], [3]]
@@ -355,7 +356,7 @@ WORDS = ["one two three one two three one two three\n" * 3, "four five\n" * 9, "
 
 
 def test_texts_of_several_files_are_a_stream_with_an_eos_between(here, monkeypatch):
-    monkeypatch.setattr("fastheads.readers.PIECE_BYTES", 32)
+    monkeypatch.setattr("fastheads.corpus.readers.PIECE_BYTES", 32)
     tokenizer = special_tokenizer()
     for name, text in zip("abc", WORDS, strict=True):
         (here / f"{name}.txt").write_text(text)

@@ -12,8 +12,8 @@ from checkpoints import ascii_tokenizer, save_checkpoint, tiny_llama
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
 from transformers.utils import logging
 
-from fastheads import loading
 from fastheads.errors import LoadError, MissingExtraError
+from fastheads.run import loading
 
 
 @pytest.fixture(scope="module")

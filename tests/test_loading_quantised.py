@@ -9,9 +9,9 @@ from checkpoints import ascii_tokenizer, tiny_llama
 from safetensors.torch import save_file
 
 import fastheads
-from fastheads import loading
 from fastheads.errors import LoadError
-from fastheads.weights import dense_weight
+from fastheads.models.weights import dense_weight
+from fastheads.run import loading
 
 BLOCK = 16
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import fastheads
-from fastheads import metrics
+from fastheads.stats import metrics
 
 
 class LargestStorage(TorchDispatchMode):

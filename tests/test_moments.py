@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastheads.basic import Welford
-from fastheads.moments import CommittedMoments, Moments, RunningMoments
+from fastheads.stats.moments import CommittedMoments, Moments, RunningMoments
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ from tiny_models import build, tokens
 
 import fastheads
 from fastheads.basic import HookManager as BasicHookManager
-from fastheads.metrics import factored_norms, samples
-from fastheads.tokens import DecoderArguments
+from fastheads.stats.metrics import factored_norms, samples
+from fastheads.stats.token_layout import DecoderArguments
 
 BACKENDS = ("loop", "einsum", "factored", "basic")
 if os.environ.get("TRITON_INTERPRET") == "1":  # as test_kernel.py runs this file once more

@@ -10,11 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastheads import plots, terminal
 from fastheads.errors import MissingExtraError
-from fastheads.moments import Moments
-from fastheads.progress import Status
-from fastheads.results import RANKING_METRIC, HeadProfile
+from fastheads.results import plots
+from fastheads.results.head_profile import RANKING_METRIC, HeadProfile
+from fastheads.run import terminal
+from fastheads.run.progress import Status
+from fastheads.stats.moments import Moments
 
 OTHER = "head_output_norm"
 

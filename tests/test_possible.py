@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fastheads.errors import MergeError, ProfileError
-from fastheads.metrics import KV_METRIC, METRICS, UPDATE_METRIC
-from fastheads.moments import Moments
-from fastheads.possible import MOST_SAMPLES, contradiction, impossible
-from fastheads.results import HeadProfile
+from fastheads.results.head_profile import HeadProfile
+from fastheads.results.possible import MOST_SAMPLES, contradiction, impossible
+from fastheads.stats.metrics import KV_METRIC, METRICS, UPDATE_METRIC
+from fastheads.stats.moments import Moments
 
 
 def accumulated(samples: np.ndarray, size: int) -> Moments:

@@ -8,12 +8,12 @@ from checkpoints import ascii_tokenizer, tiny_llama
 from rich.console import Console
 from whole_profiles import some_texts
 
-from fastheads import terminal
-from fastheads.corpus import Corpus
-from fastheads.data import held_texts
-from fastheads.progress import Status
-from fastheads.run import Run
-from fastheads.runner import profile
+from fastheads.corpus.sources import held_texts
+from fastheads.corpus.windows import Corpus
+from fastheads.run import terminal
+from fastheads.run.api import profile
+from fastheads.run.loop import Run
+from fastheads.run.progress import Status
 
 
 def test_a_line_soon_and_then_one_a_minute(monkeypatch):

@@ -13,9 +13,10 @@ from oracle import assert_results, captured_inputs
 from tiny_models import build, tokens
 
 import fastheads
-from fastheads.dispatch import Dispatcher
-from fastheads.grouping import Backlog, Repeat
-from fastheads.manager import HookManager
+from fastheads.backends.accumulator import Dispatcher
+from fastheads.backends.launch import Repeat
+from fastheads.capture.manager import HookManager
+from fastheads.capture.queue import Backlog
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = (

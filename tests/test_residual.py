@@ -16,8 +16,8 @@ from tiny_models import build, tokens
 
 import fastheads
 from fastheads.basic import HookManager as BasicHookManager
-from fastheads.channels import Updates
-from fastheads.residual import RULES, UNKNOWN, Rule, UnknownUpdateError, Update, scales, update_of
+from fastheads.capture.channels import Updates
+from fastheads.models.residual import RULES, UNKNOWN, Rule, UnknownUpdateError, Update, scales, update_of
 
 MASK = [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
 INTERPRETED = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else []
@@ -399,7 +399,7 @@ def test_what_ranks_have_in_part_is_no_norm(monkeypatch):
     updates = Updates(model, sites, parts)
     assert updates.unknown == {0: "the norm needs the sum over ranks, and each has a part of it"}
     assert set(updates.normed) == set(sites) - {0}
-    monkeypatch.setattr("fastheads.residual.is_dtensor", lambda parameter: parameter.dim() == 1)
+    monkeypatch.setattr("fastheads.models.residual.is_dtensor", lambda parameter: parameter.dim() == 1)
     assert set(Updates(model, sites).unknown.values()) == {"Gemma2RMSNorm is spread over ranks"}
 
 

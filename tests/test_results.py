@@ -13,9 +13,9 @@ import safetensors.torch
 import torch
 
 from fastheads.errors import MergeError, OptionError, ProfileFileError
-from fastheads.metrics import UPDATE_METRIC
-from fastheads.moments import Moments
-from fastheads.results import FILE_KEY, RANKING_METRIC, STATS, HeadProfile
+from fastheads.results.head_profile import FILE_KEY, RANKING_METRIC, STATS, HeadProfile
+from fastheads.stats.metrics import UPDATE_METRIC
+from fastheads.stats.moments import Moments
 
 METRIC = RANKING_METRIC
 OTHER = "head_output_norm"
@@ -568,7 +568,7 @@ def test_a_profile_of_wrong_planes_is_refused():
 
 
 def test_importing_results_imports_neither_pandas_nor_matplotlib():
-    code = "import sys, fastheads.results; print({'pandas', 'matplotlib', 'triton'} & sys.modules.keys())"
+    code = "import sys, fastheads.results.head_profile; print({'pandas', 'matplotlib', 'triton'} & sys.modules.keys())"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
 

@@ -19,16 +19,17 @@ from checkpoints import ascii_tokenizer, tiny_llama
 from sealed_files import read, resealed
 from whole_profiles import assert_same, some_texts
 
-from fastheads import HeadProfile, files
-from fastheads.batching import GivenFeed, WindowFeed
-from fastheads.checkpoint import Checkpoint
-from fastheads.corpus import Corpus
-from fastheads.data import as_batch, held_texts, open_source
-from fastheads.distributed import Job, Place
+from fastheads import HeadProfile
+from fastheads.corpus.sources import as_batch, held_texts, open_source
+from fastheads.corpus.windows import Corpus
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
-from fastheads.moments import COUNT, M2, MAX, MEAN, MIN, NONFINITE
-from fastheads.runner import profile
-from fastheads.stable import StableRule, judge
+from fastheads.results import files
+from fastheads.run.api import profile
+from fastheads.run.batches import GivenFeed, WindowFeed
+from fastheads.run.checkpoint import Checkpoint
+from fastheads.run.job import Job, Place
+from fastheads.stats.confidence import StableRule, judge
+from fastheads.stats.moments import COUNT, M2, MAX, MEAN, MIN, NONFINITE
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +280,7 @@ def test_a_look_that_is_broken_off_is_made_again(model, tokenizer, tmp_path, mon
         return found
 
     with monkeypatch.context() as patch, pytest.raises(ProfileInterrupted):
-        patch.setattr("fastheads.run.judge", broken_off)
+        patch.setattr("fastheads.run.loop.judge", broken_off)
         profile(model, corpus_of(texts, tokenizer), checkpoint=path, **options)
     found = profile(model, corpus_of(texts, tokenizer), checkpoint=path, resume=True, **options)
     assert_same(found, want)
@@ -292,7 +293,7 @@ def test_a_look_follows_each_window(model, tokenizer, monkeypatch):
         seen.append(int(moments.count.max()))
         return judge(moments, rule)
 
-    monkeypatch.setattr("fastheads.run.judge", look)
+    monkeypatch.setattr("fastheads.run.loop.judge", look)
     texts = some_texts(60)
     never = {"batch_tokens": 200, "until_stable": StableRule(tolerance=0.0)}
     with pytest.warns(RuntimeWarning, match="has not settled"):
@@ -315,7 +316,7 @@ def test_what_other_processes_found_before_a_stop_is_not_asked_again(model, toke
         def gathered(self, tensor):
             return [tensor]
 
-    monkeypatch.setattr("fastheads.run.judge", None)
+    monkeypatch.setattr("fastheads.run.loop.judge", None)
     texts = some_texts(60)
     options = {"batch_tokens": 200, "until_stable": True}
     found = profile(model, corpus_of(texts, tokenizer), job=Behind(place=Place(0, 2)), **options)
@@ -581,7 +582,7 @@ def test_wherever_a_run_stops_it_goes_on_with_the_batches_that_were_left(tokeniz
 
 def test_a_second_ctrl_c_breaks_into_a_forward(model, tokenizer, tmp_path, monkeypatch):
     """The batch may or may not have counted: no checkpoint is written then, and the one before stays."""
-    monkeypatch.setattr("fastheads.stopping.AGAIN", -1.0)
+    monkeypatch.setattr("fastheads.run.signals.AGAIN", -1.0)
     path = tmp_path / "c"
     texts = some_texts()
     want = profile(model, corpus_of(texts, tokenizer), batch_tokens=200)

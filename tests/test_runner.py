@@ -17,12 +17,12 @@ from whole_profiles import some_texts
 
 import fastheads
 from fastheads import HeadProfile, find_sites
-from fastheads.batching import WindowFeed
-from fastheads.corpus import Corpus
-from fastheads.data import held_texts, text_file
-from fastheads.distributed import Job, Place
+from fastheads.corpus.sources import held_texts, text_file
+from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError, LoadError, OptionError, ProfileInterrupted
-from fastheads.runner import profile
+from fastheads.run.api import profile
+from fastheads.run.batches import WindowFeed
+from fastheads.run.job import Job, Place
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 3  # 135 tokens
 
@@ -323,7 +323,7 @@ def corpus_of(texts, tokenizer, **options):
 
 
 def test_rows_of_about_equal_length_share_a_batch_under_the_budget(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("fastheads.overhead.FIRST", 10**6)  # no batch is run twice
+    monkeypatch.setattr("fastheads.run.overhead.FIRST", 10**6)  # no batch is run twice
     shapes = []
     handle = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append((kwargs["input_ids"].shape, "attention_mask" in kwargs)),
@@ -435,8 +435,8 @@ def test_a_sequence_that_does_not_fit_is_an_error(model, tokenizer):
 
 
 def test_what_profiling_costs_is_measured_on_some_batches(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("fastheads.overhead.FIRST", 2)
-    monkeypatch.setattr("fastheads.overhead.EVERY", 3)
+    monkeypatch.setattr("fastheads.run.overhead.FIRST", 2)
+    monkeypatch.setattr("fastheads.run.overhead.EVERY", 3)
     options = {"tokenizer": tokenizer, "seq_len": 10, "batch_size": 2, "token_agg": "token"}
     forwards = []
     model.model.embed_tokens.register_forward_hook(lambda *_: forwards.append(1))
@@ -553,7 +553,7 @@ def test_processes_with_other_models_data_or_options_are_refused(model, tokenize
 
 def test_processes_may_have_their_own_copies_of_the_data(model, tokenizer, tmp_path, monkeypatch):
     """Each host its own, by another path and with another time; and each process has another shard of it."""
-    monkeypatch.setattr("fastheads.data.HASHED_BYTES", 10)
+    monkeypatch.setattr("fastheads.corpus.sources.HASHED_BYTES", 10)
     first = []
 
     class Both(OneOf):
@@ -607,7 +607,7 @@ def test_the_end_of_a_corpus_with_a_limit_is_expected_at_it(model, tokenizer):
         yield report, lambda line: None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastheads.runner._progress", bar)
+        patch.setattr("fastheads.run.api._progress", bar)
         profile(model, corpus_of(some_texts(80), tokenizer, max_tokens=300), batch_tokens=100)
     assert max(found) == 300
 
@@ -663,8 +663,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(texts))
     code = (
         "import fastheads, torch; torch.set_num_threads(1)\n"
-        "from fastheads.corpus import Corpus; from fastheads.data import text_file\n"
-        "from fastheads.loading import find_model, load_tokenizer\n"
+        "from fastheads.corpus.windows import Corpus; from fastheads.corpus.sources import text_file\n"
+        "from fastheads.run.loading import find_model, load_tokenizer\n"
         "calls, rss = 0, []\n"
         "def seen(done, total):\n"
         "    global calls; calls += 1\n"

@@ -21,7 +21,7 @@ from transformers import (
 
 from fastheads import find_sites, profile
 from fastheads.errors import ForwardError, OptionError
-from fastheads.sharing import Sharing, sharing_of
+from fastheads.models.batch_sharing import Sharing, sharing_of
 
 ORIGINAL = 16
 SMALL = dict(

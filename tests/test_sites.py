@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, build, tokens
 
 import fastheads
 from fastheads import NoSitesError, find_sites
-from fastheads.sites import decoder_of
+from fastheads.models.sites import decoder_of
 
 MASK = [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
 

@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 
-from fastheads.moments import Moments
-from fastheads.stable import MIN_SAMPLES, StableRule, Verdict, check_token_agg, half_width, judge, undecided
+from fastheads.stats.confidence import (
+    MIN_SAMPLES,
+    StableRule,
+    Verdict,
+    check_token_agg,
+    half_width,
+    judge,
+    undecided,
+)
+from fastheads.stats.moments import Moments
 
 
 def at_most(rate: float, runs: int) -> float:

@@ -15,7 +15,7 @@ from transformers import (
 
 import fastheads
 from fastheads.basic import HookManager as BasicHookManager
-from fastheads.tokens import DecoderArguments
+from fastheads.stats.token_layout import DecoderArguments
 
 LENGTHS = (6, 1, 4, 9)
 

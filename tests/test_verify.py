@@ -14,9 +14,9 @@ from tiny_models import acts_as, build, tokens
 from transformers.modeling_utils import AttentionInterface
 
 import fastheads
-from fastheads import verify
-from fastheads.verify import CHANGED, EXACT, UNSEEN, VerificationError
-from fastheads.weights import dense_weight
+from fastheads.capture import verify
+from fastheads.capture.verify import CHANGED, EXACT, UNSEEN, VerificationError
+from fastheads.models.weights import dense_weight
 
 GET_INTERFACE = getattr(AttentionInterface, "get_interface", None)
 OF_TORCH = [getattr(owner, name) for owner, name in verify.TORCH_ATTENTION]
@@ -119,7 +119,7 @@ def test_only_the_first_batch_is_checked(monkeypatch):
 
 def wrongly_found(monkeypatch, layer, num_heads):
     """As if `find_sites` had taken the input of one layer's projection for as many heads."""
-    own = fastheads.manager.find_sites
+    own = fastheads.capture.manager.find_sites
 
     def find(model, include=()):
         return [
@@ -129,7 +129,7 @@ def wrongly_found(monkeypatch, layer, num_heads):
             for s in own(model, include)
         ]
 
-    monkeypatch.setattr("fastheads.manager.find_sites", find)
+    monkeypatch.setattr("fastheads.capture.manager.find_sites", find)
 
 
 def test_a_wrong_number_of_heads_is_named(monkeypatch):

@@ -10,8 +10,8 @@ from tiny_models import build, tokens
 from torch.nn.utils import parametrizations, prune
 
 import fastheads
-from fastheads.factors import lower_factor
-from fastheads.weights import checksum
+from fastheads.backends.factors import lower_factor
+from fastheads.models.weights import checksum
 
 
 def norms_by_factor(weight, num_heads, z):
@@ -71,7 +71,7 @@ def test_a_weight_that_is_not_finite_gives_nan_and_no_crash():
 def test_the_factor_is_built_some_heads_at_a_time(monkeypatch):
     weight = weight_of("rank deficient")
     whole = lower_factor(weight, 3)
-    monkeypatch.setattr("fastheads.factors.CHUNK_ELEMENTS", 96 * 16 * 2)
+    monkeypatch.setattr("fastheads.backends.factors.CHUNK_ELEMENTS", 96 * 16 * 2)
     torch.testing.assert_close(lower_factor(weight, 3), whole, rtol=1e-12, atol=1e-14)
 
 

@@ -325,9 +325,9 @@ def test_what_a_weight_is_made_of_changes_between_forwards(make, change, backend
 
 def test_autocast_rounds_no_weight_that_is_computed():
     model = with_weights(by(lambda: nn.Linear(96, 96, bias=False)))
-    plain = fastheads.weights.dense_weight(fastheads.find_sites(model)[0])
+    plain = fastheads.models.weights.dense_weight(fastheads.find_sites(model)[0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fastheads.weights.dense_weight(fastheads.find_sites(model)[0]), plain)
+        assert torch.equal(fastheads.models.weights.dense_weight(fastheads.find_sites(model)[0]), plain)
 
 
 # ---------------------------------------------------------------- parametrize.cached()

@@ -82,7 +82,7 @@ def test_an_offloaded_weight_is_fetched(way, backend, tmp_path):
 def test_the_dtype_is_the_one_in_which_the_weight_acts(tmp_path):
     model = accelerate.disk_offload(build(), tmp_path, execution_device="cpu").bfloat16()
     site = fastheads.find_sites(model)[0]
-    assert fastheads.weights.dense_weight(site).dtype == torch.bfloat16
+    assert fastheads.models.weights.dense_weight(site).dtype == torch.bfloat16
 
 
 def kept(model):

@@ -28,7 +28,7 @@ def head_stats(
         inputs: x `[batch, seq, heads * head_dim]` of each layer; one shape, dtype (bfloat16, float16, float32) and device.
             Rows may be slices of wider ones; what 16-byte loads cannot read is copied.
         factors: from `prepare`, one an input.
-        state: float64 `[6, 4, rows, max_heads]`, the buffer of `fastheads.moments.RunningMoments`.
+        state: float64 `[6, 4, rows, max_heads]`, the buffer of `fastheads.stats.moments.RunningMoments`.
         rows: the row of the state of each input, all different.
         token_agg: "all", "last" or "token": what one sample is.
         valid: bool `[batch, seq]`, the real tokens, less the `skip_first` first of each sequence; None where all are.

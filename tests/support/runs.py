@@ -21,11 +21,12 @@ import tiny_disk
 import torch
 
 import fastheads
-from fastheads import distributed, files
-from fastheads.corpus import Corpus
-from fastheads.data import text_file
-from fastheads.loading import find_model, load_model, load_tokenizer
-from fastheads.stable import StableRule
+from fastheads.corpus.sources import text_file
+from fastheads.corpus.windows import Corpus
+from fastheads.results import files
+from fastheads.run import job as distributed
+from fastheads.run.loading import find_model, load_model, load_tokenizer
+from fastheads.stats.confidence import StableRule
 
 EVERY = 0.1  # seconds between checkpoints
 KILLS = 10

@@ -3,7 +3,7 @@
 import torch
 import transformers as tf
 
-from fastheads.forms import LINEAR_FORWARDS
+from fastheads.models.weight_formats import LINEAR_FORWARDS
 
 VOCAB = 101
 COMMON = dict(

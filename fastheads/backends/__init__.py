@@ -1,0 +1,1 @@
+"""From the input of a projection to samples: factors, backends, the accumulator of their samples."""

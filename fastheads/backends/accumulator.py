@@ -1,0 +1,384 @@
+"""Which backend serves which tensor, and the step from a group of inputs to updated moments."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from fastheads.backends.factors import SiteFactor, SiteWeight, WeightWatch
+from fastheads.backends.launch import Profiled, Repeat
+from fastheads.backends.tensor_parallel import Ranks
+from fastheads.errors import BackendError, OptionError, StaleFactorError
+from fastheads.models.residual import Update
+from fastheads.models.sites import HeadSite
+from fastheads.models.weights import dense_weight
+from fastheads.stats.metrics import (
+    ContributionNorms,
+    einsum_norms,
+    factored_norms,
+    loop_norms,
+    packed_samples,
+    samples,
+)
+from fastheads.stats.moments import RunningMoments
+from fastheads.stats.numerics import exact_arithmetic
+from fastheads.stats.token_layout import RealTokens, last_tokens
+
+TORCH_BACKENDS = ("loop", "einsum", "factored")
+BACKENDS = ("auto", *TORCH_BACKENDS, "triton")
+PRECISIONS = ("exact", "fast")
+
+
+# Samples of a layer, at most, that wait for the other layers': 32 KiB.
+LATE_ELEMENTS = 2**12
+
+
+def check_backend(backend: str) -> None:
+    """Raises OptionError for an unknown name, BackendError for a backend that cannot work here at all."""
+    if backend not in BACKENDS:
+        raise OptionError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "triton" and (reason := _triton_missing()):
+        raise BackendError(
+            f"backend 'triton' cannot be used: {reason}; choose one of {', '.join(TORCH_BACKENDS)}"
+        )
+
+
+def backend_for(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend for such inputs: the one asked for, or what "auto" takes. BackendError where "triton" cannot serve them."""
+    if backend in TORCH_BACKENDS:
+        return backend
+    if backend == "auto" and device.type != "cuda":
+        return "factored"
+    reason = _triton_missing()
+    if reason is None:
+        reason = _kernels().unsupported(device, dtype, head_dim)
+    if reason is None:
+        return "triton"
+    if backend == "auto":
+        return "factored"
+    raise BackendError(
+        f"backend 'triton' cannot be used: {reason}; choose one of {', '.join(TORCH_BACKENDS)}, or auto"
+    )
+
+
+@cache
+def _kernels() -> Any:
+    """`fastheads.kernels`, which imports triton: only where it is there."""
+    return importlib.import_module("fastheads.kernels")
+
+
+def _triton_missing() -> str | None:
+    for module in ("triton", "fastheads.kernels"):
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ImportError:
+            found = False
+        if not found:
+            return f"{module} is not installed"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Samples:
+    """Samples `[n, 4, rows, heads]` of one call of the decoder, on their way to the moments."""
+
+    moments: RunningMoments
+    rows: list[int]
+    values: Tensor
+    present: Tensor | None  # bool [n]; the same for all layers of a call
+
+    def joins(self, others: "list[_Samples]") -> bool:
+        """Whether one merge can take these along: one shape but for the rows, which are all different."""
+        n, _, _, heads = self.values.shape
+        first = others[0]
+        return (
+            (first.values.shape[0], first.values.shape[3]) == (n, heads)
+            and (first.present is None) == (self.present is None)
+            and not any(row in other.rows for other in others for row in self.rows)
+        )
+
+
+class Dispatcher:
+    """Takes groups of inputs to a backend and their samples into moments."""
+
+    def __init__(
+        self,
+        sites: dict[int, HeadSite],
+        backend: str,
+        precision: str,
+        token_agg: str,
+        *,
+        updates: dict[int, Update] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """`sites` by row: with tensor parallelism, as this rank serves them, and the `ranks` that serve the others. With
+        `updates`, by row, the weight of a site is diag(g) W, g the gain of its norm.
+
+        Raises as `check_backend` and `backend_for` do, for the weights as they are.
+        """
+        check_backend(backend)
+        if ranks is not None:
+            backend = ranks.torch_backend(backend)
+        self._updates = updates or {}
+        self.backend, self.precision, self.token_agg = backend, precision, token_agg
+        self.used: set[str] = set()
+        self.factors: dict[int, SiteFactor] = {}
+        self._sites = sites
+        self.weights: dict[int, tuple[torch.device, torch.dtype]] = {}  # as they were at first
+        self._choices: dict[tuple[Any, ...], str] = {}
+        for row, site in sites.items():
+            weight = dense_weight(site)  # raises where it cannot be had: now, not in the middle of a run
+            self.weights[row] = (weight.device, weight.dtype)
+            if backend not in ("loop", "einsum"):
+                self.factors[row] = SiteFactor(site, weight, self._updates.get(row))
+            if self._choice(weight.device, weight.dtype, site.head_dim) == "triton":
+                self.factors[row].kernel(weight.dtype, precision)
+        # Backends without factors read the weight each time, but behind a group of layers: there too it must stand for a forward.
+        self._weights: list[SiteWeight] = list(self.factors.values()) or [
+            SiteWeight(site, self._updates.get(row)) for row, site in sites.items()
+        ]
+        self._watch = WeightWatch(self._weights)
+        self._forms: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self.generation = 0  # how often factors followed a weight that had changed
+        self._ranks = ranks
+        # row -> (its bank, its place in it, its view of it)
+        self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._fill_banks()
+
+    def record(
+        self,
+        rows: Sequence[int],
+        inputs: Sequence[Tensor],
+        real: RealTokens,
+        moments: RunningMoments,
+        *,
+        scale: Tensor | None = None,
+        alike: bool = False,
+    ) -> None:
+        """Merge the samples of a group: inputs `[B, S, H·D]` of one shape, dtype and device, of sites of one geometry, all
+        different; `scale` `[len(inputs), B, S]` multiplies the norms of the contributions; `alike`: the inputs' strides are the
+        same too. Never waits for the device.
+        """
+        x, site = inputs[0], self._sites[rows[0]]
+        backend = self._choice(x.device, x.dtype, site.head_dim)
+        self.used.add(backend)
+        token_agg = self.token_agg
+        if real.bounds is not None and token_agg == "last":
+            if scale is not None:
+                numbers, _ = last_tokens([of_layer.unsqueeze(-1) for of_layer in scale], real)
+                scale = torch.stack(list(numbers)).squeeze(-1)
+            inputs, real = last_tokens(inputs, real)
+            x, token_agg = inputs[0], "token"
+        if backend == "triton":
+            factors = self._kernel_forms(rows, x.dtype)
+            if real.bounds is not None and token_agg == "all":
+                # The kernel adds up rows, not segments of them. So it gives the norms of the tokens, 8 bytes a head beside the
+                # one read of x, and torch adds those up.
+                norms = rearrange(_kernels().token_norms(inputs, factors, scale=scale), "g k h n -> k g n h")
+                packed = packed_samples(norms, *real.packed(x))
+                self._merge_later(_Samples(moments, list(rows), *packed))
+                return
+            _kernels().head_stats(
+                inputs,
+                factors,
+                moments.buffer,
+                rows,
+                token_agg=token_agg,
+                valid=None if real.valid is None else real.mask(x),
+                skip_first=real.skip_first,
+                scale=scale,
+                alike=alike,
+            )
+            return
+        with exact_arithmetic(x.device.type):
+            mask = real.mask(x)
+            bounds = None if real.bounds is None else real.packed(x)[1]
+            for part in self._batches(rows, backend):
+                several = part.stop - part.start > 1
+                group = torch.stack(list(inputs[part])) if several else inputs[part.start].unsqueeze(0)
+                contribution = self._contribution(backend, rows[part], site.num_heads, x.device)
+                of_part = None if scale is None else scale[part]
+                values, present = samples(
+                    group, mask, token_agg, site.num_heads, contribution, scale=of_part, bounds=bounds
+                )
+                taken = _Samples(moments, list(rows[part]), values, present)
+                if self._ranks is None:
+                    self._merge_later(taken)
+                else:  # one sum at the end serves all
+                    moments.batches.append(taken)
+
+    def repeat(
+        self,
+        profiled: tuple[Profiled, ...],
+        rows: Sequence[int],
+        inputs: Sequence[Tensor],
+        real: RealTokens,
+        moments: RunningMoments,
+        *,
+        keep_scratch: bool,
+    ) -> Repeat | None:
+        """What makes the launch again that `record` has just made of `inputs`, all alike; None where it cannot."""
+        x = inputs[0]
+        if real.bounds is not None or self._ranks is not None or self.backend in TORCH_BACKENDS:
+            return None
+        if self._choice(x.device, x.dtype, self._sites[rows[0]].head_dim) != "triton":
+            return None
+        valid = real.valid
+        if valid is not None and (valid.shape != x.shape[:2] or valid.device != x.device):
+            return None  # `RealTokens.mask` has something to do each time
+        launch = _kernels().repeater(
+            inputs,
+            self._kernel_forms(rows, x.dtype),
+            moments.buffer,
+            rows,
+            token_agg=self.token_agg,
+            valid=valid,
+            skip_first=real.skip_first,
+            keep_scratch=keep_scratch,
+        )
+        if launch is None:
+            return None
+        forms = self._forms
+        return Repeat(profiled, inputs, real, launch, lambda: self._forms is forms)
+
+    def _kernel_forms(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
+        """The factors of these rows as the kernel reads them; asked for once until one changes, or all were verified."""
+        key = (dtype, *rows)
+        forms = self._forms.get(key)
+        if forms is None:
+            forms = self._forms[key] = tuple(self.factors[row].kernel(dtype, self.precision) for row in rows)
+        return forms
+
+    def stale(self) -> list[str]:
+        """The names of the sites whose weight is not the one that the factor was made from. Waits for the device."""
+        self._forms = {}  # to be asked for again, so that they are verified again
+        return [factor.site.name for factor in self.factors.values() if not factor.verify()]
+
+    def finish(self, moments: RunningMoments) -> None:
+        """Merge the samples that wait for `moments`. To be called before anybody looks at these; on every rank, where there are
+        some.
+        """
+        if self._ranks is not None and moments.batches:
+            local, moments.batches = moments.batches, []
+            self._ranks.relate([part.values for part in local])
+            for part in local:
+                self._merge_later(part)
+        self._merge(moments)
+
+    def _merge(self, moments: RunningMoments) -> None:
+        waiting, moments.batches = moments.batches, []
+        if waiting:
+            first = waiting[0]
+            rows = [row for part in waiting for row in part.rows]
+            values = torch.cat([part.values for part in waiting], dim=2) if len(waiting) > 1 else first.values
+            moments.update(_as_slice(rows), values, first.present)
+
+    def _merge_later(self, part: "_Samples") -> None:
+        """Samples are small and a merge is many small steps: those of several layers are merged at once."""
+        waiting = part.moments.batches
+        if waiting and not part.joins(waiting):
+            self._merge(part.moments)
+        part.moments.batches.append(part)
+        if part.values.numel() > LATE_ELEMENTS:
+            self._merge(part.moments)
+
+    def _batches(self, rows: Sequence[int], backend: str) -> list[slice]:
+        """The group as one batch where its factors lie side by side, else layer by layer."""
+        places = [self._places.get(row) for row in rows]
+        first = places[0]
+        if backend == "factored" and first is not None:
+            bank, start, _ = first
+            if all(
+                # a weight that moved to another device took its factor out of the bank
+                p is not None and p[0] is bank and p[1] == start + i and self.factors[rows[i]].dense() is p[2]
+                for i, p in enumerate(places)
+            ):
+                return [slice(0, len(rows))]
+        return [slice(i, i + 1) for i in range(len(rows))]
+
+    def _contribution(
+        self, backend: str, rows: Sequence[int], num_heads: int, device: torch.device
+    ) -> ContributionNorms:
+        if backend == "factored":
+            if len(rows) == 1:
+                return factored_norms(self.factors[rows[0]].dense().unsqueeze(0).to(device))
+            bank, start, _ = self._places[rows[0]]
+            return factored_norms(bank[start : start + len(rows)])
+        weights = [self._weight(row).to(device) for row in rows]
+        return (loop_norms if backend == "loop" else einsum_norms)(weights, num_heads)
+
+    def _weight(self, row: int) -> Tensor:
+        weight = dense_weight(self._sites[row])
+        if row not in self._updates:
+            return weight
+        gain = self._updates[row].gain(weight.shape[0], weight.device)
+        # float32 for a bfloat16 weight: its product with the gain is no bfloat16.
+        return (weight.double() * gain.unsqueeze(1)).to(torch.promote_types(weight.dtype, torch.float32))
+
+    def _fill_banks(self) -> None:
+        """Lay the dense factors of layers of one shape side by side, so that one product serves a group of them."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for row, factor in self.factors.items():
+            site, (device, dtype) = self._sites[row], factor.place
+            if self._choice(*self.weights[row], site.head_dim) == "factored":
+                alike.setdefault((device, dtype, site.num_heads, site.head_dim), []).append(row)
+        for (device, dtype, heads, head_dim), rows in alike.items():
+            with torch.inference_mode(False):
+                bank = torch.empty(len(rows), heads, head_dim, head_dim, dtype=dtype, device=device)
+            for place, row in enumerate(rows):
+                view = bank[place]
+                self.factors[row].keep_dense_in(view)
+                self._places[row] = (bank, place, view)
+
+    def refresh(self, before: Callable[[], None] | None = None) -> None:
+        """Rebuild the factors of weights that are known to have changed, after a call of `before`; waits for nothing."""
+        if self._watch.moved():
+            if before is not None:
+                before()
+            self.generation += 1
+            self._watch.refresh()
+            self._forms = {}
+
+    def rebuild(self) -> None:
+        """Make every factor anew of the weight as it is now."""
+        self._forms = {}
+        for factor in self.factors.values():
+            factor.rebuild()
+
+    def mark_changed(self) -> None:
+        """The weights may have changed without a trace."""
+        self._watch.mark_changed()
+        self._forms = {}
+
+    def check_unmoved(self, generation: int) -> None:
+        """Raises StaleFactorError where a weight changed during a forward, at whose start `generation` was what it was then."""
+        if generation == self.generation and not self._watch.moved():
+            return
+        moved = [weight.site.name for weight in self._weights if weight.moved() and not weight.moves_itself]
+        if generation != self.generation:  # another forward that began meanwhile let the factors follow
+            moved = moved or ["some projections"]
+        if moved:
+            raise StaleFactorError(
+                f"the weight of {', '.join(moved)} changed during a forward, which was not counted: no one weight acts in it, "
+                "whatever the backend. Change weights between forwards, or take off the hook that does"
+            )
+
+    def _choice(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+        key = (device, dtype, head_dim)
+        if key not in self._choices:
+            self._choices[key] = backend_for(self.backend, device, dtype, head_dim)
+        return self._choices[key]
+
+
+def _as_slice(rows: Sequence[int]) -> slice | list[int]:
+    """A slice where the rows follow one another: indexing by it makes views, and nothing is sent to the device."""
+    first, count = rows[0], len(rows)
+    if list(rows) == list(range(first, first + count)):
+        return slice(first, first + count)
+    return list(rows)

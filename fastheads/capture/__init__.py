@@ -1,0 +1,1 @@
+"""HookManager: hooks, the life of one forward, deferral, torch.compile, the self-check."""

@@ -1,0 +1,107 @@
+"""One forward under way, and how to tell that it still is.
+
+A forward is a call of the outermost module, in one thread. Torch tells its hooks when such a call returns or raises an Exception,
+but not when Ctrl-C breaks it off; and other threads are not told at all. So each forward remembers torch's frame of its call: it
+is under way as long as that frame is on its thread's stack.
+"""
+
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastheads.backends.launch import TracedSite
+from fastheads.capture.queue import DeviceQueue
+from fastheads.models.residual import OutputNorms
+from fastheads.stats.token_layout import RealTokens
+
+_CALL = nn.Module._call_impl.__code__
+_INNER_CALL = f"{_CALL.co_qualname}.<locals>.inner"
+
+
+class Forward:
+    """What one forward keeps until its samples count."""
+
+    def __init__(self, queues: dict[torch.device, Any]) -> None:
+        """`queues`: where it keeps inputs and puts samples, by device; it may grow."""
+        self.queues: dict[torch.device, DeviceQueue[Any]] = queues
+        self.idle()
+
+    def idle(self) -> None:
+        """Forget everything of the forward that was."""
+        self.module: nn.Module | None = None  # the outermost; None where it is over
+        self.frame: FrameType | None = None  # torch's, that calls it
+        self.thread = 0
+        self.outer: Forward | None = None  # the one of this thread that it is called in
+        self.rooms: list[int] | None = None  # of the queues, while another forward runs inside this one
+        self.counts = True  # not within `paused()`
+        self.epoch = 0  # how often the manager had been reset when it began
+        self.generations: list[int] = []  # of the factors, as it began
+        self.capturing = False  # a CUDA graph is captured by hand
+        self.in_graphs = False  # compiled code measured something
+        # Rows that ran in the decoder's call under way; that did not in some call that ended.
+        self.ran: set[int] = set()
+        self.skipped: set[int] = set()
+        # The decoder's call under way: torch's frame of it, its real tokens (None: none is), whether a graph is traced that holds
+        # it, and what that graph keeps for its operators.
+        self.decoder_frame: FrameType | None = None
+        self.real: RealTokens | None = None
+        self.decoder_traced = False
+        self.traced: list[tuple[TracedSite, Tensor, None]] = []
+        self.traced_scaled: list[tuple[TracedSite, Tensor, OutputNorms]] = []
+
+    def is_live(self) -> bool:
+        """True if the forward is under way: its call is on its thread's stack."""
+        return self.module is not None and on_stack(self.frame, self.thread)
+
+    def suspend(self) -> None:
+        """Keep no input while another forward runs inside this one."""
+        self.rooms = [queue.room for queue in self.queues.values()]
+        for queue in self.queues.values():
+            queue.room = -1
+
+    def resume(self) -> None:
+        """Go on after `suspend`."""
+        for queue, room in zip(self.queues.values(), self.rooms or (), strict=False):
+            queue.room = room
+        self.rooms = None
+
+
+def on_stack(frame: FrameType | None, thread: int) -> bool:
+    """True if `frame` is running, on the stack of that thread."""
+    if frame is None:
+        return False
+    found = sys._getframe(1) if thread == threading.get_ident() else sys._current_frames().get(thread)
+    while found is not None and found is not frame:
+        found = found.f_back
+    return found is not None
+
+
+def frame_of_call() -> tuple[FrameType | None, bool]:
+    """Torch's frame of the innermost call of a module, seen from a hook of that module, and whether torch calls the hook because
+    the forward raised: it then does so outside the function that runs the other hooks.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    raised = True
+    while frame is not None and frame.f_code is not _CALL:
+        code = frame.f_code
+        if code.co_name == "_call_impl" and code.co_filename == _CALL.co_filename:
+            break  # code that Dynamo made of it
+        if code.co_qualname == _INNER_CALL:
+            raised = False
+        frame = frame.f_back
+    return frame, raised
+
+
+def frame_of_compiled_call() -> FrameType:
+    """The frame that runs compiled code, seen from an operator in it: the outermost of torch's that entered it."""
+    frame: FrameType = sys._getframe(1)
+    entry = frame
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_filename.endswith("eval_frame.py"):
+            entry = frame
+    return entry

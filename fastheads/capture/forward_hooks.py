@@ -1,0 +1,205 @@
+"""Hooks that run as plain Python between graphs, and are traced within them.
+
+`torch.compile(model)` compiles the forward of a transformers model, but calls the hooks of the model itself outside that graph.
+Left alone, Dynamo would make a small graph of each: guards, copies and launches that cost more than the hook.
+
+All managers on a module share one hook before it and one behind it, which stay the last ones: they see the arguments that the
+forward is given, and a forward counts only when no hook of others can fail any more.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo.types import FrameAction, FrameExecStrategy
+
+from fastheads.capture.forward import frame_of_call
+from fastheads.errors import ForwardError
+
+
+class Boundary(Protocol):
+    """What is told of a forward's start and end: a HookManager."""
+
+    def start(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None
+    ) -> None:
+        """A call of the model or its decoder begins; `frame` is torch's of that call."""
+
+    def finish(self, module: nn.Module, frame: FrameType | None) -> bool:
+        """It returned: measure what is left, and raise where the forward must not count. True if it was the outermost call."""
+
+    def commit(self) -> None:
+        """The innermost forward of this thread counts, and is over."""
+
+    def abandon(self, module: nn.Module, frame: FrameType | None) -> None:
+        """It raised: if it was the outermost, the forward does not count."""
+
+    def start_traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`start`, as Dynamo traces it."""
+
+    def finish_traced(self, module: nn.Module) -> None:
+        """`finish` and `commit`, as Dynamo traces them."""
+
+
+class _Shared:
+    """The managers on one module. A copy of the module shares it, and is left alone: a copy of a manager would count twice."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = ref(module)
+        self.boundaries: tuple[Boundary, ...] = ()
+        self.handles: list[Any] = []
+        self.before = self.behind = -1  # the ids of the two hooks
+        # Arguments that hooks of others may yet change, by torch's frame of the call.
+        self.given: dict[FrameType | None, _Snapshot] = {}
+
+    def __deepcopy__(self, memo: Any) -> "_Shared":
+        return self
+
+
+_shared: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
+
+
+def _keep_last(hooks: "OrderedDict[int, Any]", own: int) -> bool:
+    """Move the hook to the end; True if it was there."""
+    if next(reversed(hooks)) == own:
+        return True
+    hooks.move_to_end(own)
+    return False
+
+
+def _start(shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if shared.module() is not module:
+        _check_copy(module)
+        return
+    frame, _ = frame_of_call()
+    _keep_last(module._forward_hooks, shared.behind)  # type: ignore[arg-type]
+    if not _keep_last(module._forward_pre_hooks, shared.before):  # type: ignore[arg-type]
+        shared.given[frame] = _Snapshot(args, kwargs)  # those that come after it may change them
+    for boundary in shared.boundaries:
+        boundary.start(module, args, kwargs, frame)
+
+
+def _end(
+    shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+) -> None:
+    if shared.module() is not module:
+        return
+    frame, raised = frame_of_call()
+    given = shared.given.pop(frame, None) if shared.given else None
+    try:
+        if raised:
+            return  # the forward's own error goes on
+        if given is not None and not given.is_of(args, kwargs):
+            raise ForwardError(
+                f"a forward pre-hook that was registered on {type(module).__name__} after the profiling hooks changed its "
+                "arguments: this forward is not counted, later ones are"
+            )
+        if not _keep_last(module._forward_hooks, shared.behind):  # type: ignore[arg-type]
+            raise ForwardError(
+                f"a forward hook was registered on {type(module).__name__} during its forward, and may yet fail: this one is not "
+                "counted, later ones are"
+            )
+        ended = [boundary for boundary in shared.boundaries if boundary.finish(module, frame)]
+        for boundary in ended:
+            boundary.commit()
+    except BaseException:
+        raised = True
+        raise
+    finally:
+        if raised:
+            for boundary in shared.boundaries:
+                boundary.abandon(module, frame)
+
+
+def _check_copy(module: nn.Module) -> None:
+    """Raises ForwardError for a copy whose forwards are expected to count."""
+    if getattr(module, "_is_replica", False):
+        raise ForwardError(
+            "DataParallel's replicas cannot be profiled: use DistributedDataParallel, or the model itself on one device"
+        )
+
+
+class _Snapshot:
+    """The arguments of a call, to tell whether somebody replaced or changed one of them."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._names, self._values = list(kwargs), [*args, *kwargs.values()]
+        self._versions = list(map(_version, self._values))
+
+    def is_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """True if these are the same ones, unchanged."""
+        values = [*args, *kwargs.values()]
+        return (
+            list(kwargs) == self._names
+            and len(values) == len(self._values)
+            and all(one is other for one, other in zip(values, self._values, strict=True))
+            and list(map(_version, values)) == self._versions
+        )
+
+
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
+def _start_in_graph(
+    shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if shared.module() is module:
+        for boundary in shared.boundaries:
+            boundary.start_traced(module, args, kwargs)
+
+
+def _end_in_graph(
+    shared: _Shared, module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any
+) -> None:
+    if shared.module() is module:
+        for boundary in shared.boundaries:
+            boundary.finish_traced(module)
+
+
+def plain_or_traced(hook: Callable[..., None], traced: Callable[..., None]) -> None:
+    """Let Dynamo leave alone the hook and all that it calls; where it traces a call of it, it traces the other in its place."""
+    # Not by torch.compiler.disable, whose wrapper costs 1.5 µs a call.
+    set_code_exec_strategy(hook.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+    torch.compiler.substitute_in_graph(hook, skip_signature_check=True)(traced)
+
+
+plain_or_traced(_start, _start_in_graph)
+plain_or_traced(_end, _end_in_graph)
+
+
+class _Handle:
+    def __init__(self, boundary: Boundary, module: nn.Module) -> None:
+        self._boundary, self._module = boundary, module
+
+    def remove(self) -> None:
+        shared = _shared.get(self._module)
+        if shared is None:
+            return
+        shared.boundaries = tuple(other for other in shared.boundaries if other is not self._boundary)
+        if not shared.boundaries:
+            for handle in shared.handles:
+                handle.remove()
+            shared.handles = []
+            del _shared[self._module]
+
+
+def register(boundary: Boundary, module: nn.Module) -> _Handle:
+    """Tell `boundary` of the calls of `module`, until the handle that is returned is removed."""
+    shared = _shared.get(module)
+    if shared is None:
+        shared = _shared[module] = _Shared(module)
+        # partial and not a function around them: that would be a frame that Dynamo compiles.
+        shared.handles = [
+            module.register_forward_pre_hook(partial(_start, shared), with_kwargs=True),
+            module.register_forward_hook(partial(_end, shared), with_kwargs=True, always_call=True),
+        ]
+        shared.before, shared.behind = (handle.id for handle in shared.handles)
+    shared.boundaries += (boundary,)
+    return _Handle(boundary, module)

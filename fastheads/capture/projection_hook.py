@@ -1,0 +1,162 @@
+"""The class that a projection has while hooks are attached: a fresh subclass of its own, which it gets back after.
+
+It makes code that torch.compile compiled before see hooks that came later. Dynamo does not guard on a module's hooks by default:
+a graph that was compiled without them would go on without them, silently. It does guard on a module's class, and on attributes
+that it reads: the site's name, without which layers that are compiled one by one would share the graph, and hook, of the first.
+
+And it calls the hook of a plain linear layer from `forward`. A module with a pre-hook takes the long way through torch's
+`__call__`: 7 to 9 µs a layer between the launches of a decode step. Pre-hooks of others come before it: it sees what they made
+of the input.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_code_exec_strategy as _set_strategy
+from torch._dynamo.types import FrameAction, FrameExecStrategy
+
+from fastheads.capture.custom_op import recorder_of
+from fastheads.models.weight_formats import PLAIN_ATTRIBUTE
+
+SITE_ATTRIBUTE = "_fastheads_site"
+TAPS_ATTRIBUTE = "_fastheads_taps"
+# What Dynamo reads in place of the taps: of each the handle of its recorder, and the site in constants. It checks a module in one
+# look where all that a graph read of it, and of the modules in it, is constants; else it looks at each layer of the model anew.
+# That is so in torch 2.11 (`use_recursive_dict_tags_for_guards`), no longer in 2.13.
+TRACED_ATTRIBUTE = "_fastheads_traced"
+
+# As a forward pre-hook, but what it returns is not looked at.
+Tap = Callable[[nn.Module, tuple[Any, ...]], None]
+
+# module -> (its own class, number of managers attached)
+_attached: WeakKeyDictionary[nn.Module, tuple[type[nn.Module], int]] = WeakKeyDictionary()
+# Dynamo knows a class by its address: one that was freed could give it to the next, and old code would run. A kilobyte each.
+_made: set[type[nn.Module]] = set()
+
+
+class RetraceHandle:
+    """Makes compiled code that runs any of the modules compile anew at its next call; and once more when it is removed."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        """`modules` by the names of their sites."""
+        self._modules = list(modules.values())
+        fresh = _FreshSubclasses()
+        for name, module in modules.items():
+            own, count = _attached.get(module, (type(module), 0))
+            _attached[module] = (own, count + 1)
+            module.__class__ = fresh[own, _runs_linear_forward(module, own)]
+            setattr(module, SITE_ATTRIBUTE, name)
+
+    def remove(self) -> None:
+        """After the last manager each module has its own class again."""
+        fresh = _FreshSubclasses()
+        for module in self._modules:
+            own, count = _attached.pop(module)
+            if type(module) not in _made:
+                pass  # a parametrization, say, made a class of its own from ours: it needs it
+            elif count > 1:
+                _attached[module] = (own, count - 1)
+                module.__class__ = fresh[own, _runs_linear_forward(module, own)]
+            else:
+                module.__class__ = own
+            if count == 1:
+                delattr(module, SITE_ATTRIBUTE)
+        self._modules = []
+
+
+def takes_taps(module: nn.Module) -> bool:
+    """Whether a module that a RetraceHandle holds can have taps: the others need a pre-hook."""
+    return type(module).forward is _tapped_forward
+
+
+def add_tap(module: nn.Module, tap: Tap, recorder: int, site: tuple[Any, ...]) -> Any:
+    """Call `tap` before each forward of such a module, as a pre-hook; where Dynamo traces, `trace` of the recorder with that
+    handle (`fastheads.capture.custom_op`) instead, with `site`, which is made of constants. Returns the handle of the tap.
+    """
+    return _TapHandle(module, tap, (recorder, site))
+
+
+class _TapHandle:
+    def __init__(self, module: nn.Module, tap: Tap, traced: tuple[int, tuple[Any, ...]]) -> None:
+        self._module = module
+        self._entries = {TAPS_ATTRIBUTE: tap, TRACED_ATTRIBUTE: traced}
+        for name, entry in self._entries.items():
+            setattr(module, name, (*getattr(module, name, ()), entry))
+
+    def remove(self) -> None:
+        for name, entry in self._entries.items():
+            left = tuple(other for other in getattr(self._module, name, ()) if other is not entry)
+            if left:
+                setattr(self._module, name, left)
+            elif hasattr(self._module, name):
+                delattr(self._module, name)
+
+
+def _tapped_forward(self: nn.Module, input: Tensor) -> Tensor:
+    _run_taps(self, (input,))
+    return nn.Linear.forward(self, input)  # type: ignore[arg-type]
+
+
+_tapped_forward.__name__ = "forward"  # as which a bound one is pickled
+setattr(_tapped_forward, PLAIN_ATTRIBUTE, nn.Linear.forward)
+
+
+def _run_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
+    # No taps: a wrapper that somebody put around the bound method may outlive them.
+    for tap in getattr(module, TAPS_ATTRIBUTE, ()):
+        tap(module, args)
+
+
+@torch.compiler.substitute_in_graph(_run_taps)
+def _trace_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
+    for handle, site in getattr(module, TRACED_ATTRIBUTE, ()):
+        recorder = recorder_of(handle)
+        if recorder is not None:
+            recorder.trace(module, args, site)
+
+
+# Where Dynamo gave a frame up and tries those that it calls: these are Python's, and all that they call.
+_set_strategy(_run_taps.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+
+
+def _runs_linear_forward(module: nn.Module, own: type[nn.Module]) -> bool:
+    """Whether the class's forward is torch's own, and the one that runs."""
+    return own.forward is nn.Linear.forward and "forward" not in module.__dict__
+
+
+class _FreshSubclasses(dict[tuple[type[nn.Module], bool], type[nn.Module]]):
+    """One new subclass of each class, with taps or without; one for all modules, since Python runs code that meets many classes
+    slower.
+    """
+
+    def __missing__(self, key: tuple[type[nn.Module], bool]) -> type[nn.Module]:
+        own, tapped = key
+        names: dict[str, Any] = {
+            "__module__": own.__module__,
+            "__qualname__": own.__qualname__,
+            "__reduce_ex__": _reduce_to(own),
+        }
+        if tapped:
+            names["forward"] = _tapped_forward
+        self[key] = type(own.__name__, (own,), names)
+        _made.add(self[key])
+        return self[key]
+
+
+def _reduce_to(own: type[nn.Module]) -> Callable[..., Any]:
+    """For copies and pickles of a module: they are of its own class."""
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        reduced: Any = own.__reduce_ex__(self, max(protocol, 2))
+        ours = (SITE_ATTRIBUTE, TAPS_ATTRIBUTE, TRACED_ATTRIBUTE)
+        state = {name: value for name, value in reduced[2].items() if name not in ours}
+        return (_new, (own,), state, *reduced[3:])
+
+    return reduce
+
+
+def _new(own: type[nn.Module]) -> nn.Module:
+    return own.__new__(own)

@@ -1,0 +1,215 @@
+"""Several files as one source: lists of paths, patterns, folders; and standard input."""
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fastheads.corpus import readers
+from fastheads.corpus.readers import Chat, Item, Reader
+from fastheads.corpus.sources import Cut, Source, TextSource, names_a_file, text_file
+from fastheads.errors import DataError
+
+STDIN = "standard input"
+SPOOLED_BYTES = 2**20  # copied at a time
+
+
+@dataclass(frozen=True)
+class FilesSource(Source):
+    """The documents of several files, one file after another."""
+
+    name: str
+    kind: Cut
+    sha256: str | None  # of the files' own hashes; None where that of one is not known
+    size: int | None
+    parts: tuple[Source, ...]
+    version: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """True if some are streams of text and some are documents."""
+        return len({part.kind for part in self.parts}) > 1
+
+    def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
+        return FilesReader(self.parts, cut, position)
+
+    def bytes_before(self, position: Mapping[str, Any]) -> int | None:
+        """How many bytes lie before a position; None where that cannot be told."""
+        sizes = [part.size for part in self.parts]
+        plain = all(
+            getattr(part, "path", None) is not None and part.path.suffix.lower() not in readers.OPENERS  # type: ignore[attr-defined]
+            for part in self.parts
+        )
+        if not plain or None in sizes or "byte" not in position:
+            return None
+        return sum(size or 0 for size in sizes[: position["file"]]) + int(position["byte"])
+
+
+class FilesReader:
+    """Reads one file after another. `begins`: the document that was given last is the first of a file."""
+
+    def __init__(
+        self, parts: tuple[Source, ...], cut: Cut | None, position: Mapping[str, Any] | None
+    ) -> None:
+        self._parts, self._cut = parts, cut
+        self.begins = False
+        rest = dict(position or {})
+        self._file = int(rest.pop("file", 0))
+        if not 0 <= self._file < len(parts):
+            raise DataError("this is no position in these files")
+        self._fresh = not rest
+        self._reader = parts[self._file].read(cut, rest or None)
+
+    def __next__(self) -> Item:
+        while (item := next(self._reader, None)) is None:  # type: ignore[call-overload]
+            if self._file + 1 == len(self._parts):
+                raise StopIteration
+            self._reader.close()
+            self._file += 1
+            self._fresh = True
+            self._reader = self._parts[self._file].read(self._cut)
+        self.begins, self._fresh = self._fresh, False
+        return item  # type: ignore[no-any-return]
+
+    def position(self) -> dict[str, Any]:
+        return {"file": self._file, **self._reader.position()}
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def files_source(
+    names: Iterable[str | os.PathLike[str]], field: str | None = None, chat: Chat = "auto"
+) -> Source:
+    """The documents of files, in the order of `names`: paths of files, patterns ("data/*.jsonl"), folders.
+
+    What a pattern matches, or a folder holds at any depth, comes in the order of the names. A single file is what `text_file`
+    gives.
+
+    Raises:
+        DataError: if there is no such file, one comes twice, a folder holds files of unlike kinds, or one cannot be read.
+        MissingExtraError, OptionError: as `text_file`.
+    """
+    paths = [path for name in names for path in _paths_of(name)]
+    seen: set[str] = set()
+    for path in paths:
+        real = os.path.realpath(path)
+        if real in seen:
+            raise DataError(f"the data file {path} is given twice: its documents would count twice")
+        seen.add(real)
+    parts = tuple(text_file(path, field, chat) for path in paths)
+    if len(parts) == 1:
+        return parts[0]
+    hashes, sizes = [part.sha256 for part in parts], [part.size for part in parts]
+    known = [digest for digest in hashes if digest is not None]
+    whole = hashlib.sha256("".join(known).encode()).hexdigest() if len(known) == len(parts) else None
+    version: tuple[tuple[str, Any], ...] = (("files_sha256", hashes),)
+    for key in dict.fromkeys(key for part in parts for key, _ in part.version):
+        version += ((key, [dict(part.version).get(key) for part in parts]),)
+    return FilesSource(
+        name=_name(parts),
+        kind=parts[0].kind if len({part.kind for part in parts}) == 1 else "documents",
+        sha256=whole,
+        size=None if None in sizes else sum(size or 0 for size in sizes),
+        parts=parts,
+        version=version,
+    )
+
+
+def is_pattern(name: str) -> bool:
+    """True if `name` has the signs of a pattern for names of files, and can be one."""
+    return glob.has_magic(name) and "\n" not in name and "\0" not in name
+
+
+def _paths_of(name: str | os.PathLike[str]) -> list[Path]:
+    text = os.fspath(name)
+    if not text:
+        raise DataError("the name of a data file is empty")
+    path = Path(text)
+    if path.is_dir():
+        return _of_folder(path)
+    if not path.exists() and is_pattern(text):
+        found = sorted(Path(match) for match in glob.glob(text, recursive=True) if os.path.isfile(match))
+        if not found:
+            raise DataError(f"no data file matches {text!r}")
+        return found
+    return [path]
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    """The files of a folder, without hidden ones, if they are of kinds that are data, or all of one kind."""
+    inside = sorted(folder.rglob("*"))
+    files = [
+        path
+        for path in inside
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise DataError(f"the data folder {folder} holds no files")
+    strange = [path for path in files if not names_a_file(path)]
+    if strange and len({readers.plain_suffix(path) for path in files}) > 1:
+        raise DataError(
+            f"the data folder {folder} holds {strange[0].relative_to(folder)} beside other kinds of files: name those that are "
+            f"data, as in '{folder}/*.jsonl'"
+        )
+    return files
+
+
+def _name(parts: tuple[Source, ...]) -> str:
+    if len(parts) <= 3:
+        return " + ".join(part.name for part in parts)
+    return f"{parts[0].name} and {len(parts) - 1} other files"
+
+
+class StdinSource(TextSource):
+    """What came in on standard input, in a file that is deleted with this object."""
+
+    once = True
+
+
+def stdin_source(field: str | None = None, chat: Chat = "auto", stream: BinaryIO | None = None) -> Source:
+    """All of standard input, kept in a temporary file, since it is read more than once. It is JSON lines where its first line is
+    a JSON object, or a field or chats are asked for; else a text.
+
+    Raises:
+        DataError: if it is empty, or cannot be read.
+        OptionError: as `text_file`.
+    """
+    # Deleted when nothing refers to it any more, or the process ends.
+    file = tempfile.NamedTemporaryFile(prefix="fastheads-stdin-")  # noqa: SIM115
+    try:
+        shutil.copyfileobj(sys.stdin.buffer if stream is None else stream, file, SPOOLED_BYTES)
+        file.flush()
+    except OSError as error:
+        raise DataError(f"cannot read {STDIN}: {error.strerror}") from error
+    path = Path(file.name)
+    if not path.stat().st_size:
+        raise DataError(f"{STDIN} is empty")
+    records = field is not None or chat is True or _begins_with_object(path)
+    kind: Cut = "documents" if records else "stream"
+    source = StdinSource(STDIN, kind, _digest(path), path.stat().st_size, path=path, field=field, chat=chat)
+    object.__setattr__(source, "_file", file)
+    next(source.items(), None)  # most faults show at once, before a model is loaded
+    return source
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _begins_with_object(path: Path) -> bool:
+    """Whether the first line that is not blank is a JSON object."""
+    with path.open("rb") as file:
+        line = next((line for line in iter(lambda: file.readline(SPOOLED_BYTES), b"") if line.strip()), b"")
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

@@ -1,0 +1,96 @@
+"""From whatever a caller calls data to a source of documents."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from fastheads.corpus import filesets, hf_datasets, in_memory
+from fastheads.corpus.readers import Chat
+from fastheads.corpus.sources import (
+    Source,
+    TableSource,
+    check_is_read,
+    default_text,
+    exists,
+    names_a_data_set,
+)
+from fastheads.errors import DataError
+
+
+def open_source(
+    data: Any,
+    *,
+    field: str | None = None,
+    chat: Chat = "auto",
+    split: str = "train",
+    streaming: bool = False,
+) -> Source | None:
+    """The source that `data` is; None if it is none (token batches, say).
+
+    Args:
+        data: None (the text of every Python); a path, by its name's end: .jsonl, .ndjson or .json (JSON lines),
+            .csv, .tsv, .parquet, anything else a text, all but Parquet also compressed (.gz, .bz2, .xz);
+            a pattern for such names (`data/*.jsonl`), a folder, or a list of `pathlib.Path` (`filesets.files_source`); "-",
+            standard input;
+            a data set of the Hub as `owner/name` or `owner/name:configuration`; a `datasets.Dataset` or
+            `IterableDataset`; a list or tuple of texts, of records (dicts with a field for the documents) or of chats; a
+            table of pandas, polars or pyarrow, or a dict of columns.
+        field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
+        chat: whether the documents are chats, lists of messages with `role` and `content`, which the tokenizer's
+            template makes texts of. "auto": those that are such lists.
+        split: of a data set of the Hub.
+        streaming: read a data set of the Hub as it arrives, instead of keeping it in the cache.
+
+    Raises:
+        DataError: the data cannot be read; most faults show here, before a model is loaded.
+        OptionError: `field` or `chat` is given for data that have neither.
+        MissingExtraError: `datasets` is needed and not installed.
+    """
+    source = named_source(data, field=field, chat=chat, split=split, streaming=streaming)
+    if source is not None:
+        return source
+    if isinstance(data, Iterator) or not isinstance(data, Iterable) or _has_tokens(data):
+        return None
+    found = in_memory.in_memory(data, field, chat)
+    return found if isinstance(found, Source) else None
+
+
+def named_source(
+    data: Any,
+    *,
+    field: str | None = None,
+    chat: Chat = "auto",
+    split: str = "train",
+    streaming: bool = False,
+) -> Source | None:
+    """The source where `data` is None, a source, a name, or of the library `datasets`; else None. As `open_source`."""
+    if data is None:
+        check_is_read("the text of Python", field, chat)
+        return default_text()
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, str | os.PathLike):
+        if isinstance(data, str) and data == "-":
+            return filesets.stdin_source(field, chat)
+        if not isinstance(data, str) or ("\n" not in data and exists(data)) or filesets.is_pattern(data):
+            return filesets.files_source([data], field, chat)
+        if names_a_data_set(data):
+            table = hf_datasets.hub_table(data, field, chat, split=split, streaming=streaming)
+            return TableSource(table.name, None, None, table, version=table.version)
+        raise DataError(
+            f"no data file {data[:80]!r}; to profile a text itself, pass it in a list "
+            "(a data set of the Hub is named owner/name)"
+        )
+    library = sys.modules.get("datasets")
+    if library is not None and isinstance(data, library.Dataset | library.IterableDataset):
+        if _has_tokens(data):
+            return None
+        table = hf_datasets.object_table(data, field, chat)
+        return TableSource(table.name, None, None, table, version=table.version)
+    return None
+
+
+def _has_tokens(data: Any) -> bool:
+    """Whether a data set of `datasets` has token ids rather than documents."""
+    return "input_ids" in (getattr(data, "column_names", None) or ())

@@ -1,0 +1,31 @@
+"""What a profile says of its own origin."""
+
+import platform
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from fastheads._version import __version__
+from fastheads.models.sites import HeadSite
+
+
+def describe(model: nn.Module, sites: list[HeadSite], **options: Any) -> dict[str, Any]:
+    """Plain data (JSON): the model, its sites, the options of the run, the versions."""
+    config = getattr(model, "config", None)
+    return {
+        "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
+        "model_class": type(model).__name__,
+        "sites": [
+            {"name": s.name, "layer": s.layer, "num_heads": s.num_heads, "head_dim": s.head_dim}
+            for s in sites
+        ],
+        **options,
+        "versions": {
+            "fastheads": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,331 @@
+"""Which modules of a model are attention output projections; their layer, number of heads and head_dim.
+
+What differs between families is in the tables at the top: a new family is a line there.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from fastheads.errors import NoSitesError, OptionError
+from fastheads.models.geometry import WRAPPED, describe, head_dim_of, input_width, said_head_dim
+
+# The output projection of an attention module, as a path from it; the first that is there is taken. ".." is the module's parent,
+# if that is an attention module too: a BERT-like keeps the projection beside the attention.
+PROJECTION_PATHS = (
+    "o_proj",
+    "out_proj",
+    "dense",
+    "c_proj",
+    "o",  # T5
+    "Wo",  # ModernBERT
+    "out_lin",  # XLM
+    "output",  # Pix2Struct
+    "proj",  # towers of pictures
+    "linear_out",  # towers of speech
+    "../output.dense",
+)
+
+# Attention classes by name: what transformers calls them, and what it calls the mixers that are no softmax attention over
+# heads though some of them have an `o_proj` too (Kimi-Linear, Olmo-Hybrid), and the towers that are not the decoder.
+ATTENTION = re.compile(r"(Attention|Attn|MLA)\w*$")
+NOT_ATTENTION = re.compile(
+    r"Vision|(?<!Higgs)Audio|Encoder|Mixer|DeltaNet|DeltaAttention|(?<!Kimi)LinearAttention|Lightning|Conv|Indexer|Residual|Pooling"
+    r"|^MultiheadAttention$"  # torch's, in towers
+)
+# Attention to an encoder's output, by its name: a decoder alone never runs it.
+TO_ENCODER = re.compile(r"\b(encoder_attn|crossattention|EncDecAttention)\b")
+
+# By patterns of the attention's class from here on. Attention that cannot be profiled, and why.
+REFUSED = {
+    r"^Blt": "its layers run over bytes and over patches of them, so that real tokens cannot be told",
+    r"^CpmAnt": "it puts a prompt of its own before the tokens, so that real tokens cannot be told",
+    r"^DeepseekV4": "its output projection is in two steps, and the input of o_b_proj is not the heads'",
+    r"^JetMoe": "its output projections are experts, others for each token",
+    r"^MultiheadAttention$": "torch.nn.MultiheadAttention never calls its output projection",
+    r"^ProphetNet": "its n-gram streams share the output projection, so that real tokens cannot be told",
+    r"^Reformer": "it pads sequences to its chunks, so that real tokens cannot be told",
+    r"^Rwkv": "it is a linear recurrence without heads",
+    r"^XLNet": "its output projection is a bare parameter and no module",
+}
+# The same for what depends on how the attention is set up.
+REFUSED_IF: dict[str, tuple[Callable[[Any], bool], str]] = {
+    r"^Bloom": (
+        lambda owner: owner.pretraining_tp > 1 and owner.slow_but_exact,
+        "with slow_but_exact it never calls its output projection: set config.slow_but_exact = False",
+    ),
+}
+
+
+# Packages whose attention gives its projection [seq, batch, width].
+SEQUENCE_FIRST = ("transformers.models.fsmt.",)
+# Packages whose attention gives it [batch, seq, width], and those whose modules stand between an attention and its projection.
+BATCH_FIRST = ("transformers.",)
+BETWEEN = ("torch.", "peft.", "fastheads.")
+
+
+@dataclass(frozen=True)
+class HeadSite:
+    """One attention output projection: its input is `[batch, seq, num_heads * head_dim]`.
+
+    Of a tensor-parallel model, `num_heads` counts the heads of all ranks, in the order of the whole model, on every rank: what is
+    profiled there can be merged and compared with any other profile of the model. This rank's input may hold some of them only.
+    """
+
+    name: str  # of the projection, as in model.named_modules()
+    layer: int
+    num_heads: int
+    head_dim: int
+    module: nn.Module = field(repr=False, compare=False)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile's wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The stack of decoder layers: `get_decoder()` of the model, or of the outermost module in it that has one; and so on where
+    that is a whole model in its turn, which may have an encoder (BLIP-2's language model, Florence-2's).
+    """
+    for module in model.modules():
+        decoder = _decoder_within(module)
+        while decoder is not None:
+            inner = _decoder_within(decoder)
+            if inner is None or inner is decoder:
+                return decoder
+            decoder = inner
+    return model
+
+
+def _decoder_within(module: nn.Module) -> nn.Module | None:
+    """What `get_decoder()` gives; None where it is nothing inside the module (or itself) that could be a stack of layers."""
+    get_decoder = getattr(module, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    if not isinstance(decoder, nn.Module) or all(decoder is not inside for inside in module.modules()):
+        return None
+    return decoder if next(decoder.children(), None) is not None else None  # ModernBERT so calls its head
+
+
+def checked_layers(layers: Iterable[int] | None) -> list[int] | None:
+    """`layers` in order, each once. Raises OptionError where they are no whole numbers."""
+    if layers is None:
+        return None
+    chosen = list(layers) if isinstance(layers, Iterable) else [None]
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in chosen):
+        raise OptionError(f"layers must be whole numbers in a list, not {layers!r}")
+    return sorted(set(chosen))
+
+
+def sites_of_layers(sites: list[HeadSite], layers: list[int] | None) -> dict[int, HeadSite]:
+    """Those of `sites` in these layers (None: all), by their place in the list. Raises OptionError for layers that have none."""
+    rows = dict(enumerate(sites))
+    if layers is None:
+        return rows
+    known = {site.layer for site in sites}
+    if not layers or not known.issuperset(layers):
+        raise OptionError(
+            f"layers must name some of the layers {min(known)} to {max(known)} that have a site, not {layers}"
+        )
+    return {row: site for row, site in rows.items() if site.layer in layers}
+
+
+def is_sequence_first(model: nn.Module, site: HeadSite) -> bool:
+    """True if the projection's input is `[seq, batch, width]`."""
+    return type(attention_of(model, site)).__module__.startswith(SEQUENCE_FIRST)
+
+
+def has_known_layout(model: nn.Module, site: HeadSite) -> bool:
+    """True if a table says which dimension of the projection's input is the batch. None does of a forward that somebody put in
+    the place of the attention's own.
+    """
+    owner = attention_of(model, site)
+    if not type(owner).__module__.startswith(BATCH_FIRST) or "forward" in vars(owner):
+        return False
+    forward = inspect.unwrap(type(owner).forward)
+    return getattr(forward, "__module__", "").startswith(BATCH_FIRST)
+
+
+def attention_of(model: nn.Module, site: HeadSite) -> nn.Module:
+    """The module that calls the projection."""
+    parts = site.name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        above = model.get_submodule(".".join(parts[:depth]))
+        if not type(above).__module__.startswith(BETWEEN):
+            return above
+    return model
+
+
+def find_sites(model: nn.Module, include: str | Iterable[str] = ()) -> list[HeadSite]:
+    """The attention output projections of `model`'s decoder, in the order of its modules.
+
+    Vision and audio towers, linear attention, and attention to an encoder that the model does not have are left out. `include`
+    adds some of these: patterns as in `fnmatch` (a "*" stands for dots too) on the names that `model.named_modules()` gives to
+    attention modules or to their projections, such as "*.linear_attn" or "vision_tower.*"; of what a pattern matches, that which
+    can be profiled.
+
+    Raises:
+        NoSitesError: there is none, a pattern matches none, or there is attention that cannot be profiled; the message says which
+            and why.
+    """
+    patterns = [include] if isinstance(include, str) else list(include)
+    attentions = list(_attentions(model))
+    included: set[str] = set()
+    for pattern in patterns:
+        included |= _matching(pattern, attentions, type(model).__name__)
+    chosen = [a for a in attentions if a.by_default or a.path in included]
+    for attention in chosen:
+        attention.check_profilable()
+    # By projection: one that several modules share is one site, which fires for each.
+    sites: dict[int, HeadSite] = {}
+    for attention in chosen:
+        if attention.projection is not None:
+            sites.setdefault(id(attention.projection), attention.site())
+    if not sites:
+        for attention in attentions:
+            attention.check_profilable()  # of a kind that is left out, but with a better reason
+        decoder = type(decoder_of(model)).__name__
+        missing = f"linear layer called {', '.join(PROJECTION_PATHS)}" if chosen else "softmax attention"
+        raise NoSitesError(
+            f"no attention output projection to profile in {type(model).__name__}: its decoder ({decoder}) has no {missing}; "
+            f"attention classes found: {_examples(attentions)}"
+            + ("; include=... adds what is left out" if attentions else "")
+        )
+    _check_complete(chosen)
+    return list(sites.values())
+
+
+def _matching(pattern: str, attentions: "list[_Attention]", model: str) -> set[str]:
+    """The paths of what is called like `pattern` and can be profiled; raises where there is nothing."""
+    candidates = [a for a in attentions if a.projection is not None]
+    matching = [a for a in candidates if a.is_called(pattern)]
+    if not matching:
+        left_out = _examples(a for a in candidates if not a.by_default)
+        raise NoSitesError(
+            f"no attention module of {model} is called {pattern!r}; left out without include: {left_out}"
+        )
+    profilable = {a.path for a in matching if a.refusal() is None}
+    if not profilable:
+        matching[0].check_profilable()
+    return profilable
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """A module that attends, or that has heads and a projection as if it did."""
+
+    path: str
+    owner: nn.Module
+    by_default: bool  # whether it is profiled where nobody asks for it
+    name: str = ""  # of its projection
+    projection: nn.Module | None = None
+
+    def is_called(self, pattern: str) -> bool:
+        return fnmatchcase(self.path, pattern) or fnmatchcase(self.name, pattern)
+
+    def refusal(self) -> str | None:
+        """Why it cannot be profiled, where that is known."""
+        kind = type(self.owner).__name__
+        reasons = [why for refused, why in REFUSED.items() if re.search(refused, kind)]
+        for refused, (applies, why) in REFUSED_IF.items():
+            if re.search(refused, kind) and applies(self.owner):
+                reasons.append(why)
+        return reasons[0] if reasons else None
+
+    def check_profilable(self) -> None:
+        """Raises NoSitesError, with the reason, for attention that is known not to be."""
+        if (why := self.refusal()) is not None:
+            kind = type(self.owner).__name__
+            raise NoSitesError(f"{self.path or 'the model'} ({kind}) cannot be profiled: {why}")
+
+    def site(self) -> HeadSite:
+        assert self.projection is not None
+        width = input_width(self.projection) or 0
+        head_dim = head_dim_of(self.owner, width)
+        if head_dim is None:
+            raise NoSitesError(
+                f"{self.name}: its input, {width} wide, does not divide into heads by what {type(self.owner).__name__} says of "
+                f"them, or not in one way: it has {describe(self.owner)}"
+            )
+        # The number of heads is the width's, never the configuration's: layers and ranks may differ.
+        return HeadSite(
+            self.name, _layer(self.name, self.owner), width // head_dim, head_dim, self.projection
+        )
+
+
+def _attentions(model: nn.Module) -> Iterator[_Attention]:
+    """Every attention module, chosen by default or not, in the order of the model's modules."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    decoder = decoder_of(model)
+    in_decoder = {id(m) for m in decoder.modules()}
+    around = [m for m in unwrapped(model).modules() if any(inside is decoder for inside in m.modules())]
+    has_encoder = any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in around)
+    for path, owner in model.named_modules():
+        kind = type(owner).__name__
+        is_attention = ATTENTION.search(kind) is not None
+        name, projection = _projection(path, modules)
+        if not is_attention and (
+            projection is None or said_head_dim(owner, input_width(projection) or 0) is None
+        ):
+            continue
+        by_default = is_attention and id(owner) in in_decoder and not NOT_ATTENTION.search(kind)
+        if by_default and not has_encoder:
+            by_default = not TO_ENCODER.search(path)
+        yield _Attention(path, owner, by_default, name, projection)
+
+
+def _projection(path: str, modules: dict[str, nn.Module]) -> tuple[str, nn.Module | None]:
+    """The projection of the attention module at `path`, and its name."""
+    for relative in PROJECTION_PATHS:
+        parts = path.split(".") if path else []
+        steps = relative.split("/")
+        if steps[0] == "..":
+            parts = parts[:-1]
+            if not ATTENTION.search(type(modules[".".join(parts)]).__name__):
+                continue
+        name = ".".join([*parts, *steps[-1].split(".")])
+        module = modules.get(name)
+        while module is not None and input_width(module) is None:
+            name = f"{name}.{WRAPPED}"
+            module = modules.get(name)
+        if module is not None:
+            return name, module
+    return "", None
+
+
+def _layer(name: str, owner: nn.Module) -> int:
+    layer_idx = getattr(owner, "layer_idx", None)
+    if isinstance(layer_idx, int) and layer_idx >= 0:
+        return layer_idx
+    first_integer = re.search(r"\d+", name)
+    return int(first_integer.group()) if first_integer else 0
+
+
+def _check_complete(chosen: list[_Attention]) -> None:
+    """Raises NoSitesError where an attention module has no projection, and neither is part of one that has nor has one in it."""
+    served = [a for a in chosen if a.projection is not None]
+    for attention in chosen:
+        inside = any(f"{attention.path}.".startswith(f"{a.path}.") for a in served)
+        outside = any(a.name.startswith(f"{attention.path}.") for a in served)
+        if not (inside or outside):
+            raise NoSitesError(
+                f"{attention.path} ({type(attention.owner).__name__}) has no linear layer called "
+                f"{', '.join(PROJECTION_PATHS)}: the profile would lack its heads"
+            )
+
+
+def _examples(attentions: Iterable[_Attention]) -> str:
+    """Classes, each with the name of one module."""
+    by_class = {type(a.owner).__name__: a.path for a in attentions}
+    return ", ".join(f"{kind} ({path})" for kind, path in sorted(by_class.items())) or "none"

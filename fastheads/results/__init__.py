@@ -1,0 +1,1 @@
+"""HeadProfile: what was measured, as a file, tables, pictures; merging."""

@@ -1,0 +1,100 @@
+"""The picture of a profile: a heatmap, layers by heads (needs matplotlib)."""
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastheads.errors import MissingExtraError, OptionError
+from fastheads.results.files import write_atomic
+from fastheads.results.protocol import Profile
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+SUFFIXES = (".png", ".pdf", ".svg")
+MARKED = 10  # of the highest and of the lowest heads
+
+
+def heatmap(profile: Profile, metric: str, stat: str = "mean") -> "Figure":
+    """A figure of `stat` of `metric`; heads that do not exist or got no sample stay blank.
+
+    Raises:
+        OptionError: for an unknown metric or stat.
+        MissingExtraError: where matplotlib is not installed.
+    """
+    check_installed()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    cells = profile.ranked_cells(metric)
+    stats = profile.results()[metric]
+    if stat not in stats:
+        raise OptionError(f"unknown stat {stat!r}: choose one of {', '.join(stats)}")
+    values = stats[stat].double().where(stats["count"] > 0, float("nan"))
+
+    rows, heads = profile.shape
+    figure = Figure(figsize=(min(3 + 0.35 * max(heads, 9), 18), min(2 + 0.22 * max(rows, 14), 24)))
+    figure.set_layout_engine("constrained")
+    axes = figure.add_subplot(facecolor="0.85")
+    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", cmap="viridis")
+    relative = "\n(1: the layer's average head)" if metric.startswith("relative_") and stat == "mean" else ""
+    figure.colorbar(image, label=f"{stat} of {metric}{relative}")
+    axes.set(xlabel="head", ylabel="layer")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    step = -(-rows // 30)  # 30 labels are as many as can be read
+    axes.set_yticks(range(0, rows, step), [str(layer) for layer in profile.layers[::step]])
+    axes.set_title(_title(profile), fontsize="medium", loc="left")
+
+    if stat == "mean" and len(cells) >= 4 * MARKED:
+        marks = (("highest", cells[-MARKED:], "o", "black"), ("lowest", cells[:MARKED], "x", "white"))
+        for name, marked, marker, colour in marks:
+            y, x = zip(*marked, strict=True)
+            axes.scatter(
+                x, y, marker=marker, s=24, color=colour, linewidths=1.2, label=f"the {MARKED} {name}"
+            )
+        figure.legend(loc="outside lower left", ncols=2, fontsize="small", facecolor="0.6", framealpha=1)
+    return figure
+
+
+def save_heatmap(profile: Profile, path: str | os.PathLike[str], metric: str) -> None:
+    """Draw the heatmap of the means of `metric` and write it to `path`, whole or not at all.
+
+    Raises:
+        ValueError: if the suffix of `path` is none of `SUFFIXES`, or the metric is unknown.
+        OSError: where `path` cannot be written.
+        MissingExtraError: where matplotlib is not installed.
+    """
+    kind = picture_format(path)
+    buffer = io.BytesIO()
+    heatmap(profile, metric).savefig(buffer, format=kind, dpi=150)
+    write_atomic(path, buffer.getvalue())
+
+
+def picture_format(path: str | os.PathLike[str]) -> str:
+    """The format that the suffix of `path` names; ValueError if it is none of `SUFFIXES`."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise OptionError(
+            f"a picture's name must end in one of {', '.join(SUFFIXES)}, not {Path(path).name!r}"
+        )
+    return suffix[1:]
+
+
+def check_installed() -> None:
+    """Raise MissingExtraError where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("a picture", "matplotlib", "plot") from error
+
+
+def _title(profile: Profile) -> str:
+    data = profile.metadata.get("data", {})
+    tokens = f"{data['tokens']:,} tokens" if "tokens" in data else ""
+    if not data.get("complete", True):
+        tokens += ", incomplete"
+    lines = [Path(str(profile.metadata.get("model", ""))).name, tokens]
+    # matplotlib reads $...$ as mathematics
+    return "\n".join(line for line in lines if line).replace("$", r"\$")

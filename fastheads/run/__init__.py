@@ -1,0 +1,1 @@
+"""profile(): loading a model, batches, the loop, checkpoints, signals, several processes."""

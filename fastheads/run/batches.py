@@ -1,0 +1,468 @@
+"""Batches for the model, made ahead of it, and where in the data a run stands.
+
+Which rows make a batch follows from the data and the options alone, never from timing: a run that is resumed makes the same
+batches. Only running out of memory changes them, and what that left is part of the position.
+"""
+
+import copy
+import hashlib
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastheads.corpus import readers, sources
+from fastheads.corpus.windows import Corpus, Window, plan
+from fastheads.errors import CheckpointError, DataError
+from fastheads.models.batch_sharing import Sharing
+
+AHEAD = 4  # batches that are made before the model is ready for them
+CPU_TOKENS = 2048  # in a batch, by default
+GPU_TOKENS = 32_768  # at most, by default: a GPU does not get faster beyond, and padding grows
+GPU_SHARE = 0.5  # of the free memory that a batch may take, as far as that can be told
+
+
+@dataclass
+class Batch:
+    """What one forward is given.
+
+    `arguments` go to the decoder, with their tensors on the CPU. `real` `[rows, tokens]` is 0 where a token is padding; None:
+    there is none, or a mask among the arguments says.
+    """
+
+    arguments: dict[str, Any]
+    real: Tensor | None
+    lengths: list[int]  # real tokens by row
+    width: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def sequences(self) -> int:
+        return sum(n > 0 for n in self.lengths)
+
+    @property
+    def area(self) -> int:
+        """Tokens and padding."""
+        return len(self.lengths) * self.width
+
+
+class Feed(Protocol):
+    """Batches in order. After `next()` comes `done()`, or `halve()` where the batch did not fit into memory."""
+
+    total: int | None  # tokens in all, where that is known
+    expected: int | None  # the same, by what was read so far
+
+    @property
+    def stretches(self) -> int:
+        """Windows, or token batches, that are done as a whole: what is done between two of them is a fair part of the data."""
+
+    def next(self) -> Batch | None:
+        """The next batch; None behind the last."""
+
+    def done(self) -> None:
+        """The batch counted."""
+
+    def halve(self) -> bool:
+        """Make smaller ones of the batch and of those after it; False where it is one row already."""
+
+    @property
+    def exhausted(self) -> bool:
+        """True if every batch is done and nothing of the data is left, which `max_tokens` may have cut off."""
+
+    def position(self) -> dict[str, Any]:
+        """Where the run stands (JSON): behind the last batch that is done."""
+
+    def close(self) -> None:
+        """Stop making batches."""
+
+
+@dataclass
+class _Planned:
+    window: Window
+    todo: deque[list[int]]
+
+
+class WindowFeed:
+    """The batches of a corpus: rows of one window, or of small ones that are joined, of about equal length; made in a thread
+    ahead of the model.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        budget: int,
+        max_rows: int | None,
+        pad_token_id: int,
+        with_mask: bool,
+        pinned: bool,
+        embeddings: int | None,
+        each_window: bool = False,
+        sharing: Sharing | None = None,
+        position: dict[str, Any] | None = None,
+    ) -> None:
+        """`budget`: tokens in a batch, padding included. `with_mask`: whether padded batches get an attention mask.
+        `embeddings`: how many tokens the model knows. `each_window`: small windows are not joined (`Corpus.stretches`).
+        `sharing`: which rows may share a batch; None: all.
+
+        Raises:
+            CheckpointError: if `position` is none that `position()` gives.
+        """
+        self._sharing = Sharing() if sharing is None else sharing
+        self._budget, self._max_rows = budget, max_rows if self._sharing.alone is None else 1
+        self._pad, self._with_mask, self._pinned = pad_token_id, with_mask, pinned
+        self._embeddings = embeddings
+        self._planned: deque[_Planned] = deque()
+        self._made: deque[Future[Batch]] = deque()  # of the first batches in `_planned`
+        self._position: dict[str, Any] = {
+            **{"window": None, "todo": None, "windows": 0},
+            **{"budget": budget, "tokens": 0},
+        }
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastheads-batches")
+        self._finished = 0  # tokens in the windows that are done
+        self._todo: list[list[int]] | None = None
+        resume = None
+        if position is not None:
+            resume, self._todo, self._budget = _checked_position(position)
+            self._position = copy.deepcopy(position)
+            self._finished = position["tokens"]
+            if resume is not None:
+                try:
+                    corpus.windows(resume).close()  # now, and not when the first is read
+                except DataError as error:
+                    raise CheckpointError(
+                        f"the checkpoint has no position in this corpus: {error}"
+                    ) from error
+        self.total: int | None = None
+        self.expected: int | None = None
+        self._corpus = corpus
+        self._windows = corpus.windows(resume) if each_window else corpus.stretches(resume)
+
+    def next(self) -> Batch | None:
+        self._fill()
+        return self._made[0].result() if self._made else None
+
+    def done(self) -> None:
+        self._made.popleft()
+        first = self._planned[0]
+        first.todo.popleft()
+        if not first.todo:
+            self._planned.popleft()
+            self._finished += first.window.tokens
+        # Behind the last batch of a window stands the one after it.
+        self._position = {
+            "window": first.window.resume if first.todo else first.window.after,
+            "todo": list(first.todo) or None,
+            "windows": self._position["windows"] + (not first.todo),
+            "budget": self._budget,
+            "tokens": self._finished,
+        }
+
+    def halve(self) -> bool:
+        first = self._planned[0]
+        rows = first.todo[0]
+        if len(rows) == 1:
+            return False
+        for made in self._made:
+            made.cancel()
+        self._made.clear()
+        area = len(rows) * max(len(first.window.sequences[row]) for row in rows)
+        self._budget = max(area // 2, 1)
+        smaller: deque[list[int]] = deque()
+        for batch in first.todo:
+            smaller += self._plan(first.window, batch)
+        first.todo = smaller
+        for later in list(self._planned)[1:]:  # as if they had been planned now, and not ahead
+            later.todo = deque(self._plan(later.window))
+        # A run that goes on from here must make these batches, and not halves of others.
+        self._position |= {"window": first.window.resume, "todo": list(smaller), "budget": self._budget}
+        return True
+
+    @property
+    def stretches(self) -> int:
+        return int(self._position["windows"])
+
+    @property
+    def exhausted(self) -> bool:
+        return self.total is not None and not self._planned and self._corpus.read_to_end
+
+    def position(self) -> dict[str, Any]:
+        return dict(self._position)
+
+    def close(self) -> None:
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        close = getattr(self._windows, "close", None)
+        if close is not None:
+            close()
+
+    def _fill(self) -> None:
+        """Have `AHEAD` batches in the making."""
+        while len(self._made) < AHEAD:
+            waiting = sum(len(planned.todo) for planned in self._planned)
+            if len(self._made) == waiting and not self._read():
+                return
+            index = len(self._made)
+            for planned in self._planned:
+                if index < len(planned.todo):
+                    self._made.append(self._worker.submit(self._make, planned.window, planned.todo[index]))
+                    break
+                index -= len(planned.todo)
+
+    def _read(self) -> bool:
+        """Plan another window; False where there is none."""
+        window = next(self._windows, None)
+        if window is None:
+            self.total = self._finished + sum(planned.window.tokens for planned in self._planned)
+            return False
+        if self._embeddings is not None and window.largest_token >= self._embeddings:
+            # On a GPU it would end the whole process.
+            raise DataError(
+                f"the tokenizer is not the model's: it gave token {window.largest_token}, the model has {self._embeddings}"
+            )
+        share = _share_read(self._corpus, window)
+        if share:
+            self.expected = round(
+                (self._finished + window.tokens + sum(p.window.tokens for p in self._planned)) / share
+            )
+        todo, self._todo = self._todo, None
+        if todo is None:
+            self._planned.append(_Planned(window, deque(self._plan(window))))
+        else:
+            rows = [row for batch in todo for row in batch]
+            if len(set(rows)) != len(rows) or not all(0 <= row < len(window.sequences) for row in rows):
+                raise CheckpointError("the checkpoint's batches are not of this data")
+            self._planned.append(_Planned(window, deque(todo)))
+        return True
+
+    def _plan(self, window: Window, rows: list[int] | None = None) -> list[list[int]]:
+        rows = list(range(len(window.sequences))) if rows is None else rows
+        lengths = [len(window.sequences[row]) for row in rows]
+        return [
+            [rows[group[i]] for i in batch]
+            for group in self._sharing.groups(lengths)
+            for batch in plan([lengths[i] for i in group], self._budget, self._max_rows)
+        ]
+
+    def _make(self, window: Window, rows: list[int]) -> Batch:
+        """The rows as a batch, padded on the right."""
+        sequences = [window.sequences[row] for row in rows]
+        arguments = sources.collate(sequences, self._pad, pin_memory=self._pinned)
+        real = arguments.get("attention_mask") if self._with_mask else arguments.pop("attention_mask", None)
+        lengths = [len(sequence) for sequence in sequences]
+        return Batch(arguments, real, lengths, max(lengths))
+
+
+class GivenFeed:
+    """Token batches that the caller made. A position counts them; what was in them is told by a digest of their tensors."""
+
+    def __init__(
+        self,
+        batches: Iterable[dict[str, Any]],
+        *,
+        max_tokens: int | None,
+        digested: bool,
+        sharing: Sharing | None = None,
+        position: dict[str, Any] | None = None,
+    ) -> None:
+        """`digested`: keep the digest, which reads every batch. `sharing`: where rows affect each other by it, a batch is not
+        halved.
+
+        Raises:
+            CheckpointError: if `position` is none that `position()` gives, or not of these batches.
+        """
+        self.total = self.expected = max_tokens
+        self._sharing = Sharing() if sharing is None else sharing
+        self._left_out = False  # some of the data, by `max_tokens`
+        self._at_end = False
+        self._batches: Iterator[dict[str, Any]] = self._limited(batches, max_tokens)
+        self._digest = hashlib.sha256() if digested else None
+        self._count = self._row = 0  # batches done, and rows of the one under way
+        self._parts: deque[dict[str, Any]] = deque()
+        self._rows: int | None = None  # in a batch, once memory ran out
+        if position is not None:
+            self._skip(position)
+
+    def next(self) -> Batch | None:
+        while not self._parts:
+            whole = next(self._batches, None)
+            if whole is None:
+                self._at_end = True
+                return None
+            self._count_in(whole)
+            self._row = 0
+            self._parts += self._split(whole)
+        first = self._parts[0]
+        width = first["input_ids"].shape[1]
+        return Batch(first, None, sources.tokens_by_row(first).tolist(), width)
+
+    def done(self) -> None:
+        self._row += self._parts.popleft()["input_ids"].shape[0]
+
+    def halve(self) -> bool:
+        rows = self._parts[0]["input_ids"].shape[0]
+        if rows == 1 or not self._may_be_split(self._parts[0]):
+            return False
+        self._rows = rows // 2
+        self._parts = deque(part for whole in self._parts for part in self._split(whole))
+        return True
+
+    @property
+    def stretches(self) -> int:
+        return self._count - bool(self._parts)
+
+    @property
+    def exhausted(self) -> bool:
+        return self._at_end and not self._left_out
+
+    def position(self) -> dict[str, Any]:
+        return {
+            "batches": self._count,
+            "row": self._row if self._parts else None,  # of the last of them; None: all
+            "spans": [
+                part["input_ids"].shape[0] for part in self._parts
+            ],  # the rows of each part of it that is left
+            "rows": self._rows,
+            "digest": None if self._digest is None else self._digest.hexdigest(),
+        }
+
+    def close(self) -> None:
+        pass
+
+    def _limited(self, batches: Iterable[dict[str, Any]], max_tokens: int | None) -> Iterator[dict[str, Any]]:
+        """`batches` that hold tokens, up to exactly `max_tokens` real ones, and whether there are more."""
+        left = math.inf if max_tokens is None else max_tokens
+        for batch in batches:
+            tokens = int(sources.tokens_by_row(batch).sum())
+            if not tokens:
+                continue
+            self._left_out = tokens > left
+            if left <= 0:
+                return
+            yield batch if tokens <= left else sources.cut(batch, int(left))
+            if self._left_out:
+                return
+            left -= tokens
+
+    def _count_in(self, batch: dict[str, Any]) -> None:
+        self._count += 1
+        if self._digest is not None:
+            for key in sorted(batch):
+                value = batch[key]
+                if isinstance(value, Tensor):
+                    plain = value.detach().cpu().contiguous()
+                    self._digest.update(f"{key} {plain.dtype} {list(plain.shape)} ".encode())
+                    self._digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+                elif value is None or isinstance(value, bool | int | float | str):
+                    self._digest.update(f"{key} {value!r} ".encode())
+
+    def _may_be_split(self, batch: dict[str, Any]) -> bool:
+        """Whether parts of the batch give what the whole gives. They keep its width, but not its greatest position."""
+        positions = self._sharing.by_width and batch.get("position_ids") is not None
+        return self._sharing.alone is None and not positions
+
+    def _split(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = batch["input_ids"].shape[0]
+        step = rows if self._rows is None or not self._may_be_split(batch) else self._rows
+        return [
+            batch if step == rows else _some_rows(batch, start, min(start + step, rows))
+            for start in range(0, rows, max(step, 1))
+        ] or [batch]
+
+    def _skip(self, position: dict[str, Any]) -> None:
+        count, row, rows, spans = (position.get(key) for key in ("batches", "row", "rows", "spans"))
+        if (
+            not (type(count) is int and count >= 0 and isinstance(spans, list))
+            or not all(n is None or (type(n) is int and n >= least) for n, least in ((row, 0), (rows, 1)))
+            or not all(type(n) is int and n > 0 for n in spans)
+            or bool(spans) != (row is not None)
+            or (count == 0 and row is not None)
+        ):
+            raise CheckpointError("the checkpoint has no position in token batches")
+        self._rows = rows
+        for number in range(count):
+            whole = next(self._batches, None)
+            if whole is None:
+                raise CheckpointError("the token batches are not those of the checkpoint: there are fewer")
+            self._count_in(whole)
+            if number == count - 1 and row is not None:
+                if row + sum(spans) != whole["input_ids"].shape[0]:
+                    raise CheckpointError("the token batches are not those of the checkpoint")
+                self._row = row
+                for span in spans:
+                    self._parts.append(_some_rows(whole, row, row + span))
+                    row += span
+        if self._digest is not None and self._digest.hexdigest() != position.get("digest"):
+            raise CheckpointError("the token batches are not those of the checkpoint")
+
+
+def _some_rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    rows = batch["input_ids"].shape[0]
+    return {
+        key: value[start:stop] if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+        for key, value in batch.items()
+    }
+
+
+def _share_read(corpus: Corpus, window: Window) -> float | None:
+    """How much of the shard has been read at the end of the window, where the source's size tells."""
+    size, position = corpus.source.size, window.after["position"]
+    path = getattr(corpus.source, "path", None)
+    if not size or not isinstance(position, dict) or (path is not None and path.suffix in readers.OPENERS):
+        return None
+    before = getattr(corpus.source, "bytes_before", None)
+    if before is not None:
+        position = {"byte": before(position)}
+    read = position.get("byte", window.after["characters"] if "item" in position else None)
+    if not read:
+        return None
+    # Of this shard's windows as many are read as lie before that end, and not the same share of them as of all.
+    shards = corpus.shard[1]
+    whole = (window.index // shards + 1) * shards / (window.index + 1)
+    return min(read / size, 1.0) * whole
+
+
+def _checked_position(
+    position: dict[str, Any],
+) -> tuple[dict[str, Any] | None, list[list[int]] | None, int]:
+    window, todo, budget = position.get("window"), position.get("todo"), position.get("budget")
+    rows_sound = todo is None or (
+        isinstance(todo, list)
+        and all(isinstance(batch, list) and batch and all(type(n) is int for n in batch) for batch in todo)
+    )
+    if (
+        not (window is None or (isinstance(window, dict) and window))
+        or not rows_sound
+        or type(budget) is not int
+        or budget < 1
+        or not all(
+            type(n) is int and 0 <= n < 2**62 for n in (position.get("tokens"), position.get("windows"))
+        )
+    ):
+        raise CheckpointError("the checkpoint has no position in a corpus")
+    return window, todo, budget
+
+
+def automatic_budget(config: Any, device: torch.device, dtype: torch.dtype, seq_len: int) -> int:
+    """Tokens in a batch: what a forward without a head or a cache is likely to have room for; on the CPU a fixed number.
+
+    Likely is enough: what does not fit after all is halved.
+    """
+    if device.type != "cuda":
+        return max(CPU_TOKENS, seq_len)
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    hidden = getattr(config, "hidden_size", None) or 8192
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    if isinstance(inner, list | tuple):  # one for each layer
+        inner = max(inner)
+    # The residual stream, a norm's float32 copy of it, queries, keys and values; and the three tensors of a gated MLP.
+    each = dtype.itemsize * (8 * hidden + 3 * inner) + 8 * hidden
+    return max(min(int(GPU_SHARE * free / each), GPU_TOKENS), seq_len)

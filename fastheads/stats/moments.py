@@ -1,0 +1,243 @@
+"""Running moments: count, nonfinite, mean, m2, min, max, updated a batch at a time and merged exactly.
+
+Within a batch the mean is found first and the squares are taken around it. Batches merge by the formula of Chan, Golub & LeVeque
+(1983):
+
+    n = n_a + n_b,  d = mean_b - mean_a,  mean = mean_a + d n_b / n,  m2 = m2_a + m2_b + d² n_a n_b / n
+
+Counts are int64 and the rest float64: 10⁹ samples lose nothing, and no sum of squares is ever subtracted.
+"""
+
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+COUNT, NONFINITE, MEAN, M2, MIN, MAX = range(6)
+PLANES = 6
+
+
+class Moments(NamedTuple):
+    """Moments of one or many streams of samples; six tensors of one shape.
+
+    `m2` is the sum of squared deviations from the mean. With count 0, mean and m2 are 0, min is +inf, max -inf.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # int64: finite samples (hides tuple.count)
+    nonfinite: Tensor  # int64: samples that were NaN or infinite, left out of all else
+    mean: Tensor  # float64, as the three below
+    m2: Tensor
+    min: Tensor
+    max: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor, present: Tensor | None = None) -> Self:
+        """Moments over the first dimension of `values` `[n, ...]` (n ≥ 1), less the rows where `present` `[n]` is False."""
+        values = values.double()
+        here = torch.ones_like(values, dtype=torch.bool)
+        if present is not None:
+            here &= present.view(-1, *[1] * (values.dim() - 1))
+        finite = here & values.isfinite()
+        count = finite.sum(0)
+        n = count.clamp(min=1)
+        # Selected, never multiplied by zero: 0 · NaN is NaN.
+        mean = torch.where(finite, values, 0.0).sum(0) / n
+        deviation = torch.where(finite, values - mean, 0.0)
+        return cls(
+            count=count,
+            nonfinite=(here & ~finite).sum(0),
+            mean=mean,
+            m2=deviation.square().sum(0),
+            min=torch.where(finite, values, torch.inf).amin(0),
+            max=torch.where(finite, values, -torch.inf).amax(0),
+        )
+
+    def merged(self, other: Self) -> Self:
+        """The moments of both streams together, by Chan's formula."""
+        count = self.count + other.count
+        n = count.clamp(min=1).double()
+        delta = other.mean - self.mean
+        weight = self.count * (other.count / n)
+        return type(self)(
+            count=count,
+            nonfinite=self.nonfinite + other.nonfinite,
+            mean=self.mean + delta * (other.count / n),
+            # In this order: where one side is empty the weight is 0, and a square may be infinite.
+            m2=self.m2 + other.m2 + delta * weight * delta,
+            min=torch.minimum(self.min, other.min),
+            max=torch.maximum(self.max, other.max),
+        )
+
+    def scaled(self, factor: Tensor) -> Self:
+        """The moments of the same samples, each times a number ≥ 0; `factor` is broadcast against the planes."""
+        seen = self.count > 0  # 0 · inf is NaN
+        return type(self)(
+            count=self.count,
+            nonfinite=self.nonfinite,
+            mean=self.mean * factor,
+            m2=self.m2 * factor.square(),
+            min=torch.where(seen, self.min * factor, self.min),
+            max=torch.where(seen, self.max * factor, self.max),
+        )
+
+    def var(self) -> Tensor:
+        """Unbiased variance; NaN where count < 2."""
+        return torch.where(self.count > 1, self.m2 / (self.count - 1).clamp(min=1), torch.nan)
+
+
+class RunningMoments:
+    """The moments of `metrics × rows × heads` streams in one buffer on one device.
+
+    `buffer` is float64 `[6, metrics, rows, heads]`: the planes COUNT, NONFINITE (int64 bits), MEAN, M2, MIN, MAX. One buffer
+    means that a copy of the whole state is one copy, and that a kernel takes one pointer.
+    """
+
+    def __init__(self, metrics: int, rows: int, heads: int, device: torch.device) -> None:
+        self.buffer = torch.empty(PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
+        self.batches: list[Any] = []  # samples that are not merged yet: of the dispatcher
+        self.clear()
+
+    @classmethod
+    def over(cls, buffer: Tensor) -> Self:
+        """The moments that `buffer` holds; shares its memory."""
+        moments = cls.__new__(cls)
+        moments.buffer, moments.batches = buffer, []
+        return moments
+
+    def clear(self) -> None:
+        """Forget every sample, in place (addresses stay)."""
+        self.buffer.zero_()
+        self.buffer[MIN].fill_(torch.inf)
+        self.buffer[MAX].fill_(-torch.inf)
+
+    def views(self) -> Moments:
+        """The planes as tensors `[metrics, rows, heads]` that share the buffer's memory."""
+        counts = self.buffer[:MEAN].view(torch.int64)
+        return Moments(counts[0], counts[1], *self.buffer[MEAN:])
+
+    def update(self, rows: slice | list[int], values: Tensor, present: Tensor | None = None) -> None:
+        """Merge samples `values` `[n, metrics, rows, h ≤ heads]`; `present` `[n]` False leaves one out."""
+        if values.shape[0] == 0:
+            return
+        heads = values.shape[-1]
+        planes = self.views()
+        state = Moments(*(plane[:, rows, :heads] for plane in planes))
+        merged = state.merged(Moments.of(values.to(self.buffer.device), present))
+        for plane, new in zip(planes, merged, strict=True):
+            plane[:, rows, :heads] = new
+
+
+def _buffer(metrics: int, rows: int, heads: int, device: torch.device, channels: int) -> Tensor:
+    """Memory for moments, float64 `[channels, 6, metrics, rows, heads]`."""
+    device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
+    with torch.inference_mode(False):  # an inference tensor could not be updated outside inference mode
+        return torch.empty(channels, PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
+
+
+def merged_buffers(one: Tensor, other: Tensor) -> Tensor:
+    """The moments of both, as new memory `[channels, 6, metrics, rows, heads]`."""
+    merged = torch.empty_like(one)
+    for target, left, right in zip(merged, one, other, strict=True):
+        planes = RunningMoments.over(left).views().merged(RunningMoments.over(right).views())
+        for plane, new in zip(RunningMoments.over(target).views(), planes, strict=True):
+            plane.copy_(new)
+    return merged
+
+
+class PendingMoments:
+    """The samples of one forward that runs beside another one, by channel: merged into the committed moments when it ends."""
+
+    def __init__(self, metrics: int, rows: int, heads: int, device: torch.device, channels: int = 1) -> None:
+        self.pending_buffer = _buffer(metrics, rows, heads, device, channels)
+        self.pending = [RunningMoments.over(channel) for channel in self.pending_buffer]
+        for moments in self.pending:
+            moments.clear()
+
+    def like(self) -> "PendingMoments":
+        """Moments of the same shape on the same device, without samples."""
+        channels, _, metrics, rows, heads = self.pending_buffer.shape
+        return PendingMoments(metrics, rows, heads, self.pending_buffer.device, channels)
+
+
+class CommittedMoments(PendingMoments):
+    """Running moments twice: `pending` takes the samples of a forward, `committed` holds those of forwards that ended normally.
+
+    Both are lists by channel (`capture.channels`). Beginning and committing are one copy each on the device, which a CUDA graph
+    can capture. Forwards that run beside the one that `pending` serves (in other threads, or called inside it) have
+    `PendingMoments` of their own, which `add` merges.
+    """
+
+    def __init__(self, metrics: int, rows: int, heads: int, device: torch.device, channels: int = 1) -> None:
+        super().__init__(metrics, rows, heads, device, channels)
+        # A tensor of its own, for compilers copy what shares memory.
+        self.committed_buffer = _buffer(metrics, rows, heads, device, channels)
+        self._begun = False  # since the last commit: pending may hold what committed does not
+        self._begun_in_graph = (
+            False  # a CUDA graph begins by itself, and what it leaves pending Python does not know
+        )
+        self._added: Tensor | None = None  # what other forwards committed since this one began
+        self.clear()
+
+    @property
+    def committed(self) -> list[RunningMoments]:
+        return [RunningMoments.over(channel) for channel in self.committed_buffer]
+
+    def begin(self, always: bool) -> None:
+        """Start a forward: what an exception left pending is overwritten.
+
+        `always`: also where nothing was begun since the last commit as far as Python knows, for graphs and what they leave.
+        """
+        if always or self._begun or self._begun_in_graph:
+            self.pending_buffer.copy_(self.committed_buffer)
+        self._added = None
+        self._begun = True
+
+    def is_even(self) -> bool:
+        """Whether it is certain that what is pending is what is committed."""
+        return not (self._begun or self._begun_in_graph)
+
+    def commit(self) -> None:
+        """End a forward: its samples count."""
+        if self._added is not None:
+            self.pending_buffer.copy_(merged_buffers(self.pending_buffer, self._added))
+            self._added = None
+        self.committed_buffer.copy_(self.pending_buffer)
+        self._begun = False
+
+    def leave(self) -> None:
+        """End a forward that put nothing here."""
+        if self._added is None:
+            self._begun = False
+        self._added = None
+
+    def add(self, samples: Tensor) -> None:
+        """Commit `samples` `[channels, 6, metrics, rows, heads]` of another forward than the one that may be under way."""
+        total = merged_buffers(self.committed_buffer, samples)
+        # First what the forward under way will commit, for it overwrites what is committed.
+        self._added = samples.clone() if self._added is None else merged_buffers(self._added, samples)
+        self.committed_buffer.copy_(total)
+        if not self._begun:  # none is under way: the next one begins with a copy
+            self._added, self._begun = None, True
+
+    def begun_in_graph(self) -> None:
+        """A CUDA graph that is captured begins a forward by itself: each that is begun in Python copies from now on."""
+        self._begun_in_graph = True
+
+    def distrust(self) -> None:
+        """What is pending may be more than what is committed, between forwards too."""
+        self._begun = True
+
+    def clear(self) -> None:
+        """Forget every sample, in place."""
+        for moments in (*self.committed, *self.pending):
+            moments.clear()
+        self._added = None
+
+    def freeze(self) -> None:
+        """Hold the committed moments in memory that no CUDA graph knows."""
+        with torch.inference_mode(False):
+            self.committed_buffer = self.committed_buffer.clone()
+
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """The memory that a CUDA graph would read and write."""
+        return self.committed_buffer, self.pending_buffer
