@@ -23,7 +23,7 @@ from fastheads.models.weights import dense_weight
 from fastheads.results.head_profile import HeadProfile, warn_where_empty
 from fastheads.stats.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.stats.moments import Moments
-from fastheads.stats.token_layout import DecoderArguments, RealTokens, TokenMask
+from fastheads.stats.token_layout import DecoderArguments, TokenLayout, TokenMask
 
 
 class Welford:
@@ -48,8 +48,8 @@ class Welford:
 class HookManager:
     """Profiles every attention head of `model` while it runs, one head at a time.
 
-    token_agg: "last" (a sample is a sequence's value at its last real token), "all" (its mean over the real tokens) or "token"
-    (each real token is a sample). Raises NoSitesError where the model has no o_proj to profile.
+    token_agg: "last" (a sample is a sequence's value at its last valid token), "all" (its mean over the valid tokens) or "token"
+    (each valid token is a sample). Raises NoSitesError where the model has no o_proj to profile.
     """
 
     def __init__(self, model: nn.Module, token_agg: str = "last") -> None:
@@ -61,7 +61,7 @@ class HookManager:
         self._updates = Updates(self.model, dict(enumerate(self.sites)))
         self._decoder = decoder_of(self.model)
         self._arguments = DecoderArguments(self._decoder)
-        self._real: RealTokens | None = None  # the real tokens of the running call of the decoder
+        self._real: TokenLayout | None = None  # the valid tokens of the running call of the decoder
         self._paused = False
         self._handles: list[Any] = []
         self.reset()
@@ -82,7 +82,7 @@ class HookManager:
             )
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._real = None if self._paused else self._arguments.real_tokens(args, kwargs, skip_first=0)
+        self._real = None if self._paused else self._arguments.token_layout(args, kwargs, skip_first=0)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._real = None
@@ -101,10 +101,10 @@ class HookManager:
                 weight = dense_weight(site).double()  # [hidden, num_heads * head_dim]
             reaching, scale = self._reaching(row, weight, output.double())
             scale = scale.reshape(batch * seq)
-            bounds = self._real.bounds
-            if bounds is None:  # each row is a sequence
-                bounds = torch.arange(batch + 1) * seq
-            for start, stop in pairwise(bounds.tolist()):
+            cu_seqlens = self._real.cu_seqlens
+            if cu_seqlens is None:  # each row is a sequence
+                cu_seqlens = torch.arange(batch + 1) * seq
+            for start, stop in pairwise(cu_seqlens.tolist()):
                 real, of_tokens = (
                     head_outputs[start:stop],
                     scale[start:stop],

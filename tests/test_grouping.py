@@ -6,7 +6,7 @@ from oracle import assert_results, captured_inputs, equal_results
 from tiny_models import build, tokens
 
 import fastheads
-from fastheads.backends.accumulator import Dispatcher
+from fastheads.backends.accumulator import Accumulator
 from fastheads.capture.queue import CPU_KEEP_BYTES
 
 
@@ -14,13 +14,13 @@ from fastheads.capture.queue import CPU_KEEP_BYTES
 def groups(monkeypatch):
     """The rows of each group that was recorded."""
     seen = []
-    record = Dispatcher.record
+    record = Accumulator.record
 
     def spy(self, rows, inputs, real, moments, **options):
         seen.append(list(rows))
         record(self, rows, inputs, real, moments, **options)
 
-    monkeypatch.setattr(Dispatcher, "record", spy)
+    monkeypatch.setattr(Accumulator, "record", spy)
     return seen
 
 

@@ -163,9 +163,9 @@ def test_nothing_is_read_from_a_device(how):
     given = {
         name: value.to("meta") for name, value in arguments(CALLS[2], how).items() if name != "use_cache"
     }
-    real = reader.real_tokens((), given, 1)
+    real = reader.token_layout((), given, 1)
     assert real.valid.shape == (3, 7)
-    assert [t.shape for t in real.last_of_sequences] == [(real.bounds.shape[0] - 1,)] * 2
+    assert [t.shape for t in real.last_of_sequences] == [(real.cu_seqlens.shape[0] - 1,)] * 2
 
 
 def test_positions_are_read_where_transformers_reads_them(monkeypatch):
@@ -198,13 +198,13 @@ def test_a_sample_that_is_nan_stays_in_its_segment():
     bounds = torch.tensor([0, 3, 6, 9])
     factors = torch.eye(4, dtype=torch.float64).expand(1, 2, 4, 4)
     mask = torch.ones(1, 9, dtype=torch.bool)
-    values, present = samples(x, mask, "all", 2, factored_norms(factors), bounds=bounds)
+    values, present = samples(x, mask, "all", 2, factored_norms(factors), cu_seqlens=bounds)
     assert present.tolist() == [True] * 3
     assert values.isnan().flatten(1).all(1).tolist() == [False, True, False]
     norms = x[0, 0].view(9, 2, 4).norm(dim=-1)
     torch.testing.assert_close(values[2, 0, 0], norms[6:9].mean(0))
     mask[0, 4] = False  # padding may hold NaN
-    values, _ = samples(x, mask, "all", 2, factored_norms(factors), bounds=bounds)
+    values, _ = samples(x, mask, "all", 2, factored_norms(factors), cu_seqlens=bounds)
     torch.testing.assert_close(values[1, 1, 0], norms[[3, 5]].mean(0))
 
 
@@ -212,12 +212,12 @@ def test_positions_of_models_with_axes():
     """Qwen2-VL's decoder takes the text's positions and those along three axes in one tensor."""
     positions = positions_of([[3, 4], [2, 5]])
     given = dict(inputs_embeds=torch.zeros(2, 7, 8), position_ids=positions.expand(4, 2, 7))
-    real = DecoderArguments(build().model).real_tokens((), given, 0)
-    assert real.bounds.tolist() == [0, 3, 7, 9, 14]
+    real = DecoderArguments(build().model).token_layout((), given, 0)
+    assert real.cu_seqlens.tolist() == [0, 3, 7, 9, 14]
     given["position_ids"] = positions.expand(
         3, 2, 7
     )  # without the text's: of no consequence for the segments
-    assert DecoderArguments(build().model).real_tokens((), given, 0).bounds is None
+    assert DecoderArguments(build().model).token_layout((), given, 0).cu_seqlens is None
 
 
 @pytest.mark.parametrize("manager", [fastheads.HookManager, BasicHookManager])

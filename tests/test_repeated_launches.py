@@ -13,10 +13,10 @@ from oracle import assert_results, captured_inputs
 from tiny_models import build, tokens
 
 import fastheads
-from fastheads.backends.accumulator import Dispatcher
-from fastheads.backends.launch import Repeat
+from fastheads.backends.accumulator import Accumulator
+from fastheads.backends.launch import CachedLaunch
 from fastheads.capture.manager import HookManager
-from fastheads.capture.queue import Backlog
+from fastheads.capture.queue import DeferredForwards
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = (
@@ -33,18 +33,18 @@ launcher = pytest.importorskip("fastheads.kernels.launch")
 @pytest.fixture
 def repeats(monkeypatch):
     """Whether a launch was repeated, each time that it was tried; no forward waits for the next."""
-    monkeypatch.setattr(Backlog, "offer", lambda *_: False)
+    monkeypatch.setattr(DeferredForwards, "offer", lambda *_: False)
     seen = []
-    repeated = HookManager._repeated
+    repeated = HookManager._launched_again
 
     def spy(self, forward, queue, *args):
-        tried = queue.repeat is not None
+        tried = queue.cached_launch is not None
         done = repeated(self, forward, queue, *args)
         if tried:
             seen.append(done)
         return done
 
-    monkeypatch.setattr(HookManager, "_repeated", spy)
+    monkeypatch.setattr(HookManager, "_launched_again", spy)
     return seen
 
 
@@ -186,29 +186,29 @@ def test_an_input_that_is_modified_in_place_is_an_error(repeats):
 def launches(monkeypatch):
     """The number of sequences in each launch that is not a repeated one."""
     seen = []
-    record = Dispatcher.record
+    record = Accumulator.record
 
     def spy(self, rows, inputs, *args, **options):
         assert list(rows) == [0, 1, 2]
         seen.append(inputs[0].shape[0])
         record(self, rows, inputs, *args, **options)
 
-    monkeypatch.setattr(Dispatcher, "record", spy)
+    monkeypatch.setattr(Accumulator, "record", spy)
     return seen
 
 
 @pytest.fixture
 def late(monkeypatch):
-    """The number of real tokens in each repeated launch; None where all are."""
+    """The number of valid tokens in each repeated launch; None where all are."""
     seen = []
-    launch = Repeat.launch
+    launch = CachedLaunch.launch
 
     def spy(self, addresses, state, valid):
         assert launch(self, addresses, state, valid)
         seen.append(None if valid is None else int(valid.sum()))
         return True
 
-    monkeypatch.setattr(Repeat, "launch", spy)
+    monkeypatch.setattr(CachedLaunch, "launch", spy)
     return seen
 
 
@@ -437,13 +437,13 @@ def test_nothing_waits_where_weights_change_in_each_step(launches):
 @pytest.mark.parametrize(("token_agg", "padded"), [("all", False), ("last", True)])
 def test_compiled_forwards_repeat_their_launch(monkeypatch, token_agg, padded):
     seen = []
-    again = Repeat.again_in_graph
+    again = CachedLaunch.again_in_graph
 
     def spy(self, *args):
         seen.append(again(self, *args))
         return seen[-1]
 
-    monkeypatch.setattr(Repeat, "again_in_graph", spy)
+    monkeypatch.setattr(CachedLaunch, "again_in_graph", spy)
     model = model_on_device()
     sites = fastheads.find_sites(model)
     masks = [torch.tensor([[1] * n + [0] * (6 - n), [1] * 6], device=DEVICE) for n in (6, 3, 0, 5)]
@@ -708,7 +708,7 @@ def test_a_second_call_of_the_decoder_that_overwrites_the_firsts_inputs_is_an_er
         del hooks
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Backlog, "take"), (Repeat, "launch")])
+@pytest.mark.parametrize(("owner", "name"), [(DeferredForwards, "take"), (CachedLaunch, "launch")])
 def test_forwards_that_an_interrupt_loses_are_not_forgotten(monkeypatch, owner, name):
     method, interrupts = getattr(owner, name), [KeyboardInterrupt]
     model = model_on_device()

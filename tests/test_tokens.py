@@ -115,7 +115,7 @@ def test_a_mask_that_runs_past_the_tokens():
     with torch.no_grad():
         cache = model.model(input_ids=ids[:, :5], attention_mask=mask[:, :5], use_cache=True).past_key_values
     given = dict(input_ids=ids[:, 5:], attention_mask=longer, past_key_values=cache)
-    real = DecoderArguments(model.model).real_tokens((), given, 0)
+    real = DecoderArguments(model.model).token_layout((), given, 0)
     assert torch.equal(real.valid, mask[:, 5:].bool())
 
 
@@ -155,7 +155,7 @@ def test_the_diagonal_of_a_4d_mask(additive):
     assert_results(results, sites, inputs, [mask.tolist()], "all", 5e-6)
 
 
-def test_what_does_not_tell_the_real_tokens_is_refused():
+def test_what_does_not_tell_the_valid_tokens_is_refused():
     model = build()
     ids = tokens(2, 6)
     for manager in (fastheads.HookManager, BasicHookManager):
@@ -192,7 +192,7 @@ def test_additive_masks_that_people_make(low, dtype):
     for bias in (0.0, -8.0, 3.0):
         additive = torch.where(square, bias, low).to(dtype)
         given = dict(input_ids=tokens(1, 5), attention_mask=additive)
-        real = DecoderArguments(build().model).real_tokens((), given, 0)
+        real = DecoderArguments(build().model).token_layout((), given, 0)
         assert torch.equal(real.valid, mask.bool())
 
 
@@ -200,7 +200,7 @@ def test_a_4d_mask_of_whole_numbers_is_refused():
     """Some take 1 for seen, and a model that adds it takes it for a bias."""
     given = dict(input_ids=tokens(1, 5), attention_mask=torch.ones(1, 1, 5, 5, dtype=torch.long).tril())
     with pytest.raises(ValueError, match="in bool or in floating point, not torch.int64"):
-        DecoderArguments(build().model).real_tokens((), given, 0)
+        DecoderArguments(build().model).token_layout((), given, 0)
 
 
 def test_one_mask_for_all_rows():
@@ -250,7 +250,7 @@ def test_a_cache_that_does_not_know_its_length():
         attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]),
         past_key_values=Ignorant(),
     )
-    real = DecoderArguments(build().model).real_tokens((), given, 0)
+    real = DecoderArguments(build().model).token_layout((), given, 0)
     assert real.valid.tolist() == [[True], [True]]
 
 
@@ -277,9 +277,9 @@ def test_a_mask_that_runs_past_the_tokens_beside_an_empty_cache(family):
     with torch.no_grad():
         cache = model.model(input_ids=ids[:, :3], attention_mask=mask[:, :3], use_cache=True).past_key_values
     given = dict(input_ids=ids[:, 3:], attention_mask=mask, past_key_values=cache)
-    assert reader.real_tokens((), given, 0).valid.tolist() == [[False, True], [True, False]]
+    assert reader.token_layout((), given, 0).valid.tolist() == [[False, True], [True, False]]
     given = dict(input_ids=ids[:, :3], attention_mask=mask, past_key_values=DynamicCache())
-    assert reader.real_tokens((), given, 0).valid.tolist() == [[False, True, True], [True, True, True]]
+    assert reader.token_layout((), given, 0).valid.tolist() == [[False, True, True], [True, True, True]]
 
 
 @pytest.mark.parametrize("columns", [9, 12])
@@ -322,13 +322,13 @@ def test_caches_that_do_not_say_how_much_they_hold():
     mask = torch.tensor([[0, 0, 1, 1, 0]])
     given = dict(input_ids=tokens(1, 2), attention_mask=mask, past_key_values=Cache())
     given["cache_position"] = torch.tensor([2, 3])
-    assert DecoderArguments(Decoder()).real_tokens((), given, 0).valid.tolist() == [[True, True]]
+    assert DecoderArguments(Decoder()).token_layout((), given, 0).valid.tolist() == [[True, True]]
     four = torch.ones(2, 5).tril(2).bool() & mask[:, None, None, :].bool()
     given["attention_mask"] = four
-    assert DecoderArguments(Decoder()).real_tokens((), given, 0).valid.tolist() == [[True, True]]
+    assert DecoderArguments(Decoder()).token_layout((), given, 0).valid.tolist() == [[True, True]]
     # RecurrentGemma's, then: a cache inside the model
     given |= dict(attention_mask=mask, past_key_values=None)
-    assert DecoderArguments(Decoder()).real_tokens((), given, 0).valid.tolist() == [[True, True]]
+    assert DecoderArguments(Decoder()).token_layout((), given, 0).valid.tolist() == [[True, True]]
 
 
 def test_padding_that_is_not_read_is_refused():
@@ -338,18 +338,18 @@ def test_padding_that_is_not_read_is_refused():
     model = FSMTModel(FSMTConfig(**small, **heads))
     reader = DecoderArguments(model.get_decoder())
     given = dict(input_ids=tokens(2, 3))
-    assert reader.real_tokens((), given, 0).valid is None
+    assert reader.token_layout((), given, 0).valid is None
     given["decoder_padding_mask"] = torch.tensor([[True, False, False]] * 2)
     with pytest.raises(ValueError, match="decoder_padding_mask is not read.*token_mask"):
-        reader.real_tokens((), given, 0)
+        reader.token_layout((), given, 0)
     with reader.overridden(~given["decoder_padding_mask"]):
-        assert reader.real_tokens((), given, 0).valid.tolist() == [[False, True, True]] * 2
+        assert reader.token_layout((), given, 0).valid.tolist() == [[False, True, True]] * 2
 
 
 def test_a_mask_longer_than_the_tokens_without_a_cache():
     """The model itself takes its first columns."""
     given = dict(input_ids=tokens(1, 3), attention_mask=torch.tensor([[0, 1, 1, 0, 0]]))
-    real = DecoderArguments(build().model).real_tokens((), given, 0)
+    real = DecoderArguments(build().model).token_layout((), given, 0)
     assert real.valid.tolist() == [[False, True, True]]
 
 
@@ -380,7 +380,7 @@ def test_a_wrapper_without_get_decoder(manager):
 def test_a_mask_of_another_batch_is_refused():
     model = build()
     arguments = DecoderArguments(model.model)
-    real = arguments.real_tokens((), {"input_ids": tokens(2, 6), "attention_mask": torch.ones(3, 6)}, 0)
+    real = arguments.token_layout((), {"input_ids": tokens(2, 6), "attention_mask": torch.ones(3, 6)}, 0)
     with pytest.raises(ValueError, match=r"\[3, 6\] tokens.*\[2, 6\]"):
         real.mask(torch.zeros(2, 6, 8))
 

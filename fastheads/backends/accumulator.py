@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fastheads.backends.factors import SiteFactor, SiteWeight, WeightWatch
-from fastheads.backends.launch import Profiled, Repeat
+from fastheads.backends.launch import CachedLaunch, Profiled
 from fastheads.backends.tensor_parallel import Ranks
 from fastheads.errors import BackendError, OptionError, StaleFactorError
 from fastheads.models.residual import Update
@@ -28,7 +28,7 @@ from fastheads.stats.metrics import (
 )
 from fastheads.stats.moments import RunningMoments
 from fastheads.stats.numerics import exact_arithmetic
-from fastheads.stats.token_layout import RealTokens, last_tokens
+from fastheads.stats.token_layout import TokenLayout, last_tokens
 
 TORCH_BACKENDS = ("loop", "einsum", "factored")
 BACKENDS = ("auto", *TORCH_BACKENDS, "triton")
@@ -104,7 +104,7 @@ class _Samples:
         )
 
 
-class Dispatcher:
+class Accumulator:
     """Takes groups of inputs to a backend and their samples into moments."""
 
     def __init__(
@@ -155,7 +155,7 @@ class Dispatcher:
         self,
         rows: Sequence[int],
         inputs: Sequence[Tensor],
-        real: RealTokens,
+        layout: TokenLayout,
         moments: RunningMoments,
         *,
         scale: Tensor | None = None,
@@ -169,19 +169,19 @@ class Dispatcher:
         backend = self._choice(x.device, x.dtype, site.head_dim)
         self.used.add(backend)
         token_agg = self.token_agg
-        if real.bounds is not None and token_agg == "last":
+        if layout.cu_seqlens is not None and token_agg == "last":
             if scale is not None:
-                numbers, _ = last_tokens([of_layer.unsqueeze(-1) for of_layer in scale], real)
+                numbers, _ = last_tokens([of_layer.unsqueeze(-1) for of_layer in scale], layout)
                 scale = torch.stack(list(numbers)).squeeze(-1)
-            inputs, real = last_tokens(inputs, real)
+            inputs, layout = last_tokens(inputs, layout)
             x, token_agg = inputs[0], "token"
         if backend == "triton":
             factors = self._kernel_forms(rows, x.dtype)
-            if real.bounds is not None and token_agg == "all":
+            if layout.cu_seqlens is not None and token_agg == "all":
                 # The kernel adds up rows, not segments of them. So it gives the norms of the tokens, 8 bytes a head beside the
                 # one read of x, and torch adds those up.
                 norms = rearrange(_kernels().token_norms(inputs, factors, scale=scale), "g k h n -> k g n h")
-                packed = packed_samples(norms, *real.packed(x))
+                packed = packed_samples(norms, *layout.packed(x))
                 self._merge_later(_Samples(moments, list(rows), *packed))
                 return
             _kernels().head_stats(
@@ -190,22 +190,22 @@ class Dispatcher:
                 moments.buffer,
                 rows,
                 token_agg=token_agg,
-                valid=None if real.valid is None else real.mask(x),
-                skip_first=real.skip_first,
+                valid=None if layout.valid is None else layout.mask(x),
+                skip_first=layout.skip_first,
                 scale=scale,
                 alike=alike,
             )
             return
         with exact_arithmetic(x.device.type):
-            mask = real.mask(x)
-            bounds = None if real.bounds is None else real.packed(x)[1]
+            mask = layout.mask(x)
+            cu_seqlens = None if layout.cu_seqlens is None else layout.packed(x)[1]
             for part in self._batches(rows, backend):
                 several = part.stop - part.start > 1
                 group = torch.stack(list(inputs[part])) if several else inputs[part.start].unsqueeze(0)
                 contribution = self._contribution(backend, rows[part], site.num_heads, x.device)
                 of_part = None if scale is None else scale[part]
                 values, present = samples(
-                    group, mask, token_agg, site.num_heads, contribution, scale=of_part, bounds=bounds
+                    group, mask, token_agg, site.num_heads, contribution, scale=of_part, cu_seqlens=cu_seqlens
                 )
                 taken = _Samples(moments, list(rows[part]), values, present)
                 if self._ranks is None:
@@ -213,25 +213,25 @@ class Dispatcher:
                 else:  # one sum at the end serves all
                     moments.batches.append(taken)
 
-    def repeat(
+    def cached_launch(
         self,
         profiled: tuple[Profiled, ...],
         rows: Sequence[int],
         inputs: Sequence[Tensor],
-        real: RealTokens,
+        layout: TokenLayout,
         moments: RunningMoments,
         *,
         keep_scratch: bool,
-    ) -> Repeat | None:
+    ) -> CachedLaunch | None:
         """What makes the launch again that `record` has just made of `inputs`, all alike; None where it cannot."""
         x = inputs[0]
-        if real.bounds is not None or self._ranks is not None or self.backend in TORCH_BACKENDS:
+        if layout.cu_seqlens is not None or self._ranks is not None or self.backend in TORCH_BACKENDS:
             return None
         if self._choice(x.device, x.dtype, self._sites[rows[0]].head_dim) != "triton":
             return None
-        valid = real.valid
+        valid = layout.valid
         if valid is not None and (valid.shape != x.shape[:2] or valid.device != x.device):
-            return None  # `RealTokens.mask` has something to do each time
+            return None  # `TokenLayout.mask` has something to do each time
         launch = _kernels().repeater(
             inputs,
             self._kernel_forms(rows, x.dtype),
@@ -239,13 +239,13 @@ class Dispatcher:
             rows,
             token_agg=self.token_agg,
             valid=valid,
-            skip_first=real.skip_first,
+            skip_first=layout.skip_first,
             keep_scratch=keep_scratch,
         )
         if launch is None:
             return None
         forms = self._forms
-        return Repeat(profiled, inputs, real, launch, lambda: self._forms is forms)
+        return CachedLaunch(profiled, inputs, layout, launch, lambda: self._forms is forms)
 
     def _kernel_forms(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
         """The factors of these rows as the kernel reads them; asked for once until one changes, or all were verified."""

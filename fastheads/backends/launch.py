@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastheads.models.sites import HeadSite
-from fastheads.stats.token_layout import RealTokens
+from fastheads.stats.token_layout import TokenLayout
 
 
 @dataclass(eq=False)
@@ -50,7 +50,7 @@ Kept = tuple[Profiled, Tensor, int | None]
 _DTYPE, _SHAPE, _VERSION = attrgetter("dtype"), attrgetter("shape"), attrgetter("_version")
 
 
-class Repeat:
+class CachedLaunch:
     """The launches that served all inputs of a forward (one, up to 32 layers), to be made again for those of the next: decode
     steps differ in nothing but addresses, and what is looked at here is all that the time of such a step allows.
     """
@@ -59,7 +59,7 @@ class Repeat:
         self,
         profiled: tuple[Profiled, ...],
         inputs: Sequence[Tensor],
-        real: RealTokens,
+        layout: TokenLayout,
         launch: Callable[[list[int], Tensor, Tensor | None], bool],
         valid_while: Callable[[], bool],
     ) -> None:
@@ -77,16 +77,16 @@ class Repeat:
         steps = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
         self.extent = x.element_size() * (1 + steps)
         self._device = x.device.index
-        self._skip_first = real.skip_first
-        self._valid_like = None if real.valid is None else (real.valid.shape, real.valid.device)
+        self._skip_first = layout.skip_first
+        self._valid_like = None if layout.valid is None else (layout.valid.shape, layout.valid.device)
         self._launch, self._valid_while = launch, valid_while
 
-    def addresses_of(self, kept: list[Kept], real: RealTokens) -> list[int] | None:
+    def addresses_of(self, kept: list[Kept], layout: TokenLayout) -> list[int] | None:
         """Those of the inputs; None where it is not certain that these launches serve them, or an input was changed."""
         profiled, inputs, versions = map(list, zip(*kept, strict=True))
-        if profiled != self._profiled or not self._takes(real.valid) or real.bounds is not None:
+        if profiled != self._profiled or not self._takes(layout.valid) or layout.cu_seqlens is not None:
             return None
-        if real.tokens != self._shape[:2]:
+        if layout.tokens != self._shape[:2]:
             return None
         if versions != self._no_versions and (None in versions or versions != list(map(_VERSION, inputs))):
             return None
@@ -96,7 +96,7 @@ class Repeat:
             or set(map(_SHAPE, inputs)) != {self._shape}
         ):
             return None
-        addresses = self._addresses(inputs, real.skip_first)
+        addresses = self._addresses(inputs, layout.skip_first)
         if addresses is None:
             return None
         ordered = sorted(addresses)

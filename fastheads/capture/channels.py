@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastheads.backends.accumulator import TORCH_BACKENDS, Dispatcher
+from fastheads.backends.accumulator import TORCH_BACKENDS, Accumulator
 from fastheads.backends.tensor_parallel import Ranks
 from fastheads.errors import OptionError
 from fastheads.models import geometry
@@ -25,10 +25,10 @@ CONTRIBUTION = METRICS.index("head_residual_contribution_norm")
 
 @dataclass(frozen=True, eq=False)
 class Channel:
-    """One dispatcher, the place of its moments in a device's buffer, and the metrics that they give: by name, the plane."""
+    """One accumulator, the place of its moments in a device's buffer, and the metrics that they give: by name, the plane."""
 
     index: int
-    dispatcher: Dispatcher
+    accumulator: Accumulator
     metrics: dict[str, int]
 
 
@@ -120,8 +120,8 @@ def channel_of_heads(
     sites: dict[int, HeadSite], ranks: Ranks | None, *, backend: str, precision: str, token_agg: str
 ) -> Channel:
     """The four metrics of each head."""
-    dispatcher = Dispatcher(sites, backend, precision, token_agg, ranks=ranks)
-    return Channel(0, dispatcher, {name: plane for plane, name in enumerate(METRICS)})
+    accumulator = Accumulator(sites, backend, precision, token_agg, ranks=ranks)
+    return Channel(0, accumulator, {name: plane for plane, name in enumerate(METRICS)})
 
 
 def channel_of_updates(
@@ -139,8 +139,8 @@ def channel_of_updates(
     if ranks is not None:
         backend = ranks.torch_backend(backend)
     # Without the ranks: there is no mean over heads here that would need them all.
-    dispatcher = Dispatcher(rows, backend, precision, token_agg, updates=normed)
-    return Channel(index, dispatcher, {UPDATE_METRIC: CONTRIBUTION})
+    accumulator = Accumulator(rows, backend, precision, token_agg, updates=normed)
+    return Channel(index, accumulator, {UPDATE_METRIC: CONTRIBUTION})
 
 
 def channel_of_kv_groups(
@@ -153,8 +153,8 @@ def channel_of_kv_groups(
         width = site.num_heads * site.head_dim // kv_heads
         groups[row] = dataclasses.replace(site, num_heads=kv_heads, head_dim=width)
     # Wide heads may be more than the kernel takes, whatever it is asked for by name.
-    dispatcher = Dispatcher(groups, backend if backend in TORCH_BACKENDS else "auto", precision, token_agg)
-    return Channel(index, dispatcher, {KV_METRIC: CONTRIBUTION})
+    accumulator = Accumulator(groups, backend if backend in TORCH_BACKENDS else "auto", precision, token_agg)
+    return Channel(index, accumulator, {KV_METRIC: CONTRIBUTION})
 
 
 def num_kv_heads(model: nn.Module, site: HeadSite) -> int:

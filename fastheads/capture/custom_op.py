@@ -1,6 +1,6 @@
 """The step under torch.compile: one opaque operator that mutates the pending moments.
 
-The graph holds the inputs, the real tokens and the state; all else (factors, backends) stays in Python behind a handle, so that
+The graph holds the inputs, the valid tokens and the state; all else (factors, backends) stays in Python behind a handle, so that
 nothing of it is guarded, copied or retraced.
 """
 
@@ -16,7 +16,7 @@ class Recorder(Protocol):
     """What a graph calls while it is made, and what its operator calls: a HookManager."""
 
     def trace(self, module: nn.Module, args: tuple[Any, ...], site: Any) -> None:
-        """Dynamo traces a call of a projection; `site` is what `retrace.add_tap` was given."""
+        """Dynamo traces a call of a projection; `site` is what `projection_hook.add_tap` was given."""
 
     def begin_in_graph(self, pending: Tensor, committed: Tensor) -> None:
         """A graph begins a whole forward: copy the committed moments to the pending ones."""
@@ -28,7 +28,7 @@ class Recorder(Protocol):
         rows: list[int],
         inputs: list[Tensor],
         valid: Tensor | None,
-        bounds: Tensor | None,
+        cu_seqlens: Tensor | None,
         scale: Tensor | None,
         state: Tensor,
     ) -> None:
@@ -66,7 +66,7 @@ def record(
     handle: int,
     *,
     valid: Tensor | None,
-    bounds: Tensor | None,
+    cu_seqlens: Tensor | None,
     scale: Tensor | None,
 ) -> None:
     """Merge the samples of a group of layers into `state`: the buffer of the recorder's pending moments, or a copy that a
@@ -79,7 +79,7 @@ def record(
             rows=rows,
             inputs=inputs,
             valid=valid,
-            bounds=bounds,
+            cu_seqlens=cu_seqlens,
             scale=scale,
             state=state,
         )
@@ -96,7 +96,7 @@ def begin(pending: Tensor, committed: Tensor, handle: int) -> None:
 _library = torch.library.Library("fastheads", "FRAGMENT")
 _library.define(
     "record(Tensor[] inputs, Tensor(a!) state, int[] rows, int channel, int handle, *, "
-    "Tensor? valid, Tensor? bounds, Tensor? scale) -> ()"
+    "Tensor? valid, Tensor? cu_seqlens, Tensor? scale) -> ()"
 )
 _library.impl("record", record, "CompositeExplicitAutograd")
 _library.define("begin(Tensor(a!) pending, Tensor committed, int handle) -> ()")

@@ -1,4 +1,4 @@
-"""Small forwards that ended wait until there are several (`grouping.Backlog`): when they may, and what then measures them.
+"""Small forwards that ended wait until there are several (`queue.DeferredForwards`): when they may, and what then measures them.
 
 They count. So an error in their late measurement must not pass for one of the forward in which it shows: from then on nobody gets
 results, until a reset.
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fastheads.backends.accumulator import Dispatcher
+from fastheads.backends.accumulator import Accumulator
 from fastheads.backends.launch import Kept
-from fastheads.capture.queue import DeviceQueue, Ended, check_unchanged, is_changed, overlap
+from fastheads.capture.queue import DeviceQueue, EndedForward, check_unchanged, is_changed, overlap
 from fastheads.errors import ForwardError, ResultsError
 from fastheads.stats.moments import CommittedMoments, PendingMoments
-from fastheads.stats.token_layout import RealTokens
+from fastheads.stats.token_layout import TokenLayout
 
 Queue = DeviceQueue[CommittedMoments]
 
@@ -25,51 +25,53 @@ def is_capturing(queues: Mapping[torch.device, Queue]) -> bool:
     return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
-class Waiting:
+class DeferredLaunches:
     """The forwards that wait, on every device."""
 
     def __init__(
         self,
         queues: Mapping[torch.device, Queue],
-        dispatcher: Dispatcher,
+        accumulator: Accumulator,
         is_used_elsewhere: Callable[[], bool],
     ) -> None:
-        """`queues` may grow. Whoever else than `dispatcher` measures inputs lets none wait. `is_used_elsewhere` tells whether a
+        """`queues` may grow. Whoever else than `accumulator` measures inputs lets none wait. `is_used_elsewhere` tells whether a
         forward in another thread uses the pending moments.
         """
-        self._queues, self._dispatcher = queues, dispatcher
+        self._queues, self._accumulator = queues, accumulator
         self._is_used_elsewhere = is_used_elsewhere
         self._lost = 0  # forwards that ended, and that an error kept from being measured
 
-    def takes(self, queue: Queue, kept: list[Kept], real: RealTokens) -> bool:
+    def takes(self, queue: Queue, kept: list[Kept], layout: TokenLayout) -> bool:
         """Whether what was kept waits for the next forwards: small ones, all of whose inputs were kept, like the one before."""
-        repeat = queue.repeat
-        if repeat is None or not queue.backlog.may_take() or queue.off_stream():
+        cached_launch = queue.cached_launch
+        if cached_launch is None or not queue.deferred.may_take() or queue.off_stream():
             return False
-        addresses = repeat.addresses_of(kept, real)
-        return addresses is not None and queue.backlog.offer(Ended(repeat, kept, addresses, real))
+        addresses = cached_launch.addresses_of(kept, layout)
+        return addresses is not None and queue.deferred.offer(
+            EndedForward(cached_launch, kept, addresses, layout)
+        )
 
     def check_not_overwritten(self, queue: Queue, inputs: Iterable[Tensor]) -> None:
         """Before these are measured at once. Raises ForwardError where one lies in the memory of one that waits."""
-        if queue.backlog.overwritten_by(inputs):
+        if queue.deferred.overwritten_by(inputs):
             self._lose(queue)
             raise ForwardError(_REUSED)
 
     def withdraw(self, queue: Queue) -> None:
         """The forward under way failed. What it left in the memory of those that wait is found by what it kept."""
-        left = queue.backlog.withdraw() + [x for _, x, _ in queue.kept]
-        if left and queue.backlog.overwritten_by(left):
+        left = queue.deferred.withdraw() + [x for _, x, _ in queue.kept]
+        if left and queue.deferred.overwritten_by(left):
             self._lose(queue)
 
     def _lose(self, queue: Queue) -> None:
-        self._lost += len(queue.backlog.forwards)
-        queue.backlog.take()
+        self._lost += len(queue.deferred.forwards)
+        queue.deferred.take()
 
     def catch_up(self, queue: Queue) -> None:
         """Measure what waits of forwards that ended: into the committed moments, and into the pending ones of a forward that may
         be under way.
         """
-        forwards = queue.backlog.forwards
+        forwards = queue.deferred.forwards
         if not forwards:
             return
         if is_capturing(self._queues):
@@ -77,11 +79,11 @@ class Waiting:
                 "forwards before this CUDA graph's are not measured yet: call get_results() before its capture"
             )
         try:
-            queue.backlog.take()
+            queue.deferred.take()
             self._measure(queue, forwards)
         except BaseException as error:
             self._lost += len(forwards)
-            queue.backlog.take()
+            queue.deferred.take()
             queue.moments.distrust()
             if isinstance(error, torch.OutOfMemoryError):  # else a caller would run the last batch again
                 raise ForwardError(f"{len(forwards)} forwards could not be measured: {error}") from error
@@ -95,12 +97,12 @@ class Waiting:
     def weights_changed(self) -> None:
         """Before the factors follow: what waits was made with the weights as they were."""
         for queue in self._queues.values():
-            queue.backlog.interrupted()
+            queue.deferred.interrupted()
         self.catch_up_all()
 
     def weights_changed_in_graph(self) -> None:
         """The same in compiled code, which has begun with the moments without them."""
-        if any(queue.backlog.forwards for queue in self._queues.values()):
+        if any(queue.deferred.forwards for queue in self._queues.values()):
             raise ForwardError(
                 "a weight changed between eager forwards and compiled ones: call get_results() or reset() after such a change"
             )
@@ -120,9 +122,9 @@ class Waiting:
     def clear_backlogs(self) -> None:
         """Hold no input any more."""
         for queue in self._queues.values():
-            queue.backlog.clear()
+            queue.deferred.clear()
 
-    def _measure(self, queue: Queue, forwards: list[Ended]) -> None:
+    def _measure(self, queue: Queue, forwards: list[EndedForward]) -> None:
         for ended in forwards:
             if is_changed(ended.kept):
                 check_unchanged(ended.kept)  # which says of what
@@ -145,11 +147,11 @@ class Waiting:
             else:
                 targets = [moments.pending[0], moments.committed[0]]
             for target in targets:
-                for repeat, kept, addresses, real in forwards:
-                    if not repeat.launch(addresses, target.buffer, real.valid):
+                for cached_launch, kept, addresses, layout in forwards:
+                    if not cached_launch.launch(addresses, target.buffer, layout.valid):
                         rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
-                        self._dispatcher.record(rows, inputs, real, target, alike=True)
-                        self._dispatcher.finish(target)
+                        self._accumulator.record(rows, inputs, layout, target, alike=True)
+                        self._accumulator.finish(target)
             if is_even:
                 moments.commit()
             elif apart is not None:

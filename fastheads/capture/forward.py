@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastheads.backends.launch import TracedSite
 from fastheads.capture.queue import DeviceQueue
 from fastheads.models.residual import OutputNorms
-from fastheads.stats.token_layout import RealTokens
+from fastheads.stats.token_layout import TokenLayout
 
 _CALL = nn.Module._call_impl.__code__
 _INNER_CALL = f"{_CALL.co_qualname}.<locals>.inner"
@@ -45,10 +45,10 @@ class Forward:
         # Rows that ran in the decoder's call under way; that did not in some call that ended.
         self.ran: set[int] = set()
         self.skipped: set[int] = set()
-        # The decoder's call under way: torch's frame of it, its real tokens (None: none is), whether a graph is traced that holds
-        # it, and what that graph keeps for its operators.
+        # The decoder's call under way: torch's frame of it, its token layout (None: none is), whether a graph is traced that
+        # holds it, and what that graph keeps for its operators.
         self.decoder_frame: FrameType | None = None
-        self.real: RealTokens | None = None
+        self.layout: TokenLayout | None = None
         self.decoder_traced = False
         self.traced: list[tuple[TracedSite, Tensor, None]] = []
         self.traced_scaled: list[tuple[TracedSite, Tensor, OutputNorms]] = []

@@ -2,7 +2,7 @@
 
 A forward counts once or not at all. Its start copies the committed moments to pending ones, its samples go there, its normal end
 copies them back; what an exception leaves in the pending moments, the next start overwrites. A small forward only leaves its
-inputs, and once it has ended normally they wait for the next ones' (`waiting.Waiting`).
+inputs, and once it has ended normally they wait for the next ones' (`deferred.DeferredLaunches`).
 
 Each thread has a stack of forwards (`forward.Forward`). The first one under way uses the manager's own queues and pending
 moments; one that begins beside it, in another thread or called inside it, has its own, which are merged when it ends.
@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastheads.backends import tensor_parallel as parallel
 from fastheads.backends.accumulator import PRECISIONS
 from fastheads.backends.factors import SiteFactor
-from fastheads.backends.launch import Kept, Profiled, Repeat, TracedSite
+from fastheads.backends.launch import CachedLaunch, Kept, Profiled, TracedSite
 from fastheads.capture import custom_op as operator
 from fastheads.capture import forward_hooks as boundary
 from fastheads.capture.channels import (
@@ -35,14 +35,14 @@ from fastheads.capture.channels import (
     channel_of_kv_groups,
     channel_of_updates,
 )
-from fastheads.capture.deferred import Waiting, is_capturing
+from fastheads.capture.deferred import DeferredLaunches, is_capturing
 from fastheads.capture.forward import Forward, frame_of_compiled_call, on_stack
 from fastheads.capture.projection_hook import SITE_ATTRIBUTE, RetraceHandle, Tap, add_tap, takes_taps
 from fastheads.capture.queue import (
     OVERWRITTEN,
     DeviceQueue,
     Scaled,
-    check_form,
+    check_shape,
     check_unchanged,
     grouped,
 )
@@ -72,7 +72,7 @@ from fastheads.models.sites import (
 from fastheads.results.head_profile import HeadProfile, warn_where_empty
 from fastheads.stats.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.stats.moments import CommittedMoments, Moments, RunningMoments
-from fastheads.stats.token_layout import DecoderArguments, RealTokens, TokenMask
+from fastheads.stats.token_layout import DecoderArguments, TokenLayout, TokenMask
 
 # The manager's own queues: those of a forward beside others hold its samples alone.
 ManagerQueue = DeviceQueue[CommittedMoments]
@@ -99,13 +99,13 @@ class HookManager:
     Args:
         model: a transformers model, or any module whose attention modules are called and built as theirs. DataParallel, DDP and
             torch.compile wrappers are looked through.
-        token_agg: what one sample is. "last": a sequence's value at its last real token; "all": the mean of the value over the
-            sequence's real tokens; "token": each real token.
+        token_agg: what one sample is. "last": a sequence's value at its last valid token; "all": the mean of the value over the
+            sequence's valid tokens; "token": each valid token.
         layers: profile only the sites of these layers (None: all). Rows of the results are those of `find_sites(model)` all the
             same; the others have count 0.
         backend: "auto", "loop", "einsum", "factored" or "triton".
         precision: "exact" or "fast"; only "triton" has a faster way to be less exact.
-        skip_first: leave out the first real tokens of each sequence (1 leaves the attention sink out).
+        skip_first: leave out the first valid tokens of each sequence (1 leaves the attention sink out).
         group_bytes: inputs of up to so many bytes a device are kept until one launch at the end of the decoder's call serves them
             all; larger ones are measured at once. Where the kernel serves them, forwards of a quarter of that or less wait until
             up to 32 have ended. 0 measures every input at once, for models that reuse their memory.
@@ -170,10 +170,10 @@ class HookManager:
                     len(self._channels), chosen, self._updates.normed, ranks=self._ranks, **how
                 )
             )
-        self._dispatcher = self._channels[0].dispatcher
+        self._accumulator = self._channels[0].accumulator
         self._max_heads = max(site.num_heads for site in self.sites)
         # Backends without factors read the weight, and that has to be before any hook of others may change it.
-        self._group_bytes = group_bytes if self._dispatcher.factors else 0
+        self._group_bytes = group_bytes if self._accumulator.factors else 0
         self._lock = threading.RLock()
         # Of this thread: `forward`, the innermost one under way, and `paused`. No subclass: Dynamo would not guard what it reads.
         self._here = threading.local()
@@ -182,13 +182,13 @@ class HookManager:
         self._epoch = 0  # how often every sample was forgotten
         self._queues: dict[torch.device, ManagerQueue] = {}
         self._whole = Forward(self._queues)  # one that a graph holds as a whole
-        self._waiting = Waiting(
+        self._deferred = DeferredLaunches(
             self._queues,
-            self._dispatcher,
+            self._accumulator,
             lambda: self._main is not None and self._main.thread != get_ident(),
         )
         self._profiled = [
-            Profiled(row, site, self._queue_on(self._dispatcher.weights[row][0]))
+            Profiled(row, site, self._queue_on(self._accumulator.weights[row][0]))
             for row, site in chosen.items()
         ]
         self._places = [_place(self.model, site) for site in chosen.values()]
@@ -203,8 +203,8 @@ class HookManager:
         self._missed: set[int] = set()
         self._unseen: set[int] = set()
         self._in_captured: set[int] = set()
-        self._may_wait = True  # no CUDA graph was captured since the last reset
-        self._repeats: dict[tuple[int, ...], Repeat] = {}  # by channel, GPU, and rows
+        self._may_defer = True  # no CUDA graph was captured since the last reset
+        self._cached_launches: dict[tuple[int, ...], CachedLaunch] = {}  # by channel, GPU, and rows
         self._warned = False
         self._check: SelfCheck | None = None
         self._handles: list[Any] = []
@@ -252,7 +252,7 @@ class HookManager:
         own |= {id(p) for update in self._updates.normed.values() for p in update.parameters()}
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             for channel in self._channels:
-                channel.dispatcher.mark_changed()
+                channel.accumulator.mark_changed()
 
     def remove(self) -> None:
         """Take every hook off the model. The results stay as they are, also if a CUDA graph that was captured with the hooks is
@@ -272,17 +272,17 @@ class HookManager:
         operator.release(self._handle)
         self._updates.close()
         try:
-            self._waiting.catch_up_all()
+            self._deferred.catch_up_all()
         finally:
             self._epoch += 1  # what is under way in other threads does not count any more
             for forward in [*self._beside, self._main]:
                 if forward is not None:
                     self._drop(forward)
-            self._repeats.clear()
+            self._cached_launches.clear()
             for queue in self._queues.values():
-                queue.repeat = None
+                queue.cached_launch = None
                 queue.moments.freeze()
-            self._waiting.clear_backlogs()
+            self._deferred.clear_backlogs()
 
     def __enter__(self) -> Self:
         return self
@@ -316,8 +316,8 @@ class HookManager:
         """A context in which `mask` says which tokens are padding, in place of the arguments' masks: for callers who know better.
         It is for the calls of the thread that enters it.
 
-        Sequences stay those of the call, and `skip_first` still leaves out the first real tokens of each. Under torch.compile the
-        mask is an input of the graph.
+        Sequences stay those of the call, and `skip_first` still leaves out the first valid tokens of each. Under torch.compile
+        the mask is an input of the graph.
 
         Args:
             mask: bool `[batch, seq]`, True where a token is real: the tokens of the decoder's own call. Or a function, for calls
@@ -339,7 +339,7 @@ class HookManager:
             forward = self._innermost()
             if getattr(self._here, "paused", False):
                 if not is_capturing(self._queues):
-                    self._waiting.catch_up_all()  # nobody looks at what this forward does to their memory
+                    self._deferred.catch_up_all()  # nobody looks at what this forward does to their memory
                 if forward is None:
                     return
                 if module is self.model or forward.counts:  # else the decoder's call of a paused forward
@@ -359,7 +359,7 @@ class HookManager:
                 )
             forward.decoder_frame = frame
         # Without the lock: a function that somebody gave to `token_mask` may wait for other threads.
-        forward.real = self._arguments.real_tokens(args, kwargs, self.skip_first)
+        forward.layout = self._arguments.token_layout(args, kwargs, self.skip_first)
         for queue in forward.queues.values():
             queue.open(forward.thread)
 
@@ -439,7 +439,7 @@ class HookManager:
             self._follow_weights()
             for device in list(self._queues):
                 self._queue_of(forward, device)
-        forward.generations = [channel.dispatcher.generation for channel in self._channels]
+        forward.generations = [channel.accumulator.generation for channel in self._channels]
         return forward
 
     def _check_may_run_beside(self, capturing: bool) -> None:
@@ -464,11 +464,11 @@ class HookManager:
         """Make the manager's own queues ready: no launch, no wait."""
         forward.capturing = capturing
         for queue in self._queues.values():
-            self._waiting.withdraw(queue)
+            self._deferred.withdraw(queue)
             queue.close()
             queue.recorded = False
-            if queue.backlog.forwards and queue.off_stream() and not capturing:
-                self._waiting.catch_up(queue)
+            if queue.deferred.forwards and queue.off_stream() and not capturing:
+                self._deferred.catch_up(queue)
             queue.follow_stream()
             for moments in queue.moments.pending:
                 moments.batches.clear()
@@ -478,7 +478,7 @@ class HookManager:
                 factor.in_graph = factor.in_own_graph = True
             self._keep_for_graph()
             self._in_captured.update(profiled.row for profiled in self._profiled)
-            self._may_wait = False
+            self._may_defer = False
         if self._check is not None:
             self._check.watch()
         for queue in self._queues.values():
@@ -486,10 +486,10 @@ class HookManager:
 
     def _follow_weights(self) -> None:
         for channel in self._channels:
-            channel.dispatcher.refresh(before=self._waiting.weights_changed)
+            channel.accumulator.refresh(before=self._deferred.weights_changed)
 
     def _factors(self) -> list[SiteFactor]:
-        return [factor for channel in self._channels for factor in channel.dispatcher.factors.values()]
+        return [factor for channel in self._channels for factor in channel.accumulator.factors.values()]
 
     def _pre_hook(self, tap: Tap, profiled: Profiled) -> Tap:
         """The same as a hook; a method, for what cannot pickle the closure tells its name."""
@@ -554,7 +554,7 @@ class HookManager:
             size = x.nbytes
             if size > queue.largest or queue.off_stream():
                 forward.ran.add(profiled.row)
-                self._waiting.check_not_overwritten(self._queue_on(x.device), [x])
+                self._deferred.check_not_overwritten(self._queue_on(x.device), [x])
                 self._record(forward, queue, [profiled.row], [x])
                 return
             if size > queue.room:
@@ -594,19 +594,19 @@ class HookManager:
 
         return hook
 
-    def _record_kept(self, forward: Forward, queue: DeviceQueue, may_wait: bool = False) -> None:
+    def _record_kept(self, forward: Forward, queue: DeviceQueue, may_defer: bool = False) -> None:
         """Measure what was kept, or leave it to wait for the next forwards."""
         kept, scaled = queue.take()
         if not kept:
             return
-        assert forward.real is not None  # within a decoder's call
-        if may_wait and not scaled and self._waiting.takes(queue, kept, forward.real):
-            assert queue.repeat is not None  # which serves it
-            forward.ran |= queue.repeat.rows
+        assert forward.layout is not None  # within a decoder's call
+        if may_defer and not scaled and self._deferred.takes(queue, kept, forward.layout):
+            assert queue.cached_launch is not None  # which serves it
+            forward.ran |= queue.cached_launch.rows
             return
         # A generator: it is drawn only where something waits.
-        self._waiting.check_not_overwritten(self._queue_on(queue.device), (x for _, x, _ in kept))
-        if self._repeated(forward, queue, kept):
+        self._deferred.check_not_overwritten(self._queue_on(queue.device), (x for _, x, _ in kept))
+        if self._launched_again(forward, queue, kept):
             if scaled:
                 self._record_scaled(forward, queue, scaled)
             return
@@ -627,26 +627,26 @@ class HookManager:
         forward.ran |= ran
         if len(kinds) == 1 and len(ran) == len(rows):
             self._record(forward, queue, rows, inputs, alike=True)
-            self._remember(forward, queue, kept, rows, inputs, may_wait=not scaled)
+            self._remember(forward, queue, kept, rows, inputs, may_defer=not scaled)
         else:
             for group in grouped(kept):
                 self._record(forward, queue, group.rows, group.inputs)
         if scaled:
             self._record_scaled(forward, queue, scaled)
 
-    def _repeated(self, forward: Forward, queue: DeviceQueue, kept: list[Kept]) -> bool:
+    def _launched_again(self, forward: Forward, queue: DeviceQueue, kept: list[Kept]) -> bool:
         """Measure them by the launch that served the last forward; False where it cannot."""
-        repeat, real = queue.repeat, forward.real
-        if repeat is None or real is None or forward.capturing:
+        cached_launch, layout = queue.cached_launch, forward.layout
+        if cached_launch is None or layout is None or forward.capturing:
             return False
         if not queue.off_stream():
-            addresses = repeat.addresses_of(kept, real)
+            addresses = cached_launch.addresses_of(kept, layout)
             state = queue.moments.pending[0].buffer
-            if addresses is not None and repeat.launch(addresses, state, real.valid):
-                forward.ran |= repeat.rows
+            if addresses is not None and cached_launch.launch(addresses, state, layout.valid):
+                forward.ran |= cached_launch.rows
                 queue.recorded = True
                 return True
-        queue.repeat = None
+        queue.cached_launch = None
         return False
 
     def _remember(
@@ -657,22 +657,22 @@ class HookManager:
         rows: list[int],
         inputs: list[Tensor],
         *,
-        may_wait: bool,
+        may_defer: bool,
     ) -> None:
         """The launch that was just made, for forwards like this one."""
         if len(self._at_input) > 1 or queue.off_stream() or is_capturing(self._queues):
             return
-        if forward is not self._main or forward.real is None:
+        if forward is not self._main or forward.layout is None:
             return
         if inputs[0].shape[0] == inputs[0].shape[1] > 1:  # each time it is asked whether the batch is known
             return
         profiled = tuple(item[0] for item in kept)
         pending = queue.moments.pending[0]
-        queue.repeat = self._dispatcher.repeat(
-            profiled, rows, inputs, forward.real, pending, keep_scratch=True
+        queue.cached_launch = self._accumulator.cached_launch(
+            profiled, rows, inputs, forward.layout, pending, keep_scratch=True
         )
-        if queue.repeat is not None and may_wait:
-            queue.backlog.watch(kept, queue.budget)
+        if queue.cached_launch is not None and may_defer:
+            queue.deferred.watch(kept, queue.budget)
 
     def _record(
         self,
@@ -682,35 +682,35 @@ class HookManager:
         inputs: list[Tensor],
         alike: bool = False,
     ) -> None:
-        assert forward.real is not None  # within a decoder's call
+        assert forward.layout is not None  # within a decoder's call
         queue.recorded = True
         with queue.on_its_stream():
             for channel in self._at_input:
                 pending = queue.moments.pending[channel.index]
-                channel.dispatcher.record(rows, inputs, forward.real, pending, alike=alike)
+                channel.accumulator.record(rows, inputs, forward.layout, pending, alike=alike)
 
     def _record_scaled(self, forward: Forward, queue: DeviceQueue, scaled: list[Scaled]) -> None:
-        assert forward.real is not None  # within a decoder's call
+        assert forward.layout is not None  # within a decoder's call
         channel = self._channels[-1]
         queue.recorded = True
         pending = queue.moments.pending[channel.index]
         with torch.no_grad(), queue.on_its_stream():
             for group in grouped(scaled):
                 scale = scales(group.extras)
-                channel.dispatcher.record(group.rows, group.inputs, forward.real, pending, scale=scale)
+                channel.accumulator.record(group.rows, group.inputs, forward.layout, pending, scale=scale)
 
     def _check_input(self, forward: Forward, site: Profiled | TracedSite, x: Tensor) -> None:
-        real = forward.real
-        if real is None:
+        layout = forward.layout
+        if layout is None:
             raise ForwardError(
-                f"{site.name} ran outside the decoder's own call: its real tokens are not known. "
+                f"{site.name} ran outside the decoder's own call: its valid tokens are not known. "
                 "Profile a tower as a model of its own"
             )
         if type(x) is not Tensor and not torch.compiler.is_compiling():
             raise ForwardError(f"{site.name}: an input of type {type(x).__name__} cannot be measured")
-        if real.tokens is None:
-            real = forward.real = real.settled(x.shape)
-        check_form(site, x, real)
+        if layout.tokens is None:
+            layout = forward.layout = layout.settled(x.shape)
+        check_shape(site, x, layout)
         if torch.compiler.is_compiling():  # of a layout that is known nothing is asked: it would be guarded
             known = site.row not in self._unknown or site.row in self._shown
         else:
@@ -807,15 +807,15 @@ class HookManager:
         scale: Tensor | None,
         queue: ManagerQueue,
     ) -> None:
-        assert forward.real is not None  # within a decoder's call
+        assert forward.layout is not None  # within a decoder's call
         torch.ops.fastheads.record(
             inputs,
             queue.moments.pending_buffer,
             rows,
             channel.index,
             self._handle,
-            valid=forward.real.valid,
-            bounds=forward.real.bounds,
+            valid=forward.layout.valid,
+            cu_seqlens=forward.layout.cu_seqlens,
             scale=scale,
         )
 
@@ -840,12 +840,12 @@ class HookManager:
             return
         _check_arguments(kwargs)
         if module is self._decoder:
-            if forward.real is not None:
+            if forward.layout is not None:
                 raise ForwardError(
                     "the decoder was called again after a call that did not end: what that one measured cannot be told apart"
                 )
             forward.traced, forward.traced_scaled = [], []
-            forward.real = self._arguments.real_tokens(args, kwargs, self.skip_first)
+            forward.layout = self._arguments.token_layout(args, kwargs, self.skip_first)
             forward.decoder_traced = True
 
     def finish_traced(self, module: nn.Module) -> None:
@@ -856,7 +856,7 @@ class HookManager:
         if module is self._decoder:
             self._trace_kept(forward)
             forward.decoder_traced = False
-            forward.real = None
+            forward.layout = None
         if module is self._whole.module:
             self._whole.module = self._whole.frame = None
             for queue in self._queues.values():
@@ -902,21 +902,21 @@ class HookManager:
         rows: list[int],
         inputs: list[Tensor],
         valid: Tensor | None,
-        bounds: Tensor | None,
+        cu_seqlens: Tensor | None,
         scale: Tensor | None,
         state: Tensor,
     ) -> None:
         """What the operator `fastheads::record` does: at each call, or once while a CUDA graph is captured."""
         with self._lock:
-            real = RealTokens(valid, self.skip_first, bounds)
-            self._record_in_graph(channel, rows, inputs, real, scale=scale, state=state)
+            layout = TokenLayout(valid, self.skip_first, cu_seqlens)
+            self._record_in_graph(channel, rows, inputs, layout, scale=scale, state=state)
 
     def _record_in_graph(
         self,
         channel: int,
         rows: list[int],
         inputs: list[Tensor],
-        real: RealTokens,
+        layout: TokenLayout,
         *,
         scale: Tensor | None,
         state: Tensor,
@@ -931,50 +931,52 @@ class HookManager:
             forward.in_graphs = True
             self._queue_on(inputs[0].device).recorded = True
         (self._whole if forward is None else forward).ran.update(rows)
-        dispatcher = self._channels[channel].dispatcher
+        accumulator = self._channels[channel].accumulator
         capturing = inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing:
             self._in_captured.update(rows)
-            self._may_wait = False
+            self._may_defer = False
             for row in rows:
-                if row in dispatcher.factors:
-                    dispatcher.factors[row].in_graph = True
+                if row in accumulator.factors:
+                    accumulator.factors[row].in_graph = True
             self._keep_for_graph()
         for queue in self._queues.values():
-            self._waiting.check_not_overwritten(queue, inputs)
+            self._deferred.check_not_overwritten(queue, inputs)
         if (forward is None or forward is self._whole) and not capturing:
-            dispatcher.refresh(before=self._waiting.weights_changed_in_graph)
+            accumulator.refresh(before=self._deferred.weights_changed_in_graph)
         key = (channel, inputs[0].get_device(), *rows)
-        simple = not capturing and real.bounds is None and scale is None
-        repeat = self._repeats.get(key) if simple else None
-        if repeat is not None and repeat.again_in_graph(inputs, self.skip_first, state[channel], real.valid):
+        simple = not capturing and layout.cu_seqlens is None and scale is None
+        cached_launch = self._cached_launches.get(key) if simple else None
+        if cached_launch is not None and cached_launch.again_in_graph(
+            inputs, self.skip_first, state[channel], layout.valid
+        ):
             return
         if inputs[0].numel() and len({x.data_ptr() for x in inputs}) < len(inputs):
             names = ", ".join(self.sites[row].name for row in rows)
             raise ForwardError(f"the input of one of {names} {OVERWRITTEN.format('overwritten')}")
         moments = RunningMoments.over(state[channel])
-        dispatcher.record(rows, inputs, real, moments, scale=scale)
-        dispatcher.finish(moments)
+        accumulator.record(rows, inputs, layout, moments, scale=scale)
+        accumulator.finish(moments)
         if simple:
-            self._remember_in_graph(key, rows, inputs, real, moments)
+            self._remember_in_graph(key, rows, inputs, layout, moments)
 
     def _remember_in_graph(
         self,
         key: tuple[int, ...],
         rows: list[int],
         inputs: list[Tensor],
-        real: RealTokens,
+        layout: TokenLayout,
         moments: RunningMoments,
     ) -> None:
         """The launch that was just made, for the next call of the operator."""
-        if len(self._repeats) >= _REPEATS:
-            self._repeats.clear()
-        self._repeats.pop(key, None)
+        if len(self._cached_launches) >= _REPEATS:
+            self._cached_launches.clear()
+        self._cached_launches.pop(key, None)
         if len({(x.shape, x.stride(), x.dtype) for x in inputs}) == 1:
-            dispatcher = self._channels[key[0]].dispatcher
-            made = dispatcher.repeat((), rows, inputs, real, moments, keep_scratch=False)
+            accumulator = self._channels[key[0]].accumulator
+            made = accumulator.cached_launch((), rows, inputs, layout, moments, keep_scratch=False)
             if made is not None:
-                self._repeats[key] = made
+                self._cached_launches[key] = made
 
     def finish(self, module: nn.Module, frame: FrameType | None) -> bool:
         """A call of the model, or of its decoder, returned: measure what it left. True if it was the forward itself."""
@@ -996,7 +998,7 @@ class HookManager:
                 if forward.ran:  # of a compiled decoder
                     forward.skipped.update({p.row for p in self._profiled} - forward.ran)
                 for channel, generation in zip(self._channels, forward.generations, strict=False):
-                    channel.dispatcher.check_unmoved(generation)
+                    channel.accumulator.check_unmoved(generation)
         return is_outermost
 
     def _is_outermost(self, forward: Forward, module: nn.Module, frame: FrameType | None) -> bool:
@@ -1007,18 +1009,18 @@ class HookManager:
     def _finish_decoder(self, forward: Forward) -> None:
         if forward.decoder_traced:  # the graph broke before its end
             self._trace_kept(forward)
-            forward.decoder_traced, forward.real = False, None
+            forward.decoder_traced, forward.layout = False, None
             return
-        may_wait = forward is self._main and self._may_wait and not forward.in_graphs
+        may_defer = forward is self._main and self._may_defer and not forward.in_graphs
         for queue in forward.queues.values():
-            self._record_kept(forward, queue, may_wait=may_wait)
+            self._record_kept(forward, queue, may_defer=may_defer)
             queue.close()
             for channel in self._channels:
-                channel.dispatcher.finish(queue.moments.pending[channel.index])
+                channel.accumulator.finish(queue.moments.pending[channel.index])
         if len(forward.ran) < len(self._profiled):
             forward.skipped.update({p.row for p in self._profiled} - forward.ran)
         forward.ran.clear()
-        forward.real = forward.decoder_frame = None
+        forward.layout = forward.decoder_frame = None
 
     def commit(self) -> None:
         """The innermost forward of this thread is over, and counts."""
@@ -1040,14 +1042,14 @@ class HookManager:
                         own.moments.add(queue.moments.pending_buffer)
             return
         for queue in self._queues.values():
-            waits = queue.backlog.confirm()
+            waits = queue.deferred.confirm()
             if waits and not queue.recorded:
                 queue.moments.leave()
             else:
                 queue.moments.commit()
         for queue in self._queues.values():
-            if queue.backlog.is_full(queue.budget):
-                self._waiting.catch_up(queue)
+            if queue.deferred.is_full(queue.budget):
+                self._deferred.catch_up(queue)
 
     def end_forward(self) -> None:
         """End the decoder's call under way in this thread as if it returned now, for a caller who leaves it by an exception."""
@@ -1068,7 +1070,7 @@ class HookManager:
         """The forward does not count; returns the one that it was called in."""
         if forward is self._main:
             for queue in self._queues.values():
-                self._waiting.withdraw(queue)
+                self._deferred.withdraw(queue)
                 queue.close()
                 for moments in queue.moments.pending:
                     moments.batches.clear()
@@ -1091,7 +1093,7 @@ class HookManager:
             if outer is not None:
                 outer.resume()
         # Another thread may still hold it as its innermost.
-        forward.module = forward.frame = forward.decoder_frame = forward.real = None
+        forward.module = forward.frame = forward.decoder_frame = forward.layout = None
         return outer
 
     def _queue_of(self, forward: Forward, device: torch.device) -> DeviceQueue:
@@ -1102,7 +1104,7 @@ class HookManager:
         if device not in forward.queues:
             queue = forward.queues[device] = DeviceQueue(device, own.moments.like(), self._group_bytes)
             queue.follow_stream()
-            if forward.real is not None:
+            if forward.layout is not None:
                 queue.open(forward.thread)
         return forward.queues[device]
 
@@ -1161,9 +1163,11 @@ class HookManager:
         return Moments(*(torch.cat(planes) for planes in zip(*totals, strict=True)))
 
     def _check_fresh(self) -> None:
-        self._waiting.catch_up_all()
-        self._waiting.check_complete()
-        stale = list(dict.fromkeys(name for channel in self._channels for name in channel.dispatcher.stale()))
+        self._deferred.catch_up_all()
+        self._deferred.check_complete()
+        stale = list(
+            dict.fromkeys(name for channel in self._channels for name in channel.accumulator.stale())
+        )
         if stale:
             raise StaleFactorError(
                 f"the weight of {', '.join(stale)} was changed in place behind autograd's back while profiling: what was "
@@ -1205,14 +1209,14 @@ class HookManager:
             queue.close()
             with queue.on_its_stream():
                 queue.moments.clear()
-        self._waiting.clear()
+        self._deferred.clear()
         self._missed.clear()
         self._unseen.clear()
         self._whole.ran.clear()
-        self._may_wait = True
+        self._may_defer = True
         for channel in self._channels:
-            channel.dispatcher.rebuild()
-            channel.dispatcher.used.clear()
+            channel.accumulator.rebuild()
+            channel.accumulator.used.clear()
         self._updates.renew()
         self._weights = self._fingerprint()
         self._warned = False
@@ -1232,7 +1236,7 @@ class HookManager:
         for queue in self._queues.values():
             with queue.on_its_stream():
                 buffers.append(queue.moments.committed_buffer.cpu().clone())
-        used = [sorted(channel.dispatcher.used) for channel in self._channels]
+        used = [sorted(channel.accumulator.used) for channel in self._channels]
         return buffers, {"used": used, "missed": sorted(self._missed)}
 
     def load_state(self, buffers: list[Tensor], notes: dict[str, Any]) -> None:
@@ -1249,11 +1253,11 @@ class HookManager:
         if [(b.shape, b.dtype) for b in buffers] != [(b.shape, b.dtype) for b in here]:
             raise CheckpointError("the moments are those of another model or other options")
         for queue, buffer in zip(self._queues.values(), buffers, strict=True):
-            queue.backlog.clear()
+            queue.deferred.clear()
             for own in queue.moments.buffers():
                 own.copy_(buffer)
         for channel, names in zip(self._channels, used, strict=True):
-            channel.dispatcher.used.update(map(str, names))
+            channel.accumulator.used.update(map(str, names))
         self._missed.update(row for row in missed if type(row) is int)
 
     def _fingerprint(self) -> dict[str, Any] | None:
@@ -1261,13 +1265,13 @@ class HookManager:
         return fingerprint(self.model) if self._ranks is None else None
 
     def _metadata(self) -> dict[str, Any]:
-        used = sorted(self._dispatcher.used)
+        used = sorted(self._accumulator.used)
         return describe(
             self.model,
             self.sites,
             token_agg=self.token_agg,
             skip_first=self.skip_first,
-            backend="+".join(used) if used else self._dispatcher.backend,
+            backend="+".join(used) if used else self._accumulator.backend,
             precision=self.precision,
             layers=self.layers,
             residual_update=self._updates.describe(range(len(self.sites))),

@@ -14,11 +14,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from fastheads.backends.launch import Kept, Profiled, Repeat, TracedSite
+from fastheads.backends.launch import CachedLaunch, Kept, Profiled, TracedSite
 from fastheads.errors import ForwardError
 from fastheads.models.residual import OutputNorms
 from fastheads.stats.moments import PendingMoments
-from fastheads.stats.token_layout import RealTokens
+from fastheads.stats.token_layout import TokenLayout
 
 # On a CPU a product over a few tokens costs less than its call; a larger one would only push the model's data out of the cache.
 CPU_KEEP_BYTES = 256 * 2**10
@@ -46,17 +46,17 @@ class Group:
     extras: list[Any] = field(default_factory=list)
 
 
-class Ended(NamedTuple):
-    """A forward that is measured once it has ended: its inputs and where they lie, the launches for them, its real tokens."""
+class EndedForward(NamedTuple):
+    """A forward that is measured once it has ended: its inputs and where they lie, the launches for them, its valid tokens."""
 
-    repeat: Repeat
+    cached_launch: CachedLaunch
     kept: list[Kept]
     addresses: list[int]
-    real: RealTokens
+    layout: TokenLayout
 
     def spans(self) -> list[tuple[int, int]]:
         """From where to where each input reaches."""
-        return [(start, start + self.repeat.extent) for start in self.addresses]
+        return [(start, start + self.cached_launch.extent) for start in self.addresses]
 
 
 def overlap(spans: list[tuple[int, int]]) -> bool:
@@ -65,15 +65,15 @@ def overlap(spans: list[tuple[int, int]]) -> bool:
     return any([stop > start for (_, stop), (start, _) in pairwise(spans)])
 
 
-class Backlog:
+class DeferredForwards:
     """Inputs of forwards that ended, which wait: where a forward is a decode step, a launch between its kernels costs more of
     the host's time than all its hooks. Launches right after one another cost a fraction.
     """
 
     def __init__(self) -> None:
-        self.forwards: list[Ended] = []
+        self.forwards: list[EndedForward] = []
         self.size = 0  # bytes that these keep from being freed
-        self._candidate: Ended | None = None  # of the forward under way, which may yet fail
+        self._candidate: EndedForward | None = None  # of the forward under way, which may yet fail
         self._form_size = 0  # bytes of a forward of the form that was launched last
         # The inputs of a forward that was launched at once: where those of the next lie elsewhere, the model does not reuse their
         # memory, and they may wait.
@@ -92,7 +92,7 @@ class Backlog:
         """Whether the inputs of the forward under way might wait."""
         return (self._is_safe or self._probe is not None) and self._candidate is None
 
-    def offer(self, ended: Ended) -> bool:
+    def offer(self, ended: EndedForward) -> bool:
         """Keep inputs that are like those watched until the forward has ended; False where they have to be measured now."""
         if not self._is_safe:
             probe, self._probe = self._probe, None
@@ -128,7 +128,7 @@ class Backlog:
         """Whether it is time for the launches."""
         return len(self.forwards) >= FORWARDS_IN_BACKLOG or self.size + self._form_size > budget
 
-    def take(self) -> list[Ended]:
+    def take(self) -> list[EndedForward]:
         """What waited; nothing waits any more."""
         taken, self.forwards, self.size = self.forwards, [], 0
         return taken
@@ -169,8 +169,8 @@ class DeviceQueue(Generic[M]):
         -1
     )  # bytes that may still be kept; -1 while no call of the decoder is under way in plain Python
     thread: int = 0  # the one that runs the forward whose inputs are kept
-    repeat: Repeat | None = None
-    backlog: Backlog = field(default_factory=Backlog)
+    cached_launch: CachedLaunch | None = None
+    deferred: DeferredForwards = field(default_factory=DeferredForwards)
     recorded: bool = False  # whether the forward under way has samples in the pending moments
     stream: torch.cuda.Stream | None = None  # where the forward under way began
     raw_stream: int = 0
@@ -183,7 +183,7 @@ class DeviceQueue(Generic[M]):
 
     def open(self, thread: int) -> None:
         """From now on inputs of this thread may be kept."""
-        self.room, self.thread = self.budget - self.backlog.size, thread
+        self.room, self.thread = self.budget - self.deferred.size, thread
 
     def close(self) -> None:
         """No input may be kept until `open`; those that are go."""
@@ -193,7 +193,7 @@ class DeviceQueue(Generic[M]):
     def take(self) -> tuple[list[Kept], list[Scaled]]:
         """What was kept; nothing is kept any more."""
         taken = self.kept, self.scaled
-        self.kept, self.scaled, self.room = [], [], self.budget - self.backlog.size
+        self.kept, self.scaled, self.room = [], [], self.budget - self.deferred.size
         return taken
 
     def follow_stream(self) -> None:
@@ -208,8 +208,8 @@ class DeviceQueue(Generic[M]):
         ):
             current.wait_stream(self.stream)
         self.stream, self.raw_stream = current, current.cuda_stream
-        self.repeat = None  # its scratch belongs to the other stream
-        self.backlog.forget_form()
+        self.cached_launch = None  # its scratch belongs to the other stream
+        self.deferred.forget_form()
 
     def off_stream(self) -> bool:
         """Whether the current stream is another than the one the forward began on."""
@@ -242,13 +242,13 @@ class DeviceQueue(Generic[M]):
         self.stream.wait_stream(current)
 
 
-def check_form(site: Profiled | TracedSite, x: Tensor, real: RealTokens) -> None:
+def check_shape(site: Profiled | TracedSite, x: Tensor, layout: TokenLayout) -> None:
     """Raises ForwardError for an input that is not `[batch, seq, width]` over the tokens of the decoder's call."""
     if x.dim() != 3 or x.shape[-1] != site.width:
         raise ForwardError(f"{site.name}: expected an input [batch, seq, {site.width}], got {list(x.shape)}")
-    if real.tokens != x.shape[:2]:
+    if layout.tokens != x.shape[:2]:
         raise ForwardError(
-            f"{site.name}: its input is over {list(x.shape[:2])} tokens and the decoder's call over {real.described()}: the "
+            f"{site.name}: its input is over {list(x.shape[:2])} tokens and the decoder's call over {layout.described()}: the "
             "model pads, shortens, splits or transposes its sequences on the way, so that its valid tokens are not known"
         )
 

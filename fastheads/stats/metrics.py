@@ -103,13 +103,13 @@ def samples(
     contribution: ContributionNorms,
     *,
     scale: Tensor | None = None,
-    bounds: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The samples of one firing of G projections with inputs `x` `[G, B, S, H·D]`; `mask` bool `[B, S]`: the real tokens;
+    """The samples of one firing of G projections with inputs `x` `[G, B, S, H·D]`; `mask` bool `[B, S]`: the valid tokens;
     `scale` `[G, B, S]`: of the contributions of each token.
 
     Returns values, float64 `[n, 4, G, H]` in the order of METRICS, and which of the n count, bool `[n]` (None: all); n is B for
-    "last" and "all", B·S for "token". With the `bounds` `[N + 1]` of packed sequences n is N for "all"; "last" takes none.
+    "last" and "all", B·S for "token". With the `cu_seqlens` `[N + 1]` of packed sequences n is N for "all"; "last" takes none.
     """
     present: Tensor | None
     if token_agg == "last":
@@ -121,17 +121,17 @@ def samples(
         scale = None if scale is None else scale.flatten(1, 2)
         norms = token_norms(x.flatten(1, 2), num_heads, contribution, scale)  # [2, G, B·S, H]
         present = None if mask is None else mask.flatten()
-    if token_agg == "all" and bounds is not None:
+    if token_agg == "all" and cu_seqlens is not None:
         assert mask is not None
-        return packed_samples(norms, mask, bounds)
+        return packed_samples(norms, mask, cu_seqlens)
     if token_agg == "all":
         norms, present = mean_over_tokens(rearrange(norms, "k g (b s) h -> k g b s h", b=x.shape[1]), mask)
     return _with_relative(norms), present
 
 
-def packed_samples(norms: Tensor, mask: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+def packed_samples(norms: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """The samples "all" of packed sequences, as `samples` returns them, from the norms `[2, G, B·S, H]` of all tokens."""
-    means, present = mean_over_sequences(norms.double(), mask.flatten(), bounds)
+    means, present = mean_over_sequences(norms.double(), mask.flatten(), cu_seqlens)
     return _with_relative(means), present
 
 

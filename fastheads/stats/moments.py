@@ -94,7 +94,7 @@ class RunningMoments:
 
     def __init__(self, metrics: int, rows: int, heads: int, device: torch.device) -> None:
         self.buffer = torch.empty(PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
-        self.batches: list[Any] = []  # samples that are not merged yet: of the dispatcher
+        self.batches: list[Any] = []  # samples that are not merged yet: of the accumulator
         self.clear()
 
     @classmethod

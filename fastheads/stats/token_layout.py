@@ -43,15 +43,15 @@ TokenMask = Tensor | Callable[[dict[str, Any]], Tensor | None]
 
 
 @dataclass(frozen=True)
-class RealTokens:
-    """The real tokens of one call of the decoder: B rows by S positions.
+class TokenLayout:
+    """The valid tokens of one call of the decoder: B rows by S positions.
 
     `valid` is bool `[B, S]` with `skip_first` already taken off; None means that every token is real but the first
     `skip_first` of each row.
 
-    `bounds` is None where each row is a sequence. Of packed rows it is int64 `[N + 1]`: sequence n is the tokens `bounds[n]` to
-    `bounds[n + 1] - 1` of all B·S, row after row. Sequences may be empty (they give no samples): where only the device knows how
-    many there are, N is B·S. `valid` is then never None.
+    `cu_seqlens` is None where each row is a sequence. Of packed rows it is int64 `[N + 1]`: sequence n is the tokens
+    `cu_seqlens[n]` to `cu_seqlens[n + 1] - 1` of all B·S, row after row. Sequences may be empty (they give no samples): where
+    only the device knows how many there are, N is B·S. `valid` is then never None.
 
     `tokens` is (B, S); None where the arguments do not settle it. Then it is one of `shapes`, the one that the first attention
     output has (`settled`).
@@ -59,11 +59,11 @@ class RealTokens:
 
     valid: Tensor | None = None
     skip_first: int = 0
-    bounds: Tensor | None = None
+    cu_seqlens: Tensor | None = None
     tokens: tuple[int, int] | None = None
     shapes: tuple[Shape, ...] = ()
 
-    def settled(self, shape: Sequence[int]) -> "RealTokens":
+    def settled(self, shape: Sequence[int]) -> "TokenLayout":
         """The same of a call whose first attention output is `[B, S, ...]`, if it may have so many tokens."""
         batch, seq = shape[0], shape[1]
         fits = any(batch == b and s in (seq, None) for b, s in self.shapes)
@@ -94,42 +94,45 @@ class RealTokens:
         return valid.to(x.device, non_blocking=True)
 
     def packed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mask `[B, S]` and the bounds `[N + 1]` of packed rows, for `x` `[B, S, ...]` on x's device."""
+        """The mask `[B, S]` and the `cu_seqlens` `[N + 1]` of packed rows, for `x` `[B, S, ...]` on x's device."""
         mask = self.mask(x)
-        assert mask is not None and self.bounds is not None
-        return mask, self.bounds.to(x.device, non_blocking=True)
+        assert mask is not None and self.cu_seqlens is not None
+        return mask, self.cu_seqlens.to(x.device, non_blocking=True)
 
     @cached_property
     def last_of_sequences(self) -> tuple[Tensor, Tensor]:
-        """The last real token of each packed sequence, int64 `[N]` among all B·S, and which have one, bool `[N]`."""
-        assert self.valid is not None and self.bounds is not None
-        bounds, valid = self.bounds, self.valid.flatten().to(self.bounds.device, non_blocking=True)
-        token = torch.arange(1, valid.shape[0] + 1, device=bounds.device)
-        # latest[i]: the last real token before token i, plus one
+        """The last valid token of each packed sequence, int64 `[N]` among all B·S, and which have one, bool `[N]`."""
+        assert self.valid is not None and self.cu_seqlens is not None
+        cu_seqlens, valid = (
+            self.cu_seqlens,
+            self.valid.flatten().to(self.cu_seqlens.device, non_blocking=True),
+        )
+        token = torch.arange(1, valid.shape[0] + 1, device=cu_seqlens.device)
+        # latest[i]: the last valid token before token i, plus one
         latest = torch.cat([token.new_zeros(1), torch.where(valid, token, 0).cummax(0).values])
-        last = latest[bounds[1:]] - 1
-        return last.clamp(min=0), last >= bounds[:-1]
+        last = latest[cu_seqlens[1:]] - 1
+        return last.clamp(min=0), last >= cu_seqlens[:-1]
 
 
-def last_tokens(inputs: Sequence[Tensor], real: RealTokens) -> tuple[Sequence[Tensor], RealTokens]:
-    """Inputs whose real tokens are the last ones of the packed sequences of `inputs`, `[B, S, W]` each.
+def last_tokens(inputs: Sequence[Tensor], layout: TokenLayout) -> tuple[Sequence[Tensor], TokenLayout]:
+    """Inputs whose valid tokens are the last ones of the packed sequences of `inputs`, `[B, S, W]` each.
 
     One gather a layer, of a row a sequence; nothing is copied where the number of sequences is not known, for then it may be that
     of the tokens.
     """
     x = inputs[0]
-    real.mask(x)  # raises where it speaks of other tokens
-    last, present = (t.to(x.device, non_blocking=True) for t in real.last_of_sequences)
+    layout.mask(x)  # raises where it speaks of other tokens
+    last, present = (t.to(x.device, non_blocking=True) for t in layout.last_of_sequences)
     batch, seq = x.shape[:2]
     if last.shape[0] < batch * seq:
-        return [x.flatten(0, 1)[last].unsqueeze(0) for x in inputs], RealTokens(present.unsqueeze(0))
+        return [x.flatten(0, 1)[last].unsqueeze(0) for x in inputs], TokenLayout(present.unsqueeze(0))
     is_last = torch.zeros(batch * seq + 1, dtype=torch.bool, device=x.device)
     is_last[torch.where(present, last, batch * seq)] = True
-    return inputs, RealTokens(is_last[:-1].view(batch, seq))
+    return inputs, TokenLayout(is_last[:-1].view(batch, seq))
 
 
 def take_last(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The last real token of each row of `x` `[G, B, S, W]`: `[G, B, W]`, and which rows have one, bool `[B]` (None: all)."""
+    """The last valid token of each row of `x` `[G, B, S, W]`: `[G, B, W]`, and which rows have one, bool `[B]` (None: all)."""
     if mask is None:
         return x[:, :, -1], None
     rows, seq = mask.shape
@@ -138,7 +141,7 @@ def take_last(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The mean over the real tokens of each row, `values` `[..., B, S, H]` to `[..., B, H]`, and which rows have any."""
+    """The mean over the valid tokens of each row, `values` `[..., B, S, H]` to `[..., B, H]`, and which rows have any."""
     if mask is None:
         return values.mean(dim=-2), None
     count = mask.sum(dim=1)  # [B]
@@ -147,21 +150,21 @@ def mean_over_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
     return total / count.clamp(min=1).unsqueeze(-1), count > 0
 
 
-def mean_over_sequences(values: Tensor, mask: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the real tokens of each packed sequence, `values` `[..., T, H]` to `[..., N, H]`, and which have any.
+def mean_over_sequences(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the valid tokens of each packed sequence, `values` `[..., T, H]` to `[..., N, H]`, and which have any.
 
-    `mask` bool `[T]`, `bounds` `[N + 1]`.
+    `mask` bool `[T]`, `cu_seqlens` `[N + 1]`.
     """
-    before = torch.cat([bounds.new_zeros(1), mask.cumsum(0)])
-    count = before[bounds[1:]] - before[bounds[:-1]]
-    real = torch.where(mask.unsqueeze(-1), values, 0.0).movedim(-2, 0).contiguous()  # [T, ..., H]
+    before = torch.cat([cu_seqlens.new_zeros(1), mask.cumsum(0)])
+    count = before[cu_seqlens[1:]] - before[cu_seqlens[:-1]]
+    kept = torch.where(mask.unsqueeze(-1), values, 0.0).movedim(-2, 0).contiguous()  # [T, ..., H]
     # Added up in order, and not as differences of one running sum: a NaN would spread. `unsafe` skips a look at the values.
-    total = torch.segment_reduce(real, "sum", offsets=bounds, axis=0, unsafe=True).movedim(0, -2)
+    total = torch.segment_reduce(kept, "sum", offsets=cu_seqlens, axis=0, unsafe=True).movedim(0, -2)
     return total / count.clamp(min=1).unsqueeze(-1), count > 0
 
 
 class DecoderArguments:
-    """Reads the real tokens off the arguments of a decoder's `forward`."""
+    """Reads the valid tokens off the arguments of a decoder's `forward`."""
 
     def __init__(self, decoder: nn.Module) -> None:
         self._decoder = decoder
@@ -194,8 +197,8 @@ class DecoderArguments:
         finally:
             self._here.token_mask = before
 
-    def real_tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any], skip_first: int) -> RealTokens:
-        """Raises TokensError for arguments whose real tokens cannot be told: masks of unknown form, wrong `cu_seq_lens_q`,
+    def token_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any], skip_first: int) -> TokenLayout:
+        """Raises TokensError for arguments whose valid tokens cannot be told: masks of unknown form, wrong `cu_seq_lens_q`,
         positional ones without a name.
         """
         if len(args) > len(self._positional):
@@ -204,29 +207,29 @@ class DecoderArguments:
                 "not known: give them by keyword (input_ids=..., attention_mask=...), or wrap the forward with functools.wraps"
             )
         given = dict(zip(self._positional, args, strict=False)) | kwargs
-        mask, cache, bounds = given.get("attention_mask"), given.get("past_key_values"), None
+        mask, cache, cu_seqlens = given.get("attention_mask"), given.get("past_key_values"), None
         if isinstance(mask, Mapping):  # one for each type of layer; windows hide tokens that are real
             mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
         if given.get("cu_seq_lens_q") is not None:
-            bounds = _given_bounds(given, self._tokens_of(given))
-            mask = _mask_beside_bounds(mask, self._tokens_of(given))
+            cu_seqlens = _given_cu_seqlens(given, self._tokens_of(given))
+            mask = _mask_beside_cu_seqlens(mask, self._tokens_of(given))
         elif mask is None and cache is None:
-            bounds = self._bounds_of_positions(given)
+            cu_seqlens = self._cu_seqlens_of_positions(given)
         token_mask = getattr(self._here, "token_mask", None)
         valid = None if token_mask is None else self._told(token_mask, given)
         if valid is None and mask is not None:
             valid = _valid(mask, given, cache, self._past(given, cache))
         elif valid is None:
             _check_unread(given)
-        if bounds is not None:
-            valid = _within(bounds, valid, skip_first, self._tokens_of(given))
+        if cu_seqlens is not None:
+            valid = _within(cu_seqlens, valid, skip_first, self._tokens_of(given))
         elif skip_first and valid is not None:
             valid = valid & (valid.cumsum(dim=1) > skip_first)
         shapes = self._shapes(given)
         tokens = None
         if len(shapes) == 1 and shapes[0][1] is not None:
             tokens = (shapes[0][0], shapes[0][1])
-        return RealTokens(valid, skip_first, bounds, tokens, shapes)
+        return TokenLayout(valid, skip_first, cu_seqlens, tokens, shapes)
 
     def _shapes(self, given: dict[str, Any]) -> tuple[Shape, ...]:
         """How many tokens the call may have; empty where nothing tells."""
@@ -291,8 +294,8 @@ class DecoderArguments:
             )
         return mask.clone()  # the caller may change it while the inputs wait
 
-    def _bounds_of_positions(self, given: dict[str, Any]) -> Tensor | None:
-        """Where the positions do not go up by one, as transformers tells packed rows: bounds `[N + 1]`; None where they all do.
+    def _cu_seqlens_of_positions(self, given: dict[str, Any]) -> Tensor | None:
+        """Where the positions do not go up by one, as transformers tells packed rows: cu_seqlens `[N + 1]`; None where all do.
 
         Where they are not read, there are as many sequences as tokens, all but the first of them empty.
         """
@@ -341,22 +344,22 @@ def _check_unread(given: dict[str, Any]) -> None:
             )
 
 
-def _given_bounds(given: dict[str, Any], call: tuple[int, int]) -> Tensor:
+def _given_cu_seqlens(given: dict[str, Any], call: tuple[int, int]) -> Tensor:
     cu = given["cu_seq_lens_q"]
     if not isinstance(cu, Tensor) or cu.dim() != 1 or cu.shape[0] < 2 or cu.is_floating_point():
         form = f"{cu.dtype} {list(cu.shape)}" if isinstance(cu, Tensor) else type(cu).__name__
         raise TokensError(f"cu_seq_lens_q must be whole numbers [sequences + 1], not {form}")
-    tokens, bounds = call[0] * call[1], cu.to(torch.int64)
+    tokens, cu_seqlens = call[0] * call[1], cu.to(torch.int64)
     if not torch.compiler.is_compiling() and cu.device.type == "cpu":
-        values = bounds.tolist()
+        values = cu_seqlens.tolist()
         if values[0] < 0 or values[-1] > tokens or values != sorted(values):
             raise TokensError(f"cu_seq_lens_q must go up from 0 to at most {tokens} tokens, not {values}")
-        return bounds
+        return cu_seqlens
     # On a GPU nobody looks: what goes beyond the tokens must not be read all the same.
-    return bounds.clamp(min=0, max=tokens).cummax(0).values
+    return cu_seqlens.clamp(min=0, max=tokens).cummax(0).values
 
 
-def _mask_beside_bounds(mask: Any, call: tuple[int, int]) -> Any:
+def _mask_beside_cu_seqlens(mask: Any, call: tuple[int, int]) -> Any:
     """The mask where it can say which tokens of packed rows are padding; None where it only keeps the sequences apart."""
     if not isinstance(mask, Tensor):
         return None
@@ -364,16 +367,16 @@ def _mask_beside_bounds(mask: Any, call: tuple[int, int]) -> Any:
     return mask if mask.dim() == 2 or mask.shape[2:] == (seq, seq) else None
 
 
-def _within(bounds: Tensor, valid: Tensor | None, skip_first: int, tokens: tuple[int, int]) -> Tensor:
+def _within(cu_seqlens: Tensor, valid: Tensor | None, skip_first: int, tokens: tuple[int, int]) -> Tensor:
     """Bool `[B, S]`: the tokens that lie in some sequence, are valid, and are not among its first `skip_first` that are."""
-    token = torch.arange(tokens[0] * tokens[1], device=bounds.device)
-    inside = (token >= bounds[0]) & (token < bounds[-1])
+    token = torch.arange(tokens[0] * tokens[1], device=cu_seqlens.device)
+    inside = (token >= cu_seqlens[0]) & (token < cu_seqlens[-1])
     if valid is not None:
-        inside = inside & valid.expand(tokens).flatten().to(bounds.device, non_blocking=True)
+        inside = inside & valid.expand(tokens).flatten().to(cu_seqlens.device, non_blocking=True)
     if skip_first:
-        before = torch.cat([bounds.new_zeros(1), inside.cumsum(0)])  # [T + 1]
-        sequence = torch.searchsorted(bounds, token, right=True) - 1  # the one that each token lies in
-        first = bounds[sequence.clamp(min=0)]
+        before = torch.cat([cu_seqlens.new_zeros(1), inside.cumsum(0)])  # [T + 1]
+        sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1  # the one that each token lies in
+        first = cu_seqlens[sequence.clamp(min=0)]
         inside = inside & (before[1:] - before[first] > skip_first)
     return inside.view(tokens)
 
@@ -382,7 +385,9 @@ def _valid(mask: Any, given: dict[str, Any], cache: Any, past: int | Tensor | No
     """Bool `[B, S]` (or `[1, S]`), from a mask of 2 or 4 dimensions; `past` tokens are in the cache."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         form = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
-        raise TokensError(f"an attention mask of 2 or 4 dimensions is needed to tell real tokens, got {form}")
+        raise TokensError(
+            f"an attention mask of 2 or 4 dimensions is needed to tell valid tokens, got {form}"
+        )
     queries = _num_queries(given, mask)
     if mask.dim() == 4:
         return _diagonal(mask, queries, past)
