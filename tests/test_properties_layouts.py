@@ -49,7 +49,7 @@ LAYOUTS = {
     "two chunks of batch": lambda x, mask: list(x.chunk(2)),
     "token by token": lambda x, mask: list(x.split(1, dim=1)),
     "row by row": lambda x, mask: list(x.split(1)),
-    "all, then some": lambda x, mask: [x, x[:, :1]],
+    "all, then some": lambda x, mask: [x, x[:, :1]] if x.shape[1] > 1 else [x],
     "flat": lambda x, mask: [x.flatten(0, 1)],
     "flat, one row": lambda x, mask: [x.flatten(0, 1)[None]],
     "flat, one token a row": lambda x, mask: [x.flatten(0, 1)[:, None]],
