@@ -8,6 +8,7 @@ import pytest
 import torch
 from drawn import (
     EXAMPLES,
+    Options,
     Tally,
     assert_sequences,
     bits,
@@ -17,7 +18,7 @@ from drawn import (
     sequences,
     small_llama,
 )
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from oracle import captured_inputs
 from tiny_models import tokens
@@ -193,15 +194,24 @@ def swapped(forward):
     return wrapper
 
 
+def other_names(forward):
+    def wrapper(ids=None, mask=None, **kwargs):
+        return forward(ids, mask, **kwargs)
+
+    return wrapper
+
+
 WRAPPERS = {
     "none": None,
     "wraps": lambda forward: functools.wraps(forward)(bare(forward)),
     "bare": bare,
     "one name": one_name,
     "swapped": swapped,
+    "other names": other_names,  # in examples alone
 }
+PADDED = Call(2, (5,), mask="2d", valid=((0, 0, 1, 1, 1), (1, 1, 1, 1, 1)), via="decoder", positional=2)
 # How many positional arguments have a name.
-NAMED = {"bare": 0, "one name": 1, "swapped": 2}
+NAMED = {"bare": 0, "other names": 0, "one name": 1, "swapped": 2}
 
 
 def positional_part(by_name, number):
@@ -263,10 +273,11 @@ def test_arguments_of_any_form(model, number):
     sites = fastheads.find_sites(model)
 
     @settings(max_examples=number)
+    @example(how=Options("token"), drawn=[PADDED], wrapper="other names", late=False)
     @given(
         how=options(),
         drawn=st.lists(calls(), min_size=1, max_size=3),
-        wrapper=st.sampled_from(list(WRAPPERS)),
+        wrapper=st.sampled_from([name for name in WRAPPERS if name != "other names"]),
         late=st.booleans(),
     )
     def holds(how, drawn, wrapper, late):

@@ -4,8 +4,8 @@ Threads take turns at each hook, in an order that is drawn, so that what fails d
 """
 
 import pytest
-from drawn import Tally, examples, options, small_llama
-from hypothesis import given, settings
+from drawn import Options, Tally, examples, options, small_llama
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scripted import CALLS, DECODER_PLACES, PLACES, TOLD, Broken, Event, Model, Script, Step
 
@@ -42,6 +42,10 @@ def programs():
     return st.lists(program, min_size=1, max_size=3)
 
 
+# A hook calls the model inside itself, and catches what breaks that call off.
+BROKEN_OFF = Step(events=(Event("o_proj 1", "interrupt"),), catches=BaseException)
+
+
 @pytest.fixture(scope="module")
 def of():
     return Model(small_llama())
@@ -52,6 +56,13 @@ def test_what_ends_normally_counts_and_nothing_else(of, number):
     tally = Tally()
 
     @settings(max_examples=number)
+    @example(
+        how=Options(),
+        second=Options(),
+        late=False,
+        programs=[[Step(events=(Event("layer", "nest", BROKEN_OFF),))]],
+        order=[0],
+    )
     @given(
         how=options(),
         second=options(),

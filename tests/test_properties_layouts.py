@@ -3,12 +3,12 @@
 The oracle takes the heads' outputs as the attention made them, `[batch, seq, width]`, before it lays them out anew.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from drawn import Tally, assert_sequences, bits, cut, examples, options, sequences
-from hypothesis import given, settings
+from drawn import Options, Tally, assert_sequences, bits, cut, examples, options, sequences, small_llama
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_models import tokens
 from torch import nn
@@ -104,6 +104,19 @@ class StandIn(nn.Module):
 
     def forward(self, input_ids, attention_mask=None):
         return self.decoder(input_ids, attention_mask)
+
+
+class OtherNames(StandInDecoder):
+    """The same decoder; its arguments have names of its own."""
+
+    def forward(self, ids, mask=None):
+        return super().forward(ids, mask)
+
+
+class OwnNames(StandIn):
+    def __init__(self):
+        super().__init__()
+        self.decoder = OtherNames()
 
 
 @dataclass(frozen=True)
@@ -223,3 +236,70 @@ def test_layouts_of_any_form(model, number):
 
     holds()
     tally.check(number, measured=0.4, refused=0.2)
+
+
+@settings(max_examples=60)
+@example(how=Options("token"), call=Call(2, 4, layouts=("window of 3", "window of 3")))
+@example(how=Options("token"), call=Call(2, 4, valid=((0, 0, 1, 1), (1, 1, 1, 1))))
+@given(how=options(), call=batches().map(lambda calls: replace(calls[0], via="model")))
+def test_a_decoder_whose_arguments_have_other_names(how, call):
+    torch.manual_seed(0)
+    model = OwnNames().eval()
+    sites = fastheads.find_sites(model)
+    with how.attach(model) as hooks:
+        try:
+            call.run(model)
+            results = hooks.get_results()
+        except FastheadsError:
+            return  # nothing that is known tells the tokens
+    places = sequences(call.batch, call.seq, call.valid)
+    made = [attention.made for attention in model.decoder.attentions]
+    assert_sequences(results, sites, [[t for x in of_site for t in cut(x, places)] for of_site in made], how)
+
+
+def sequence_first(self, hidden_states, *_, **__):
+    """In place of Llama's attention: the projection takes `[seq, batch, width]`."""
+    x = self.v_proj(hidden_states).unflatten(-1, (-1, 1, self.head_dim))
+    x = x.expand(-1, -1, -1, self.num_key_value_groups, -1).flatten(2).cumsum(dim=1)
+    made.append(x.detach().double())
+    return self.o_proj(x.transpose(0, 1)).transpose(0, 1), None
+
+
+made: list[torch.Tensor] = []
+
+
+@settings(max_examples=60)
+@example(how=Options(), batch=3, seq=3, where="class")
+@example(how=Options(), batch=3, seq=3, where="instances, later")
+@given(
+    how=options(),
+    batch=st.integers(1, 4),
+    seq=st.integers(1, 4),
+    where=st.sampled_from(["class", "instances", "instances, later"]),
+)
+def test_a_forward_in_place_of_the_attentions_own(how, batch, seq, where):
+    model = small_llama()
+    sites = fastheads.find_sites(model)
+    attentions = [layer.self_attn for layer in model.model.layers]
+    valid = tuple(tuple(int(t >= row) for t in range(seq)) for row in range(batch))
+    made.clear()
+
+    def patch():
+        for attention in attentions:
+            attention.forward = sequence_first.__get__(attention)
+
+    with pytest.MonkeyPatch.context() as patches:
+        if where == "class":
+            patches.setattr(type(attentions[0]), "forward", sequence_first)
+        elif where == "instances":
+            patch()
+        with how.attach(model) as hooks, torch.no_grad():
+            if where == "instances, later":
+                patch()
+            try:
+                model(input_ids=tokens(batch, seq), attention_mask=torch.tensor(valid))
+            except FastheadsError:
+                return
+            results = hooks.get_results()
+    places = sequences(batch, seq, valid)
+    assert_sequences(results, sites, [cut(x, places) for x in made], how)
