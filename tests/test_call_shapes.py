@@ -274,3 +274,14 @@ def test_a_layer_that_is_left_out_shows_after_compiled_forwards_too(how, skipped
         (model if skipped == "eager" else compiled)(input_ids=IDS)
         assert counted(hooks) == [2] * 3
     torch._dynamo.reset()
+
+
+def test_lengths_of_packed_rows_are_no_padding():
+    """What transformers itself gives beside `cu_seq_lens_q`: one number for all rows."""
+    model = build()
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1]])
+    lengths = dict(max_length_q=torch.tensor(4), max_length_k=torch.tensor(4))
+    cu = torch.tensor([0, 4, 6])
+    with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
+        model(IDS[:1], position_ids=positions, cu_seq_lens_q=cu, cu_seq_lens_k=cu, **lengths, use_cache=False)
+        assert counted(hooks) == [2] * 3

@@ -1,6 +1,8 @@
 """Several forwards of one model under way: in threads, one inside another, beside the hooks of others."""
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -439,3 +441,135 @@ def test_compiled_forwards_in_two_threads_are_refused_without_harm_to_the_first(
     torch._dynamo.reset()
     check(results, build(), calls, "all")
     assert set(results) > set(METRICS)
+
+
+@pytest.mark.parametrize("what", ["get_results", "state", "reset", "load_state"])
+def test_a_forward_that_is_compiled_as_a_whole_is_not_disturbed_from_another_thread(what):
+    """It reads and writes the committed moments by itself."""
+    torch._dynamo.reset()
+    model = build()
+    calls = batches(0)
+    compiled = COMPILED["whole call"](model)
+    under_way, asked = threading.Event(), threading.Event()
+    with fastheads.HookManager(model, "all", group_bytes=0) as hooks, torch.no_grad():
+        compiled(**calls[0])
+        state = hooks.state()
+        recorded = hooks.record_in_graph
+
+        def slow(**options):
+            recorded(**options)
+            under_way.set()
+            asked.wait(timeout=60)
+
+        def run():
+            with torch.no_grad():
+                compiled(**calls[1])
+
+        def ask():
+            under_way.wait(timeout=60)
+            try:
+                with pytest.raises(fastheads.FastheadsError, match="as a whole is under way"):
+                    getattr(hooks, what)(*(state if what == "load_state" else ()))
+            finally:
+                asked.set()
+
+        hooks.record_in_graph = slow
+        in_threads([run, ask])
+        compiled(**calls[2])
+        results = hooks.get_results()
+    torch._dynamo.reset()
+    check(results, build(), calls, "all")
+
+
+@pytest.mark.parametrize("outermost", ["model", "decoder"])
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
+@pytest.mark.parametrize("late", [False, True])
+def test_hooks_that_are_removed_by_a_hook_of_the_same_call_leave_the_forward_alone(outermost, register, late):
+    model = build()
+    module = model if outermost == "model" else model.model
+    hooks = []
+    if not late:
+        handle = getattr(module, register)(lambda *_: hooks[0].remove())
+    hooks.append(fastheads.HookManager(model, "all"))
+    if late:
+        handle = getattr(module, register)(lambda *_: hooks[0].remove())
+    with torch.no_grad():
+        model(**batches(0)[0])
+        handle.remove()
+        model(**batches(0)[0])
+    assert counts_of_nothing(hooks[0]) == [0] * 3
+
+
+@pytest.mark.parametrize("what", ["attach", "remove"])
+def test_hooks_that_come_and_go_while_another_thread_runs_the_model(what):
+    """The forward under way does not count, the next one does; neither fails."""
+    model = build()
+    calls = batches(0)
+    found = []
+    if what == "remove":
+        found.append(fastheads.HookManager(model, "all"))
+    with Meeting(model, 2) as meeting:
+
+        def run():
+            with torch.no_grad():
+                model(**calls[0])
+
+        def change():
+            meeting._meet()
+            found.append(fastheads.HookManager(model, "all")) if what == "attach" else found[0].remove()
+
+        in_threads([run, change])
+    (hooks,) = found
+    assert counts_of_nothing(hooks) == [0] * 3
+    with hooks, torch.no_grad():
+        model(**calls[1])
+        if what == "attach":
+            results = hooks.get_results()
+    if what == "attach":
+        check(results, model, calls[1:2], "all")
+
+
+def test_many_forwards_while_hooks_come_and_go():
+    model = build()
+    over = threading.Event()
+
+    def run():
+        with torch.no_grad():
+            while not over.is_set():
+                model(**batches(0)[0])
+
+    def change():
+        try:
+            for _ in range(20):
+                with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
+                    model(**batches(0)[1])
+                    counts(hooks)  # no layer was seen to be left out
+        finally:
+            over.set()
+
+    in_threads([run, change])
+
+
+def test_nothing_of_an_interrupted_forward_is_kept():
+    model = build()
+
+    class Big:
+        pass
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    def run():
+        mine = Big()
+        with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+            model(**batches(0)[0])
+        return weakref.ref(mine)
+
+    with fastheads.HookManager(model, "all"), torch.no_grad():
+        model.model.register_forward_pre_hook(lambda *_: None)  # after ours
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(interrupted)
+        left = [run() for _ in range(3)]
+        handle.remove()
+        model(**batches(0)[1])
+        gc.collect()
+        assert [ref() for ref in left] == [None] * 3

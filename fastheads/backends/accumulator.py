@@ -341,7 +341,8 @@ class Accumulator:
         if self._watch.moved():
             if before is not None:
                 before()
-            self.generation += 1
+            if any(weight.moved() and not weight.moves_itself for weight in self._weights):
+                self.generation += 1
             self._watch.refresh()
             self._forms = {}
 

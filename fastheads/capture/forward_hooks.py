@@ -7,6 +7,7 @@ All managers on a module share one hook before it and one behind it, which stay 
 forward is given, and a forward counts only when no hook of others can fail any more.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_code_exec_strategy
 from torch._dynamo.types import FrameAction, FrameExecStrategy
 
-from fastheads.capture.forward import frame_of_call
+from fastheads.capture.forward import frame_of_call, on_stack
 from fastheads.errors import ForwardError
 
 
@@ -58,26 +59,43 @@ class _Shared:
         # Arguments that hooks of others may yet change, by torch's frame of the call.
         self.given: dict[FrameType | None, _Snapshot] = {}
 
+    def forget_ended(self) -> None:
+        """Drop the arguments of calls that Ctrl-C ended: torch called no hook behind them."""
+        for frame, snapshot in list(self.given.items()):
+            if not on_stack(frame, snapshot.thread):
+                self.given.pop(frame, None)
+
     def __deepcopy__(self, memo: Any) -> "_Shared":
         return self
 
 
 _shared: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
+_lock = threading.RLock()  # of `_shared` and of which managers are on a module
 
 
 def _keep_last(hooks: "OrderedDict[int, Any]", own: int) -> bool:
-    """Move the hook to the end; True if it was there."""
-    if next(reversed(hooks)) == own:
+    """Move the hook to the end; True if it was there, or was taken off meanwhile."""
+    if next(reversed(hooks), own) == own:
         return True
-    hooks.move_to_end(own)
+    try:
+        hooks.move_to_end(own)
+    except KeyError:
+        return True
     return False
 
 
-def _start(shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+# Once the hooks are off, torch forgets that they take keyword arguments: a call that goes on then calls them without.
+def _start(
+    shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> None:
+    if not shared.boundaries or kwargs is None:
+        return
     if shared.module() is not module:
         _check_copy(module)
         return
     frame, _ = frame_of_call()
+    if shared.given:
+        shared.forget_ended()
     _keep_last(module._forward_hooks, shared.behind)  # type: ignore[arg-type]
     if not _keep_last(module._forward_pre_hooks, shared.before):  # type: ignore[arg-type]
         shared.given[frame] = _Snapshot(args, kwargs)  # those that come after it may change them
@@ -86,8 +104,10 @@ def _start(shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: di
 
 
 def _end(
-    shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
+    shared: _Shared, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any = None
 ) -> None:
+    if not shared.boundaries:
+        return
     if shared.module() is not module:
         return
     frame, raised = frame_of_call()
@@ -131,6 +151,7 @@ class _Snapshot:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._names, self._values = list(kwargs), [*args, *kwargs.values()]
         self._versions = list(map(_version, self._values))
+        self.thread = threading.get_ident()
 
     def is_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """True if these are the same ones, unchanged."""
@@ -179,27 +200,30 @@ class _Handle:
         self._boundary, self._module = boundary, module
 
     def remove(self) -> None:
-        shared = _shared.get(self._module)
-        if shared is None:
-            return
-        shared.boundaries = tuple(other for other in shared.boundaries if other is not self._boundary)
-        if not shared.boundaries:
-            for handle in shared.handles:
-                handle.remove()
-            shared.handles = []
-            del _shared[self._module]
+        with _lock:
+            shared = _shared.get(self._module)
+            if shared is None:
+                return
+            shared.boundaries = tuple(other for other in shared.boundaries if other is not self._boundary)
+            if not shared.boundaries:
+                for handle in shared.handles:
+                    handle.remove()
+                shared.handles = []
+                shared.given.clear()
+                del _shared[self._module]
 
 
 def register(boundary: Boundary, module: nn.Module) -> _Handle:
     """Tell `boundary` of the calls of `module`, until the handle that is returned is removed."""
-    shared = _shared.get(module)
-    if shared is None:
-        shared = _shared[module] = _Shared(module)
-        # partial and not a function around them: that would be a frame that Dynamo compiles.
-        shared.handles = [
-            module.register_forward_pre_hook(partial(_start, shared), with_kwargs=True),
-            module.register_forward_hook(partial(_end, shared), with_kwargs=True, always_call=True),
-        ]
-        shared.before, shared.behind = (handle.id for handle in shared.handles)
-    shared.boundaries += (boundary,)
+    with _lock:
+        shared = _shared.get(module)
+        if shared is None:
+            shared = _shared[module] = _Shared(module)
+            # partial and not a function around them: that would be a frame that Dynamo compiles.
+            shared.handles = [
+                module.register_forward_pre_hook(partial(_start, shared), with_kwargs=True),
+                module.register_forward_hook(partial(_end, shared), with_kwargs=True, always_call=True),
+            ]
+            shared.before, shared.behind = (handle.id for handle in shared.handles)
+        shared.boundaries += (boundary,)
     return _Handle(boundary, module)

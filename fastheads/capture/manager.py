@@ -225,8 +225,6 @@ class HookManager:
     # ------------------------------------------------------------------ attach, detach
 
     def _attach(self) -> None:
-        for module in {id(m): m for m in (self.model, self._decoder)}.values():
-            self._handles.append(boundary.register(self, module))
         self._handles.append(RetraceHandle({p.site.name: p.site.module for p in self._profiled}))
         self._handles.append(register_optimizer_step_post_hook(self._after_optimizer_step))
         for profiled in self._profiled:
@@ -245,6 +243,9 @@ class HookManager:
                     hook = self._ranks.own_heads(profiled.row, hook)
                 # Before hooks of others, which may change the output.
                 self._handles.append(module.register_forward_hook(hook, prepend=True))
+        # Last, and from within: another thread may run the model meanwhile, and a forward that begins has all that is in it.
+        for module in {id(m): m for m in (self._decoder, self.model)}.values():
+            self._handles.append(boundary.register(self, module))
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Fused optimizers write weights without a trace."""
@@ -336,6 +337,8 @@ class HookManager:
     ) -> None:
         """A call of the model, or of its decoder, begins; `frame` is torch's of that call."""
         with self._lock:
+            if not self._handles:
+                return  # `remove()` in another thread
             forward = self._innermost()
             if getattr(self._here, "paused", False):
                 if not is_capturing(self._queues):
@@ -539,6 +542,8 @@ class HookManager:
         if profiled.row in self._sequence_first and x.dim() == 3:
             x = x.transpose(0, 1)
         with self._lock:
+            if forward.module is None:
+                return  # `remove()` in another thread
             self._check_input(forward, profiled, x)
             x = x.detach()  # what is kept would hold autograd's graph
             queue = self._queue_of(forward, x.device)
@@ -580,6 +585,8 @@ class HookManager:
                 self._trace_scaled(forward, traced, x, norms)
                 return
             with self._lock:
+                if forward.module is None:
+                    return  # `remove()` in another thread
                 queue = self._queue_of(forward, x.device)
                 if forward.decoder_traced:
                     scale = scales([norms])
@@ -987,6 +994,8 @@ class HookManager:
         if not forward.counts:
             return is_outermost
         with self._lock:
+            if forward.module is None:
+                return False  # `remove()` in another thread
             if module is self._decoder and (forward.decoder_frame is frame or forward.decoder_traced):
                 self._finish_decoder(forward)
             if is_outermost:
@@ -1038,7 +1047,7 @@ class HookManager:
             for device, queue in forward.queues.items():
                 own = self._queue_on(device)
                 if queue.recorded:
-                    with queue.as_current_device(), own.on_its_stream():
+                    with queue.as_current_device(), queue.on_its_stream(), own.on_its_stream():
                         own.moments.add(queue.moments.pending_buffer)
             return
         for queue in self._queues.values():
@@ -1162,7 +1171,13 @@ class HookManager:
         totals = [self._total(channel) for channel in self._channels]
         return Moments(*(torch.cat(planes) for planes in zip(*totals, strict=True)))
 
+    def _check_no_whole(self, error: type[Exception]) -> None:
+        """Raises `error` while a graph holds a forward as a whole: it reads and writes the committed moments without the lock."""
+        if on_stack(self._whole.frame, self._whole.thread):
+            raise error("a forward that was compiled as a whole is under way: ask again when it has ended")
+
     def _check_fresh(self) -> None:
+        self._check_no_whole(ResultsError)
         self._deferred.catch_up_all()
         self._deferred.check_complete()
         stale = list(
@@ -1204,6 +1219,7 @@ class HookManager:
             self._reset()
 
     def _reset(self) -> None:
+        self._check_no_whole(ForwardError)
         self._epoch += 1
         for queue in self._queues.values():
             queue.close()
@@ -1245,6 +1261,7 @@ class HookManager:
             self._load_state(buffers, notes)
 
     def _load_state(self, buffers: list[Tensor], notes: dict[str, Any]) -> None:
+        self._check_no_whole(ForwardError)
         self._epoch += 1
         here = [queue.moments.committed_buffer for queue in self._queues.values()]
         used, missed = notes.get("used"), notes.get("missed")
@@ -1254,8 +1271,9 @@ class HookManager:
             raise CheckpointError("the moments are those of another model or other options")
         for queue, buffer in zip(self._queues.values(), buffers, strict=True):
             queue.deferred.clear()
-            for own in queue.moments.buffers():
-                own.copy_(buffer)
+            with queue.on_its_stream():
+                for own in queue.moments.buffers():
+                    own.copy_(buffer)
         for channel, names in zip(self._channels, used, strict=True):
             channel.accumulator.used.update(map(str, names))
         self._missed.update(row for row in missed if type(row) is int)

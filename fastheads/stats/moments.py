@@ -144,6 +144,14 @@ def merged_buffers(one: Tensor, other: Tensor) -> Tensor:
     return merged
 
 
+def _read_here(buffer: Tensor) -> None:
+    """It may be freed now, and was allocated on the stream of another thread: its memory is not to be reused before this one has
+    read it.
+    """
+    if buffer.is_cuda:
+        buffer.record_stream(torch.cuda.current_stream(buffer.device))
+
+
 class PendingMoments:
     """The samples of one forward that runs beside another one, by channel: merged into the committed moments when it ends."""
 
@@ -200,6 +208,7 @@ class CommittedMoments(PendingMoments):
         """End a forward: its samples count."""
         if self._added is not None:
             self.pending_buffer.copy_(merged_buffers(self.pending_buffer, self._added))
+            _read_here(self._added)
             self._added = None
         self.committed_buffer.copy_(self.pending_buffer)
         self._begun = False
@@ -213,6 +222,9 @@ class CommittedMoments(PendingMoments):
     def add(self, samples: Tensor) -> None:
         """Commit `samples` `[channels, 6, metrics, rows, heads]` of another forward than the one that may be under way."""
         total = merged_buffers(self.committed_buffer, samples)
+        _read_here(samples)
+        if self._added is not None:
+            _read_here(self._added)
         # First what the forward under way will commit, for it overwrites what is committed.
         self._added = samples.clone() if self._added is None else merged_buffers(self._added, samples)
         self.committed_buffer.copy_(total)

@@ -27,8 +27,8 @@ NO_TOKENS = re.compile(r"pixel|image|video|audio|input_features|input_values|pic
 # Arguments that may say of padding, by their names, and those that do not though they are called so.
 PADDING = re.compile(r"mask|pad|length", re.IGNORECASE)
 NO_PADDING = re.compile(
-    r"head_mask|encoder|cross|causal|global|image|visual|video|audio|text_row|mask_token|masked_pos|mask_time|mask_feature"
-    r"|bool_masked|use_|output_|return_"
+    r"head_mask|encoder|cross|causal|global|image|visual|vision|protein|structure|msa|conditioning|max_length|video|audio|text_row"
+    r"|mask_token|masked_pos|mask_time|mask_feature|bool_masked|use_|output_|return_"
 )
 
 # How many tokens a decoder's call may have, (batch, seq): None where its arguments leave the second open.
@@ -338,6 +338,8 @@ def _check_unread(given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is None or name == "attention_mask" or not isinstance(value, Tensor | list | tuple):
             continue
+        if isinstance(value, Tensor) and value.dim() == 0:
+            continue  # one number for all rows
         if PADDING.search(name) and not NO_PADDING.search(name):
             raise TokensError(
                 f"padding that is given as {name} is not read: say which tokens are real with token_mask()"

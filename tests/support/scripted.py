@@ -278,7 +278,8 @@ class Script:
                 for root in record.part_of.values():
                     root.tainted = True
             if isinstance(error, FastheadsError) and not any(error is known for known in self._refused):
-                assert record.tainted or not fits, "refused without a reason"
+                tainted = any(each.tainted for each in here.stack)
+                assert tainted or not fits, "refused without a reason"
                 self._ordered.add("decoder pre")  # the manager's hook there ran, ours perhaps not
                 self._refused.append(error)
                 self._tally["refused"] += 1
