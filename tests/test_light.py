@@ -122,6 +122,20 @@ print(merged.rank(), merged.metadata["data"]["tokens"])
     assert (tmp_path / "merged.safetensors").read_bytes() == merged.to_bytes()
 
 
+@pytest.mark.parametrize("command", [["--help"], ["show", "0.safetensors"], ["merge", "-o", "m.safetensors"]])
+def test_the_front_door_opens_in_half_a_second(files, tmp_path, command):
+    if command[0] == "merge":
+        command = [*command, *map(str, files)]
+    program = f"""
+import resource, subprocess
+subprocess.run([sys.executable, "-m", "fastheads", *{command!r}], check=True, capture_output=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime)
+"""
+    # The processor's seconds, which other programs on the machine do not lengthen much; the first may compile modules.
+    assert min(float(python(program, cwd=tmp_path)) for _ in range(3)) < 0.5
+
+
 def test_errors_of_files_need_no_torch(files, tmp_path):
     program = """
 import fastheads
