@@ -7,9 +7,7 @@ when a command runs, so that `--help` is quick.
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from enum import StrEnum
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -17,7 +15,23 @@ import typer
 from rich.console import Console
 
 from fastheads._version import __version__
-from fastheads.errors import OptionError, ProfileFileError
+from fastheads.cli.checks import check_files as _check_files
+from fastheads.cli.checks import check_options as _check_options
+from fastheads.cli.checks import check_stdin, parse_layers, parse_shard
+from fastheads.cli.messages import doing, fail, message, note, show_warning, tell_of_replaced
+from fastheads.cli.options import (
+    Backend,
+    Cut,
+    Device,
+    Dtype,
+    Heads,
+    Include,
+    Metric,
+    TokenAgg,
+    TrustRemoteCode,
+    number_or_all,
+)
+from fastheads.errors import OptionError
 
 if TYPE_CHECKING:
     from fastheads.results.head_profile import HeadProfile
@@ -36,78 +50,25 @@ app = typer.Typer(
 )
 
 
-def _number_or_all(text: str | int) -> int | None:
-    """What N|all stands for: None for all."""
-    if str(text).strip().lower() == "all":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is neither a whole number nor all") from None
-
-
-# Options that several commands have.
-Include = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Profile these attention modules too, though they are left out by default: a pattern for their names, "
-        "such as '*.linear_attn'. May be given several times.",
-        show_default=False,
-    ),
-]
-Backend = Annotated[str, typer.Option(help="auto, loop, einsum, factored or triton.")]
-Dtype = Annotated[str, typer.Option(help="Of the model: auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, ...")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-]
-Metric = Annotated[
-    str | None,
-    typer.Option(
-        help="Which metric of those in the file, such as head_output_norm.",
-        show_default="relative_head_residual_contribution_norm",
-    ),
-]
-Heads = Annotated[
-    int | None,
-    typer.Option(
-        parser=_number_or_all,
-        metavar="N|all",
-        help="So many of the highest heads, and of the lowest; all: the whole ranking.",
-    ),
-]
-
-
-class Cut(StrEnum):
-    documents = "documents"
-    stream = "stream"
-
-
-class TokenAgg(StrEnum):
-    last = "last"
-    all = "all"
-    token = "token"
-
-
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0, 1 for an error, 2 for wrong usage, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = show_warning
         try:
             command = typer.main.get_command(app)
             code = command.main(arguments or ["--help"], prog_name="fastheads", standalone_mode=False)
         except KeyboardInterrupt:
-            code = _fail("interrupted", INTERRUPTED)
+            code = fail("interrupted", INTERRUPTED)
         except OptionError as error:
-            code = _fail(_message(error), USAGE)
+            code = fail(message(error), USAGE)
         except (ValueError, OSError, RuntimeError, ImportError) as error:
-            code = _fail(_message(error), ERROR)
+            code = fail(message(error), ERROR)
         except Exception as error:
             # The parser's own errors, of whichever library typer brings; anything else is a bug and shows itself.
             if not hasattr(error, "format_message"):
                 raise
-            code = _fail(error.format_message(), USAGE)
+            code = fail(error.format_message(), USAGE)
     raise SystemExit(code or 0)
 
 
@@ -199,7 +160,7 @@ def profile(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            parser=_number_or_all,
+            parser=number_or_all,
             metavar="N|all",
             help="Stop after this many tokens; all: at the end of the data.",
             show_default=f"all; without --data and --until-stable {DEMO_TOKENS}",
@@ -266,7 +227,7 @@ def profile(
     checkpoint: Path | None = Path(f"{output}.checkpoint")
     try:
         # On a terminal only: elsewhere a wrong option would get two lines where one is enough.
-        with _doing("starting", terminal) if terminal.is_terminal else nullcontext():
+        with doing("starting", terminal) if terminal.is_terminal else nullcontext():
             from fastheads.corpus import opening, sources
             from fastheads.corpus.filesets import files_source
             from fastheads.run import loading
@@ -278,8 +239,8 @@ def profile(
                 max_tokens = DEMO_TOKENS
             if until_stable:
                 check_token_agg(str(token_agg))
-            chosen_layers = _parse_layers(layers)
-            part = _parse_shard(shard)
+            chosen_layers = parse_layers(layers)
+            part = parse_shard(shard)
             _check_options(
                 backend=backend,
                 precision=precision,
@@ -307,7 +268,7 @@ def profile(
             if alone is not None and len(names) > 1:
                 raise OptionError(f"--data {alone} must be the only one: profile it by itself, and merge")
             if alone == "-":
-                _check_stdin(resume, job.place.world)
+                check_stdin(resume, job.place.world)
                 checkpoint = None
             if alone is not None or not names:
                 text = opening.open_source(alone, field=field, chat=kind, split=split, streaming=streaming)
@@ -315,7 +276,7 @@ def profile(
                 text = files_source(names, field, kind)
             found = loading.find_model(model)
         with job:
-            with _doing(f"loading {found.name}", terminal) if first else nullcontext():
+            with doing(f"loading {found.name}", terminal) if first else nullcontext():
                 tokenizer = loading.load_tokenizer(found, trust_remote_code=trust_remote_code)
                 loaded = loading.load_model(
                     found,
@@ -326,14 +287,14 @@ def profile(
                 )
             if first:
                 if limited:
-                    _note(
+                    note(
                         f"no --data: the first {DEMO_TOKENS:,} tokens of Python's own English text (--max-tokens all: "
                         "all of it)"
                     )
                 if checkpoint is None:
-                    _note("standard input cannot be resumed: no checkpoints are written")
+                    note("standard input cannot be resumed: no checkpoints are written")
                 elif not resume:
-                    _tell_of_replaced(output, checkpoint)
+                    tell_of_replaced(output, checkpoint)
             result, interrupted = _measure(
                 model=loaded,
                 name=found.name,
@@ -365,7 +326,7 @@ def profile(
         # Ctrl-C again, while the first was being heeded; or while an earlier run was to be resumed.
         if checkpoint is not None and checkpoint.exists():
             what = f"interrupted; --resume goes on from {checkpoint}"
-        raise typer.Exit(_fail(what, INTERRUPTED)) from None
+        raise typer.Exit(fail(what, INTERRUPTED)) from None
     if not first:
         return
     try:
@@ -381,7 +342,7 @@ def profile(
     except KeyboardInterrupt:
         interrupted = interrupted or (f"interrupted; the profile is saved in {output}", INTERRUPTED)
     if interrupted is not None:
-        raise typer.Exit(_fail(*interrupted))
+        raise typer.Exit(fail(*interrupted))
 
 
 @app.command()
@@ -424,7 +385,7 @@ def merge(
     _check_files(output, None)
     profiles = [HeadProfile.load(file) for file in files]
     merged = HeadProfile.merge(profiles, names=[str(file) for file in files], allow_repeated=allow_repeated)
-    _tell_of_replaced(output)
+    tell_of_replaced(output)
     merged.save(output)
     _show(merged, None)
     typer.echo(f"\nmerged {len(files)} profiles into {output}; see it again with: fastheads show {output}")
@@ -444,7 +405,7 @@ def doctor(
 ) -> None:
     """Show what would be profiled in a model and how, and check it on one batch."""
     terminal = Console(stderr=True, file=sys.stderr, highlight=False)
-    with _doing(f"loading {model}", terminal):
+    with doing(f"loading {model}", terminal):
         from fastheads.backends.accumulator import check_backend
         from fastheads.cli.doctor import diagnose, show
         from fastheads.run import loading
@@ -456,7 +417,7 @@ def doctor(
     found, problem = diagnose(loaded, include=include or (), backend=backend)
     show(loaded, found, Console(highlight=False))
     if problem is not None:
-        raise typer.Exit(_fail(_message(problem), ERROR))
+        raise typer.Exit(fail(message(problem), ERROR))
     typer.echo(f"\nall is well; profile it with: fastheads profile {model}")
 
 
@@ -474,7 +435,7 @@ def _measure(**arguments: Any) -> tuple["HeadProfile", tuple[str, int] | None]:
         resume = f"; --resume goes on from {stopped.checkpoint}" if stopped.checkpoint is not None else ""
         if place.world > 1:
             why = "" if stopped.number == signal.SIGINT else " (torchrun ends all ranks where one has ended)"
-            raise typer.Exit(_fail(f"rank {place.rank}: {what}{why}{resume}", code)) from None
+            raise typer.Exit(fail(f"rank {place.rank}: {what}{why}{resume}", code)) from None
         tokens = stopped.profile.metadata["data"]["tokens"]
         if not tokens:
             if stopped.checkpoint is not None and not arguments["resume"]:
@@ -496,138 +457,3 @@ def _is_given(context: typer.Context, option: str) -> bool:
     """Whether the option was said, and is not its default because nobody did."""
     source = context.get_parameter_source(option)
     return source is not None and source.name != "DEFAULT"
-
-
-def _parse_layers(text: str | None) -> list[int] | None:
-    """The numbers that a text like 0-3,8 stands for."""
-    if text is None:
-        return None
-    chosen: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not dash)) or not (
-            int(first) <= int(last or first) <= 10_000
-        ):
-            raise OptionError(f"--layers {text!r}: expected numbers and ranges, as in 0-3,8")
-        chosen += range(int(first), int(last or first) + 1)
-    return chosen
-
-
-def _parse_shard(text: str | None) -> tuple[int, int]:
-    """What a text like 1/4, the first of four, stands for."""
-    if text is None:
-        return 0, 1
-    number, _, parts = text.partition("/")
-    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise OptionError(f"--shard {text!r}: expected I/N with I from 1 to N, as in 1/4")
-    return int(number) - 1, int(parts)
-
-
-def _check_options(
-    *,
-    backend: str,
-    precision: str,
-    dtype: str,
-    seq_len: int | None,
-    batch_size: int | None,
-    batch_tokens: int | None,
-    max_tokens: int | None,
-    skip_first: int,
-    checkpoint_every: float,
-) -> None:
-    """Raise OptionError or RuntimeError for what would fail only after the model is loaded."""
-    from fastheads.backends.accumulator import PRECISIONS, check_backend
-    from fastheads.corpus.sources import check_lengths
-    from fastheads.run.api import check_options
-    from fastheads.run.loading import DTYPES
-
-    check_backend(backend)
-    if precision not in PRECISIONS:
-        raise OptionError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
-    if dtype not in DTYPES:
-        raise OptionError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    check_lengths(1 if seq_len is None else seq_len, max_tokens)
-    check_options(batch_size, batch_tokens, checkpoint_every, (0, 1))
-    if skip_first < 0:
-        raise OptionError(f"skip_first must be 0 tokens or more, not {skip_first}")
-
-
-def _check_files(output: Path, plot: Path | None, checkpoint: Path | None = None) -> None:
-    """Raise now where writing would fail after the work, or replace a file of another kind."""
-    from fastheads.results.files import check_writable
-    from fastheads.results.head_profile import HeadProfile
-    from fastheads.results.plots import check_installed, picture_format
-
-    if output.suffix != ".safetensors":
-        raise OptionError(f"the output's name must end in .safetensors, not {output.name!r}")
-    check_writable(output)
-    if checkpoint is not None:
-        check_writable(checkpoint)
-    if output.exists():
-        try:
-            HeadProfile.load(output)
-        except ValueError as error:
-            raise ProfileFileError(
-                f"{output} exists and is no head profile: it is not overwritten"
-            ) from error
-    if plot is not None:
-        check_installed()
-        picture_format(plot)
-        check_writable(plot)
-
-
-def _check_stdin(resume: bool, processes: int) -> None:
-    """Raise OptionError now for what standard input cannot do."""
-    if resume:
-        raise OptionError(
-            "--resume: standard input cannot be resumed, for it cannot be read again: save it to a file"
-        )
-    if processes > 1:
-        raise OptionError("--data -: several processes cannot share standard input: save it to a file")
-
-
-def _tell_of_replaced(output: Path, checkpoint: Path | None = None) -> None:
-    """Say which earlier results a run will replace."""
-    if checkpoint is not None and checkpoint.parent.is_dir():
-        left = [path.name for path in checkpoint.parent.iterdir() if path.name.startswith(checkpoint.name)]
-        if left:
-            _note(
-                f"an earlier run left {min(left)}: it is replaced, for --resume, which goes on from it, is not given"
-            )
-    if output.exists():
-        _note(f"{output} exists: it is replaced")
-
-
-def _note(line: str) -> None:
-    typer.echo(f"fastheads: {line}", err=True)
-
-
-@contextmanager
-def _doing(what: str, terminal: Console) -> Iterator[None]:
-    """Say what takes a while: with a spinner on a terminal, as a line elsewhere."""
-    if terminal.is_terminal:
-        from rich.markup import escape
-
-        with terminal.status(escape(what)):
-            yield
-    else:
-        terminal.print(what, markup=False, soft_wrap=True)
-        yield
-
-
-def _fail(message: str, code: int) -> int:
-    typer.echo(f"fastheads: {message}", err=True)
-    return code
-
-
-def _message(error: Exception) -> str:
-    """One line; of an OSError, what happened to which file."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    line = " ".join(str(error).split())
-    return line or type(error).__name__
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A warning as a line of its own, without the place in the source."""
-    typer.echo(f"fastheads: warning: {message}", err=True)

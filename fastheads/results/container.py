@@ -11,17 +11,22 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import safetensors
-import safetensors.torch
-import torch
-from torch import Tensor
+import safetensors.numpy
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = NDArray[Any]
 
 DIGEST_KEY = "sha256"
 DEEPEST = 64  # levels of lists and objects in a document
-_DTYPES = {"F64": torch.float64, "I64": torch.int64}
+_DTYPES = ("F64", "I64")
 _LENGTH = struct.Struct("<Q")
 
 
@@ -29,22 +34,34 @@ class ContainerError(ValueError):
     """Why something is no such file. For whoever reads it to say of which file."""
 
 
-def pack(tensors: dict[str, Tensor], key: str, document: dict[str, Any]) -> bytes:
-    """The content of a file. Raise ContainerError for a document that is no JSON, or holds NaN."""
+def pack(tensors: Mapping[str, "Array | Tensor"], key: str, document: dict[str, Any]) -> bytes:
+    """The content of a file of arrays, or CPU tensors, of float64 or int64.
+
+    Raises:
+        ContainerError: for a document that is no JSON, or holds NaN.
+    """
     try:
         plain = json.loads(
             json.dumps(document, allow_nan=False)
         )  # as it will be read: keys that are numbers become text
     except (TypeError, ValueError, RecursionError) as error:
         raise ContainerError(f"its metadata cannot be written as JSON: {error}") from error
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    plain[DIGEST_KEY] = digest(tensors, plain)
-    return safetensors.torch.save(tensors, {key: json.dumps(plain)})
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    plain[DIGEST_KEY] = digest(arrays, plain)
+    return safetensors.numpy.save(arrays, {key: json.dumps(plain)})
 
 
-def unpack(
+def unpack(content: bytes, key: str, **limits: Any) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """As `unpack_arrays`, with tensors."""
+    import torch
+
+    arrays, document = unpack_arrays(content, key, **limits)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}, document
+
+
+def unpack_arrays(
     content: bytes, key: str, *, formats: Sequence[int], digested: Sequence[int], header_limit: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Array], dict[str, Any]]:
     """The arrays (float64 or int64, with at least one element) and the document, less its digest, of a file's content.
 
     Raises:
@@ -66,24 +83,24 @@ def unpack(
     for name, array in header.items():
         _check_array(name, array)
     try:
-        tensors = safetensors.torch.load(
-            content
-        )  # which checks that the arrays fill the file, and do not overlap
+        # Which checks that the arrays fill the file, and do not overlap.
+        arrays = safetensors.numpy.load(content)
     except (safetensors.SafetensorError, ValueError) as error:
         raise ContainerError(" ".join(str(error).split())) from error
     said = document.pop(DIGEST_KEY, None)
-    if version in digested and said != digest(tensors, document):
+    if version in digested and said != digest(arrays, document):
         raise ContainerError("it is damaged: its content is not that of its checksum")
-    return tensors, document
+    # Writable, whatever memory the reader of the file gave them.
+    return {name: np.require(array, requirements=["C", "W"]) for name, array in arrays.items()}, document
 
 
-def digest(tensors: dict[str, Tensor], document: dict[str, Any]) -> str:
-    """SHA-256 of contiguous CPU `tensors` and `document`."""
+def digest(arrays: dict[str, Array], document: dict[str, Any]) -> str:
+    """SHA-256 of `arrays` and `document`. The types have the names that torch gives them."""
     found = hashlib.sha256(json.dumps(document, sort_keys=True, allow_nan=False).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.numpy().tobytes())
+    for name in sorted(arrays):
+        array = arrays[name]
+        found.update(json.dumps([name, f"torch.{array.dtype.name}", list(array.shape)]).encode())
+        found.update(array.tobytes())
     return found.hexdigest()
 
 

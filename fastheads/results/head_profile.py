@@ -1,26 +1,30 @@
-"""HeadProfile: the moments of every head and metric, as tables, rankings, files and pictures."""
+"""HeadProfile: the moments of every head and metric, as tables, rankings, files and pictures.
+
+A profile that was read from a file needs no torch for any of them, until somebody asks for its tensors.
+"""
 
 import copy
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fastheads.errors import MergeError, MissingExtraError, OptionError, ProfileError, ProfileFileError
-from fastheads.results.container import ContainerError, pack, unpack
+from fastheads.results.container import ContainerError, pack, unpack_arrays
 from fastheads.results.files import UnreadableError, read_once, write_atomic
 from fastheads.results.merge import check_mergeable, merged_metadata
 from fastheads.results.possible import contradiction, impossible, least_of
-from fastheads.stats.moments import Moments
+from fastheads.stats.arrays import Array, MomentArrays, as_arrays
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from fastheads.stats.moments import Moments
 
 STATS = ("mean", "var", "std", "sem", "min", "max", "count", "nonfinite")
 
@@ -61,31 +65,78 @@ class HeadProfile:
     Where two sites share a layer, they share its number in `rank()`, `lowest()` and the tables too.
     """
 
-    def __init__(self, moments: dict[str, Moments], metadata: dict[str, Any]) -> None:
+    def __init__(
+        self, moments: "Mapping[str, Moments] | Mapping[str, MomentArrays]", metadata: dict[str, Any]
+    ) -> None:
         """Keep `moments` and `metadata`, which must hold `sites`: a list of name, layer, num_heads, head_dim.
+
+        NumPy arrays may stand in place of tensors.
 
         Raises:
             ProfileError: if shapes or dtypes are not those above, or the sites do not fit them.
         """
         _check_structure(moments, metadata)
-        self.moments = moments
+        self._keep(moments)
         self.metadata = metadata
+
+    def _keep(self, moments: Any) -> None:
+        # One of the two is kept: tensors as soon as somebody has them, and may write to them.
+        of_arrays = any(isinstance(plane, np.ndarray) for planes in moments.values() for plane in planes)
+        self._arrays: dict[str, MomentArrays] = {}
+        self._tensors: dict[str, Moments] | None = None
+        if of_arrays:
+            self._arrays = {metric: as_arrays(planes) for metric, planes in moments.items()}
+        else:
+            self._tensors = moments
+
+    @property
+    def moments(self) -> "dict[str, Moments]":
+        """The running moments by metric, as tensors. What is changed in them is changed in the profile."""
+        if self._tensors is None:
+            import torch
+
+            from fastheads.stats.moments import Moments
+
+            self._tensors = {
+                # Copied only where it cannot be written: a tensor can.
+                metric: Moments(
+                    *(torch.from_numpy(np.require(plane, requirements=["C", "W"])) for plane in planes)
+                )
+                for metric, planes in self._arrays.items()
+            }
+        return self._tensors
+
+    @moments.setter
+    def moments(self, moments: "dict[str, Moments]") -> None:
+        self._keep(moments)
+
+    @property
+    def arrays(self) -> Mapping[str, MomentArrays]:
+        """`moments` as NumPy arrays, which share their memory. Needs no torch where the profile is from a file."""
+        if self._tensors is None:
+            return self._arrays
+        return {metric: as_arrays(planes) for metric, planes in self._tensors.items()}
 
     def __repr__(self) -> str:
         rows, heads = self.shape
-        samples = max(int(m.count.max()) if m.count.numel() else 0 for m in self.moments.values())
+        samples = max(int(m.count.max()) if m.count.size else 0 for m in self.arrays.values())
         model = self.metadata.get("model", "?")
         return f"HeadProfile({model}: {rows} rows x {heads} heads, {samples} samples)"
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, heads) of every plane."""
-        rows, heads = next(iter(self.moments.values())).count.shape
+        rows, heads = next(iter(self._kept.values())).count.shape
         return rows, heads
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return tuple(self.moments)
+        return tuple(self._kept)
+
+    @property
+    def _kept(self) -> Mapping[str, Any]:
+        """The moments by metric, of whichever kind they are."""
+        return self._arrays if self._tensors is None else self._tensors
 
     @property
     def layers(self) -> list[int]:
@@ -99,11 +150,18 @@ class HeadProfile:
         sequences, too small for tokens of one text). Mean, min and max are NaN at count 0; var, std and
         sem below 2.
         """
+        import torch
+
         results: dict[str, dict[str, Any]] = {
-            metric: _stats(moments) for metric, moments in self.moments.items()
+            metric: {stat: torch.from_numpy(values) for stat, values in _stats(moments).items()}
+            for metric, moments in self.arrays.items()
         }
         results["metadata"] = copy.deepcopy(self.metadata)
         return results
+
+    def statistics(self, metric: str = RANKING_METRIC) -> dict[str, Array]:
+        """The statistics of one metric, as those of `results()`: NumPy arrays `[rows, heads]`."""
+        return _stats(self._of(metric))
 
     def rank(self, metric: str = RANKING_METRIC, *, descending: bool = False) -> list[tuple[int, int]]:
         """All measured heads as (layer, head), the lowest mean first, or the highest; ties stand in order of position."""
@@ -125,14 +183,14 @@ class HeadProfile:
     ) -> list[tuple[int, int]]:
         """As `rank()`, with the row in place of the layer."""
         moments = self._of(metric)
-        cells: list[tuple[int, int]] = [(row, head) for row, head in moments.count.nonzero().tolist()]
+        cells: list[tuple[int, int]] = [(row, head) for row, head in np.argwhere(moments.count).tolist()]
         means = (-moments.mean if descending else moments.mean).tolist()
         return sorted(cells, key=lambda cell: means[cell[0]][cell[1]])  # stable
 
-    def _of(self, metric: str) -> Moments:
-        if metric not in self.moments:
-            raise OptionError(f"no metric {metric!r} in this profile; it has {', '.join(self.moments)}")
-        return self.moments[metric]
+    def _of(self, metric: str) -> MomentArrays:
+        if metric not in self._kept:
+            raise OptionError(f"no metric {metric!r} in this profile; it has {', '.join(self._kept)}")
+        return as_arrays(self._kept[metric])
 
     def to_pandas(self) -> "pd.DataFrame":
         """One row for each metric and head that got a sample: layer, head, metric and the `STATS`.
@@ -144,14 +202,12 @@ class HeadProfile:
             import pandas as pd
         except ImportError as error:
             raise MissingExtraError("to_pandas()", "pandas", "plot") from error
-        layers = torch.tensor(self.layers)
+        layers = np.array(self.layers, dtype=np.int64)
         frames = []
-        for metric, moments in self.moments.items():
-            row, head = (moments.count + moments.nonfinite).nonzero(as_tuple=True)
-            stats = {name: values[row, head].numpy() for name, values in _stats(moments).items()}
-            frames.append(
-                pd.DataFrame({"layer": layers[row].numpy(), "head": head.numpy(), "metric": metric, **stats})
-            )
+        for metric, moments in self.arrays.items():
+            row, head = (moments.count + moments.nonfinite).nonzero()
+            stats = {name: values[row, head] for name, values in _stats(moments).items()}
+            frames.append(pd.DataFrame({"layer": layers[row], "head": head, "metric": metric, **stats}))
         return pd.concat(frames, ignore_index=True)
 
     def plot(self, metric: str = RANKING_METRIC, stat: str = "mean") -> "Figure":
@@ -176,14 +232,14 @@ class HeadProfile:
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save()` writes. Raises ProfileError as that does."""
-        tensors = {
-            f"{metric}/{plane}": values.contiguous()
-            for metric, moments in self.moments.items()
+        arrays = {
+            f"{metric}/{plane}": values
+            for metric, moments in self.arrays.items()
             for plane, values in moments._asdict().items()
         }
         document = {"format": FORMAT_VERSION, "metrics": list(self.metrics), "metadata": self.metadata}
         try:
-            content = pack(tensors, FILE_KEY, document)
+            content = pack(arrays, FILE_KEY, document)
             if len(content) > LARGEST:
                 raise ContainerError(f"it has more than {LARGEST:,} bytes")
             self._of_content(content)
@@ -210,12 +266,12 @@ class HeadProfile:
     @classmethod
     def _of_content(cls, content: bytes) -> Self:
         """The profile in the content of a file. Raises ContainerError and ProfileError."""
-        tensors, document = unpack(
+        arrays, document = unpack_arrays(
             content, FILE_KEY, formats=READ_VERSIONS, digested=(FORMAT_VERSION,), header_limit=LARGEST_HEADER
         )
         metrics, metadata = _parse_document(document)
-        profile = cls(_moments_from_tensors(metrics, tensors), metadata)
-        _check_values(profile.moments, metadata)
+        profile = cls(_moments_of(metrics, arrays), metadata)
+        _check_values(profile.arrays, metadata)
         return profile
 
     @classmethod
@@ -245,15 +301,17 @@ class HeadProfile:
         if len(names) != len(profiles):
             raise OptionError(f"names must be one for each profile: {len(profiles)}, not {len(names)}")
         check_mergeable(profiles, names, allow_repeated=allow_repeated)
-        merged = dict(profiles[0].moments)
+        if len(profiles) == 1:
+            return cls(dict(profiles[0]._kept), merged_metadata(profiles))
+        merged = dict(profiles[0].arrays)
         for other in profiles[1:]:
-            merged = {metric: moments.merged(other.moments[metric]) for metric, moments in merged.items()}
+            merged = {metric: moments.merged(other.arrays[metric]) for metric, moments in merged.items()}
         return cls(merged, merged_metadata(profiles))
 
 
 def warn_where_empty(profile: HeadProfile) -> None:
     """Warn the caller of the caller of a profile without any sample, whose statistics are all NaN."""
-    if not any(bool((m.count + m.nonfinite).any()) for m in profile.moments.values()):
+    if not any(bool((m.count + m.nonfinite).any()) for m in profile.arrays.values()):
         warnings.warn(
             "nothing was measured: no forward of the model has ended normally since the hooks were attached or reset, or "
             "skip_first left none of its tokens",
@@ -262,38 +320,43 @@ def warn_where_empty(profile: HeadProfile) -> None:
         )
 
 
-def _stats(moments: Moments) -> dict[str, Tensor]:
+def _stats(moments: MomentArrays) -> dict[str, Array]:
     """The statistics of `STATS`, each `[rows, heads]`."""
     some = moments.count > 0
     var = moments.var()
-    std = var.sqrt()
+    with np.errstate(all="ignore"):
+        std = np.sqrt(var)
+        sem = std / np.sqrt(moments.count.astype(np.float64))
     values = {
-        "mean": torch.where(some, moments.mean, torch.nan),
+        "mean": np.where(some, moments.mean, np.nan),
         "var": var,
         "std": std,
-        "sem": std / moments.count.double().sqrt(),
-        "min": torch.where(some, moments.min, torch.nan),
-        "max": torch.where(some, moments.max, torch.nan),
-        "count": moments.count.clone(),
-        "nonfinite": moments.nonfinite.clone(),
+        "sem": sem,
+        "min": np.where(some, moments.min, np.nan),
+        "max": np.where(some, moments.max, np.nan),
+        "count": moments.count.copy(),
+        "nonfinite": moments.nonfinite.copy(),
     }
     return {stat: values[stat] for stat in STATS}
 
 
-def _check_structure(moments: dict[str, Moments], metadata: dict[str, Any]) -> None:
+def _check_structure(moments: Mapping[str, Any], metadata: dict[str, Any]) -> None:
     """Raise ProfileError unless all planes have one shape, their dtypes and a site for each row."""
     if not moments:
         raise ProfileError("it holds no metrics")
-    shape = next(iter(moments.values())).count.shape
+    shape = tuple(next(iter(moments.values())).count.shape)
     if len(shape) != 2 or 0 in shape:
         raise ProfileError(f"planes must be [rows, heads], one of each at least, not {list(shape)}")
     for metric, planes in moments.items():
         for plane, values in planes._asdict().items():
-            dtype = torch.int64 if plane in COUNTS else torch.float64
-            if values.shape != shape or values.dtype != dtype or values.device.type != "cpu":
+            # By the names of its types: torch itself need not be here.
+            dtype = "torch.int64" if plane in COUNTS else "torch.float64"
+            found = f"torch.{values.dtype}" if isinstance(values, np.ndarray) else str(values.dtype)
+            device = str(getattr(values, "device", "cpu"))
+            if values.shape != shape or found != dtype or device.partition(":")[0] != "cpu":
                 raise ProfileError(
                     f"{metric}/{plane} must be {dtype} {list(shape)} on the CPU, "
-                    f"not {values.dtype} {list(values.shape)} on {values.device}"
+                    f"not {found} {list(values.shape)} on {device}"
                 )
     sites = metadata.get("sites")
     if not isinstance(sites, list) or len(sites) != shape[0]:
@@ -311,11 +374,11 @@ def _check_structure(moments: dict[str, Moments], metadata: dict[str, Any]) -> N
             raise ProfileError(f"site {row} of its metadata is out of range for {shape[1]} heads")
 
 
-def _check_values(moments: dict[str, Moments], metadata: dict[str, Any]) -> None:
+def _check_values(moments: Mapping[str, MomentArrays], metadata: dict[str, Any]) -> None:
     """Raise ProfileError for values that no run can have written: they would spread through merges."""
     rows, heads = next(iter(moments.values())).count.shape
-    num_heads = torch.tensor([site["num_heads"] for site in metadata["sites"]]).view(rows, 1)
-    beyond = torch.arange(heads) >= num_heads  # [rows, heads]
+    num_heads = np.array([site["num_heads"] for site in metadata["sites"]]).reshape(rows, 1)
+    beyond = np.arange(heads) >= num_heads  # [rows, heads]
     for metric, m in moments.items():
         if bool(impossible(m, least=least_of(metric)).any()):
             raise ProfileError(f"the moments of {metric} contradict each other")
@@ -357,12 +420,12 @@ def _check_types(record: dict[str, Any], types: dict[str, tuple[type, ...]]) -> 
             raise ProfileError(f"{key} in its metadata is out of range")
 
 
-def _moments_from_tensors(metrics: list[str], tensors: dict[str, Tensor]) -> dict[str, Moments]:
-    expected = {f"{metric}/{plane}" for metric in metrics for plane in Moments._fields}
-    if set(tensors) != expected:
-        wrong = sorted(set(tensors) ^ expected)
+def _moments_of(metrics: list[str], arrays: dict[str, Array]) -> dict[str, MomentArrays]:
+    expected = {f"{metric}/{plane}" for metric in metrics for plane in MomentArrays._fields}
+    if set(arrays) != expected:
+        wrong = sorted(set(arrays) ^ expected)
         raise ProfileError(f"arrays are missing or unknown, {wrong[0]!r} among them")
     return {
-        metric: Moments(**{plane: tensors[f"{metric}/{plane}"] for plane in Moments._fields})
+        metric: MomentArrays(**{plane: arrays[f"{metric}/{plane}"] for plane in MomentArrays._fields})
         for metric in metrics
     }

@@ -10,13 +10,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fastheads.errors import MergeError
 from fastheads.results.possible import MOST_SAMPLES
 from fastheads.results.protocol import Profile
-from fastheads.stats.metrics import UPDATE_METRIC
+from fastheads.stats.arrays import Array
+from fastheads.stats.names import UPDATE_METRIC
 
 Metadata = dict[str, Any]
 DISJOINT = ""  # what two runs both had where they are known to have had nothing
@@ -34,8 +34,8 @@ def check_mergeable(profiles: Sequence[Profile], names: Sequence[str], *, allow_
     for metric in profiles[0].metrics:
         for plane in ("count", "nonfinite"):
             # In float64, where no sum wraps; each count is exact there, or beyond what is allowed.
-            counts = torch.stack([getattr(p.moments[metric], plane).double() for p in profiles])
-            if bool((counts.sum(dim=0) > MOST_SAMPLES).any()) or bool((counts < 0).any()):
+            counts = np.stack([getattr(p.arrays[metric], plane).astype(np.float64) for p in profiles])
+            if bool((counts.sum(axis=0) > MOST_SAMPLES).any()) or bool((counts < 0).any()):
                 raise MergeError(
                     f"cannot merge {', '.join(names)}: together they have more samples of {metric} than can be counted"
                 )
@@ -128,10 +128,10 @@ def _difference_of_sites(one: list[Metadata], two: list[Metadata]) -> str:
 def _updates(profile: Profile) -> list[str]:
     """What is said of the update of each row that has samples of it; "" for the others."""
     told = _by_row(profile)
-    moments = profile.moments.get(UPDATE_METRIC)
+    moments = profile.arrays.get(UPDATE_METRIC)
     if moments is None:
         return [""] * len(told)
-    some = (moments.count > 0).any(dim=1).tolist()
+    some = np.any(moments.count > 0, axis=1)
     return [text if there else "" for text, there in zip(told, some, strict=True)]
 
 
@@ -142,16 +142,16 @@ def _by_row(profile: Profile) -> list[str]:
     return [text if isinstance(text, str) else "" for text in texts]
 
 
-def _measured(profile: Profile) -> Tensor:
+def _measured(profile: Profile) -> Array:
     """Which heads got samples, bool `[rows, heads]`."""
-    return torch.stack([m.count + m.nonfinite > 0 for m in profile.moments.values()]).any(dim=0)
+    return np.any([m.count + m.nonfinite > 0 for m in profile.arrays.values()], axis=0)
 
 
 def _digest(profile: Profile) -> bytes:
     digest = hashlib.sha256()
     for metric in sorted(profile.metrics):
-        for plane in profile.moments[metric]:
-            digest.update(plane.contiguous().numpy().tobytes())
+        for plane in profile.arrays[metric]:
+            digest.update(plane.tobytes())
     return digest.digest()
 
 

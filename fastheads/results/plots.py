@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from fastheads.errors import MissingExtraError, OptionError
 from fastheads.results.files import write_atomic
 from fastheads.results.protocol import Profile
@@ -29,16 +31,16 @@ def heatmap(profile: Profile, metric: str, stat: str = "mean") -> "Figure":
     from matplotlib.ticker import MaxNLocator
 
     cells = profile.ranked_cells(metric)
-    stats = profile.results()[metric]
+    stats = profile.statistics(metric)
     if stat not in stats:
         raise OptionError(f"unknown stat {stat!r}: choose one of {', '.join(stats)}")
-    values = stats[stat].double().where(stats["count"] > 0, float("nan"))
+    values = np.where(stats["count"] > 0, stats[stat], np.nan)
 
     rows, heads = profile.shape
     figure = Figure(figsize=(min(3 + 0.35 * max(heads, 9), 18), min(2 + 0.22 * max(rows, 14), 24)))
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot(facecolor="0.85")
-    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", cmap="viridis")
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis")
     relative = "\n(1: the layer's average head)" if metric.startswith("relative_") and stat == "mean" else ""
     figure.colorbar(image, label=f"{stat} of {metric}{relative}")
     axes.set(xlabel="head", ylabel="layer")

@@ -1,20 +1,25 @@
 """Which moments can be those of samples. What no samples give must not come from a file: it would spread through merges."""
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from fastheads.stats.metrics import KV_METRIC, METRICS, UPDATE_METRIC
-from fastheads.stats.moments import Moments
+import numpy as np
+
+from fastheads.stats.arrays import Array, MomentArrays, as_arrays
+from fastheads.stats.names import KV_METRIC, METRICS, UPDATE_METRIC
+
+if TYPE_CHECKING:
+    from fastheads.stats.moments import Moments
 
 MOST_SAMPLES = 2**53  # of a head; float64, in which moments are merged, tells no two counts beyond it
 
 # Of the mean, relative to the largest sample: rounding errors of 10⁹ merges are about 3e-12, of one merge 1e-16.
 ROUNDING = 1e-9
-TINY = torch.finfo(torch.float64).tiny  # below it numbers have fewer digits
+TINY = float(np.finfo(np.float64).tiny)  # below it numbers have fewer digits
 
 
-def impossible(m: Moments, *, least: float = -torch.inf) -> Tensor:
-    """Which moments are none of any samples ≥ `least`: bool, of the shape of the planes.
+def impossible(moments: "Moments | MomentArrays", *, least: float = -np.inf) -> Array:
+    """Which moments are none of any samples ≥ `least`: a bool array of the shape of the planes.
 
     With n finite samples between a = min and b = max, both of which are among them, and mean μ:
 
@@ -24,60 +29,66 @@ def impossible(m: Moments, *, least: float = -torch.inf) -> Tensor:
     up to rounding. One sample is its own mean, min and max, and none have the moments of none. Squares of samples beyond 1e154
     leave float64's range, and so may sums of such beyond 1e308: m2, and then the mean, may be infinite or NaN there.
     """
-    n = m.count.clamp(min=1).double()
+    with np.errstate(all="ignore"):
+        return _impossible(as_arrays(moments), least)
+
+
+def _impossible(m: MomentArrays, least: float) -> Array:
+    n = np.maximum(m.count, 1).astype(np.float64)
     low, high = m.min, m.max
-    largest = torch.maximum(low.abs(), high.abs())
-    no_squares = (4 * n * largest.square()).isinf()
-    no_sums = (n * largest).isinf()
+    largest = np.maximum(np.abs(low), np.abs(high))
+    no_squares = np.isinf(4 * n * np.square(largest))
+    no_sums = np.isinf(n * largest)
     error = ROUNDING * largest + TINY
-    above, below = (high - m.mean).clamp(min=0), (m.mean - low).clamp(min=0)
+    above, below = np.maximum(high - m.mean, 0), np.maximum(m.mean - low, 0)
     inset = (high - low) / n
     mean_fits = (m.mean >= low + inset - error) & (m.mean <= high - inset + error)
-    room = n * (error.square() + TINY)
+    room = n * (np.square(error) + TINY)
     spread_fits = (m.m2 <= n * (above + error) * (below + error) * (1 + ROUNDING) + room) & (
         m.m2 * (1 + ROUNDING) + room
-        >= (above - error).clamp(min=0).square() + (below - error).clamp(min=0).square()
+        >= np.square(np.maximum(above - error, 0)) + np.square(np.maximum(below - error, 0))
     )
     one_fits = (low == high) & (m.m2 == 0)
-    spread_fits = torch.where(m.count == 1, one_fits, spread_fits)
-    in_range = low.isfinite() & high.isfinite() & (low <= high) & (low >= least)
+    spread_fits = np.where(m.count == 1, one_fits, spread_fits)
+    in_range = np.isfinite(low) & np.isfinite(high) & (low <= high) & (low >= least)
     some = (
         (m.count > 0)
         & in_range
-        & (mean_fits | (no_sums & ~m.mean.isfinite()))
-        & (((m.m2 >= 0) & spread_fits) | (no_squares & ((m.m2 >= 0) | m.m2.isnan())))
+        & (mean_fits | (no_sums & ~np.isfinite(m.mean)))
+        & (((m.m2 >= 0) & spread_fits) | (no_squares & ((m.m2 >= 0) | np.isnan(m.m2))))
     )
-    none = (m.count == 0) & (m.mean == 0) & (m.m2 == 0) & (low == torch.inf) & (high == -torch.inf)
+    none = (m.count == 0) & (m.mean == 0) & (m.m2 == 0) & (low == np.inf) & (high == -np.inf)
     counts = (m.count >= 0) & (m.nonfinite >= 0) & (m.count <= MOST_SAMPLES) & (m.nonfinite <= MOST_SAMPLES)
     return ~(counts & (some | none))
 
 
 def least_of(metric: str) -> float:
     """The least value that a sample of the metric can have: norms and ratios of norms are not negative."""
-    return 0.0 if metric.endswith(("_norm", "_ratio")) else -torch.inf
+    return 0.0 if metric.endswith(("_norm", "_ratio")) else -np.inf
 
 
-def contradiction(by_metric: dict[str, Moments]) -> str | None:
+def contradiction(by_metric: "Mapping[str, Moments] | Mapping[str, MomentArrays]") -> str | None:
     """Say what the totals (`count` + `nonfinite`, `[rows, heads]`) of metrics contradict each other in; None where they do not.
 
     Each sample of a head gives one of each of `METRICS`, and one of the update where that is known (in some parts of a merged
     profile it may not be), and a sample of a layer gives one of each group of heads that share keys and values.
     """
-    totals = {metric: m.count + m.nonfinite for metric, m in by_metric.items()}
+    arrays = {metric: as_arrays(moments) for metric, moments in by_metric.items()}
+    totals = {metric: m.count + m.nonfinite for metric, m in arrays.items()}
     of_heads = [metric for metric in METRICS if metric in totals]
     if not of_heads:
         return None
     first = totals[of_heads[0]]
     for metric in of_heads[1:]:
-        if not torch.equal(totals[metric], first):
+        if not np.array_equal(totals[metric], first):
             return f"{of_heads[0]} and {metric} have different numbers of samples"
     if UPDATE_METRIC in totals and bool((totals[UPDATE_METRIC] > first).any()):
         return f"{UPDATE_METRIC} has more samples than {of_heads[0]}"
     if KV_METRIC in totals:
         groups = totals[KV_METRIC]
-        of_layer = first.amax(dim=1, keepdim=True)
+        of_layer = first.max(axis=1, keepdims=True)
         rising = bool((groups[:, 1:] > groups[:, :-1]).any())  # a group after one that is not there
-        if rising or not torch.equal(groups.amax(dim=1, keepdim=True), of_layer):
+        if rising or not np.array_equal(groups.max(axis=1, keepdims=True), of_layer):
             return f"{KV_METRIC} and {of_heads[0]} have different numbers of samples"
         if bool(((groups != 0) & (groups != of_layer)).any()):
             return f"{KV_METRIC} has different numbers of samples for groups of a layer"

@@ -1,15 +1,19 @@
 """What merging and plots need of a profile."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from fastheads.stats.moments import Moments
+from fastheads.stats.arrays import Array, MomentArrays
 
 
 class Profile(Protocol):
     """A `HeadProfile`, as those see it that build it and must not import it."""
 
-    moments: dict[str, Moments]
     metadata: dict[str, Any]
+
+    @property
+    def arrays(self) -> Mapping[str, MomentArrays]:
+        """The moments by metric."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -26,5 +30,5 @@ class Profile(Protocol):
     def ranked_cells(self, metric: str = ..., *, descending: bool = ...) -> list[tuple[int, int]]:
         """Rows and heads, lowest first."""
 
-    def results(self) -> dict[str, dict[str, Any]]:
-        """As `HookManager.get_results()`."""
+    def statistics(self, metric: str = ...) -> dict[str, Array]:
+        """Arrays `[rows, heads]` by name."""

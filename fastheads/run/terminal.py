@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from rich import box
 from rich.color import Color
 from rich.console import Console, Group, RenderableType
@@ -141,11 +142,11 @@ def _summary(profile: HeadProfile, metric: str) -> RenderableType:
         amount = f"{data.get('tokens', 0):,} tokens in {data.get('sequences', 0):,} sequences"
         table.add_row("", Text(amount + ("" if data.get("complete", True) else " (incomplete)")))
     unit = "tokens" if metadata.get("token_agg") == "token" else "sequences"
-    count = int(profile.moments[metric].count.max())
+    count = int(profile.arrays[metric].count.max())
     table.add_row(
         "samples", Text(f"{count:,} {unit} a head, token_agg {clean(metadata.get('token_agg', '?'))}")
     )
-    if nonfinite := int(profile.moments[metric].nonfinite.sum()):
+    if nonfinite := int(profile.arrays[metric].nonfinite.sum()):
         table.add_row("", Text(f"{nonfinite:,} samples were NaN or infinite and are left out", style="red"))
     relative = " (1 is the layer's average)" if metric.startswith("relative_") else ""
     table.add_row("metric", Text(f"{metric}{relative}"))
@@ -155,7 +156,7 @@ def _summary(profile: HeadProfile, metric: str) -> RenderableType:
 def _tables(
     profile: HeadProfile, metric: str, cells: list[tuple[int, int]], width: int, *, listed: int | None
 ) -> RenderableType:
-    stats = profile.results()[metric]
+    stats = profile.statistics(metric)
     mean, std = stats["mean"].tolist(), stats["std"].tolist()
 
     def table(title: str, chosen: list[tuple[int, int]]) -> Table:
@@ -184,8 +185,8 @@ def _tables(
 
 def heatmap(profile: HeadProfile, metric: str, console: Console) -> RenderableType:
     """The means, a line for each layer; heads that do not fit the width go on in a block below."""
-    moments = profile.moments[metric]
-    means = moments.mean.masked_fill(moments.count == 0, math.nan).tolist()
+    moments = profile.arrays[metric]
+    means = np.where(moments.count == 0, math.nan, moments.mean).tolist()
     found = [value for row in means for value in row if not math.isnan(value)]
     low, high = min(found), max(found)
     paint = _painter(console)

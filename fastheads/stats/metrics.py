@@ -9,19 +9,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+# The names are public here too.
+from fastheads.stats.names import KV_METRIC, METRICS, TOKEN_AGGS, UPDATE_METRIC  # noqa: F401
 from fastheads.stats.token_layout import mean_over_sequences, mean_over_tokens, take_last
-
-METRICS = (
-    "head_output_norm",
-    "head_residual_contribution_norm",
-    "relative_head_output_norm",
-    "relative_head_residual_contribution_norm",
-)
-# The norm of what is really added to the residual stream (`models.residual`), and that of what the query heads which share
-# keys and values contribute together.
-UPDATE_METRIC = "head_residual_update_norm"
-KV_METRIC = "kv_group_residual_contribution_norm"
-TOKEN_AGGS = ("last", "all", "token")
 
 # (z [G, N, H, D]) -> contribution norms [G, N, H], of a group of G layers of one shape
 ContributionNorms = Callable[[Tensor], Tensor]

@@ -1,0 +1,93 @@
+"""What the command line checks and parses before a model is loaded."""
+
+from pathlib import Path
+
+from fastheads.errors import OptionError, ProfileFileError
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """The numbers that a text like 0-3,8 stands for."""
+    if text is None:
+        return None
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)) or not (
+            int(first) <= int(last or first) <= 10_000
+        ):
+            raise OptionError(f"--layers {text!r}: expected numbers and ranges, as in 0-3,8")
+        chosen += range(int(first), int(last or first) + 1)
+    return chosen
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """What a text like 1/4, the first of four, stands for."""
+    if text is None:
+        return 0, 1
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise OptionError(f"--shard {text!r}: expected I/N with I from 1 to N, as in 1/4")
+    return int(number) - 1, int(parts)
+
+
+def check_options(
+    *,
+    backend: str,
+    precision: str,
+    dtype: str,
+    seq_len: int | None,
+    batch_size: int | None,
+    batch_tokens: int | None,
+    max_tokens: int | None,
+    skip_first: int,
+    checkpoint_every: float,
+) -> None:
+    """Raise OptionError or RuntimeError for what would fail only after the model is loaded."""
+    from fastheads.backends.accumulator import PRECISIONS, check_backend
+    from fastheads.corpus.sources import check_lengths
+    from fastheads.run.api import check_options as check_options_of_a_run
+    from fastheads.run.loading import DTYPES
+
+    check_backend(backend)
+    if precision not in PRECISIONS:
+        raise OptionError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if dtype not in DTYPES:
+        raise OptionError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    check_lengths(1 if seq_len is None else seq_len, max_tokens)
+    check_options_of_a_run(batch_size, batch_tokens, checkpoint_every, (0, 1))
+    if skip_first < 0:
+        raise OptionError(f"skip_first must be 0 tokens or more, not {skip_first}")
+
+
+def check_files(output: Path, plot: Path | None, checkpoint: Path | None = None) -> None:
+    """Raise now where writing would fail after the work, or replace a file of another kind."""
+    from fastheads.results.files import check_writable
+    from fastheads.results.head_profile import HeadProfile
+    from fastheads.results.plots import check_installed, picture_format
+
+    if output.suffix != ".safetensors":
+        raise OptionError(f"the output's name must end in .safetensors, not {output.name!r}")
+    check_writable(output)
+    if checkpoint is not None:
+        check_writable(checkpoint)
+    if output.exists():
+        try:
+            HeadProfile.load(output)
+        except ValueError as error:
+            raise ProfileFileError(
+                f"{output} exists and is no head profile: it is not overwritten"
+            ) from error
+    if plot is not None:
+        check_installed()
+        picture_format(plot)
+        check_writable(plot)
+
+
+def check_stdin(resume: bool, processes: int) -> None:
+    """Raise OptionError now for what standard input cannot do."""
+    if resume:
+        raise OptionError(
+            "--resume: standard input cannot be resumed, for it cannot be read again: save it to a file"
+        )
+    if processes > 1:
+        raise OptionError("--data -: several processes cannot share standard input: save it to a file")
