@@ -34,8 +34,9 @@ from forward import SHAPES, machine, random_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fastheads
-from fastheads.corpus.sources import collate, text_file
-from fastheads.corpus.windows import Corpus, plan
+from fastheads.corpus.sources import text_file
+from fastheads.corpus.token_batches import collate, plan
+from fastheads.corpus.windows import Corpus
 from fastheads.models.sites import decoder_of
 from fastheads.run.batches import automatic_budget
 from fastheads.run.job import Job

@@ -20,7 +20,9 @@ from sealed_files import read, resealed
 from whole_profiles import assert_same, some_texts
 
 from fastheads import HeadProfile
-from fastheads.corpus.sources import as_batch, held_texts, open_source
+from fastheads.corpus.opening import open_source
+from fastheads.corpus.sources import held_texts
+from fastheads.corpus.token_batches import as_batch
 from fastheads.corpus.windows import Corpus
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
 from fastheads.results import files

@@ -1,4 +1,4 @@
-"""A corpus as windows of tokenised sequences, and the batches of a window.
+"""A corpus as windows of tokenized sequences.
 
 A *window* is a stretch of the corpus, some millions of characters of it, that is tokenised, sorted and batched
 together. Which documents are in which window is decided before anything is tokenised, from the texts' own lengths:
@@ -13,17 +13,17 @@ import copy
 import hashlib
 import json
 import os
-import queue
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastheads.corpus.identity import head_of, item_bytes, tokenizer_fingerprint
+from fastheads.corpus.prefetch import prefetched
 from fastheads.corpus.readers import Item, characters
 from fastheads.corpus.sources import Cut, Source, check_lengths
 from fastheads.corpus.tokenizer_pool import Tokenising, encoder_of
@@ -40,9 +40,7 @@ STRETCH_CHARACTERS = 2**20
 WINDOW_DOCUMENTS = 2**16  # at most, for those that hold hardly anything
 
 TASK_CHARACTERS = 2**18  # tokenised by one worker at a time
-PADDING = 0.045  # a little below the most that is wanted, 5 %
 AHEAD = 2  # windows that are read and tokenised while one is in use
-HEAD_CHARACTERS = 2**16  # whose hash names a corpus
 # Below it, tokenising takes less time than starting processes for it.
 WORTH_PROCESSES = 2**24
 
@@ -148,7 +146,7 @@ class Corpus:
         self.workers = workers
         self.window_characters = window_characters or _window_characters(expected)
         self._stretch_characters = STRETCH_CHARACTERS if window_characters is None else 0
-        head, probe, chat = _head(source)
+        head, probe, chat = head_of(source)
         self._encoder = encoder_of(tokenizer, probe, chat)
         # A stream of one text is no sequence of documents: nothing comes between its pieces.
         self._pieces = source.kind == self.cut == "stream"
@@ -167,7 +165,7 @@ class Corpus:
             "cut": self.cut,
             "seq_len": seq_len,
             "max_tokens": max_tokens,
-            "tokenizer": fingerprint(tokenizer, chat),
+            "tokenizer": tokenizer_fingerprint(tokenizer, chat),
             "shard": list(shard),
             "window_characters": self.window_characters,
             **dict(source.version),
@@ -220,7 +218,7 @@ class Corpus:
         self.read_to_end = False
         with (
             closing(Tokenising(self._encoder, self.workers)) as tokenising,
-            _ahead(self._drafts(start, tokenising)) as drafts,
+            prefetched(self._drafts(start, tokenising), AHEAD) as drafts,
         ):
             for draft in drafts:
                 before, after = draft.before, draft.after
@@ -280,7 +278,7 @@ class Corpus:
                         where = f"{self.source.name}, document {at['documents'] + count}"
                         raise DataError(f"{where} is a chat where the first ones are texts")
                     size = characters(item)
-                    digest.update(_bytes(item) + (b"" if self._pieces else b"\0"))
+                    digest.update(item_bytes(item) + (b"" if self._pieces else b"\0"))
                     length, count = length + size, count + 1
                     if not wanted or not item:
                         continue
@@ -369,49 +367,6 @@ def _check_shard(shard: tuple[int, int]) -> None:
         raise OptionError(f"shard {shard} must be a number below that of the shards, and that")
 
 
-def plan(lengths: Sequence[int], budget: int, max_rows: int | None = None) -> list[list[int]]:
-    """The rows of each batch: longest first, rows × longest ≤ `budget` and rows ≤ `max_rows`, but one at least.
-
-    The longest come first: what does not fit into the memory shows at once. Equal lengths keep their order.
-    Where full batches would be padded by more than `PADDING`, they end earlier, when they come to hold that much
-    padding of their own: from a half, a quarter, … a sixteenth of the budget on, whatever it takes.
-    """
-    if budget < 1 or (max_rows is not None and max_rows < 1):
-        raise OptionError(f"a batch needs room: budget {budget} tokens, max_rows {max_rows}")
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    batches: list[list[int]] = []
-    for least in (budget, budget // 2, budget // 4, budget // 8, budget // 16):
-        batches, width, real = [], 0, 0
-        for row in order:
-            rows = len(batches[-1]) + 1 if batches else 0
-            full = not batches or rows * width > budget or rows - 1 == max_rows
-            loose = real + lengths[row] < (1 - PADDING) * rows * width and (rows - 1) * width >= least
-            if full or loose:
-                batches.append([])
-                width, real = lengths[row], 0
-            batches[-1].append(row)
-            real += lengths[row]
-        if sum(lengths) >= (1 - PADDING) * sum(len(batch) * lengths[batch[0]] for batch in batches):
-            break
-    return batches
-
-
-def fingerprint(tokenizer: Any, chat: bool = False) -> str:
-    """A hash of what makes tokens of texts, with the template where there are chats."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state = json.loads(backend.to_str())
-        # Set by whoever called it last, and of no effect here.
-        facts: Any = [{key: value for key, value in state.items() if key not in ("truncation", "padding")}]
-    else:
-        vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
-        facts = [type(tokenizer).__qualname__, vocabulary]
-    facts.append(getattr(tokenizer, "eos_token_id", None))
-    if chat:
-        facts.append(getattr(tokenizer, "chat_template", None))
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _window_characters(expected: int | None) -> int:
     """How long a window is, for as many characters."""
     if expected is None:
@@ -438,25 +393,6 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _head(source: Source) -> tuple[str, str, bool]:
-    """The hash of how the corpus begins, the first texts of it, and whether there are chats among them."""
-    digest, taken, texts, chat = hashlib.sha256(), 0, "", False
-    for item in source.items():
-        content = _bytes(item)[: HEAD_CHARACTERS - taken]
-        digest.update(content + (b"" if source.kind == "stream" else b"\0"))
-        taken += len(content) + 1
-        if isinstance(item, str):
-            texts += item[: 2**12 - len(texts)]
-        chat |= not isinstance(item, str)
-        if taken >= HEAD_CHARACTERS:
-            break
-    return digest.hexdigest(), texts, chat
-
-
-def _bytes(item: Item) -> bytes:
-    return item.encode() if isinstance(item, str) else json.dumps(item).encode()
-
-
 def _limited(sequences: list[Tensor], room: int) -> list[Tensor]:
     """`sequences` up to `room` tokens, the last one cut."""
     kept = []
@@ -474,42 +410,3 @@ def _are_empty(drafts: Iterator[_Draft]) -> bool:
         return all(draft.after["characters"] == draft.before["characters"] for draft in drafts)
     except DataError:
         return False
-
-
-@contextmanager
-def _ahead(drafts: Iterator[_Draft]) -> Iterator[Iterator[_Draft]]:
-    """`drafts`, `AHEAD` of which a thread has ready."""
-    ready: queue.SimpleQueue[_Draft | BaseException | None] = queue.SimpleQueue()
-    room = threading.Semaphore(AHEAD)
-    stop = threading.Event()
-
-    def read() -> None:
-        try:
-            room.acquire()
-            while not stop.is_set():
-                draft = next(drafts, None)
-                ready.put(draft)
-                if draft is None:
-                    return
-                room.acquire()
-        except BaseException as error:  # raised below, in its place
-            ready.put(error)
-        finally:
-            drafts.close()  # type: ignore[attr-defined]
-
-    def taken() -> Iterator[_Draft]:
-        while (draft := ready.get()) is not None:
-            if isinstance(draft, BaseException):
-                raise draft
-            room.release()
-            yield draft
-
-    # A daemon: one that waits for the network would hold up the end of the program.
-    thread = threading.Thread(target=read, name="fastheads-reading", daemon=True)
-    thread.start()
-    try:
-        yield taken()
-    finally:
-        stop.set()
-        room.release()
-        thread.join(timeout=1)

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastheads.corpus import readers, sources
-from fastheads.corpus.windows import Corpus, Window, plan
+from fastheads.corpus import readers, token_batches
+from fastheads.corpus.token_batches import plan
+from fastheads.corpus.windows import Corpus, Window
 from fastheads.errors import CheckpointError, DataError
 from fastheads.models.batch_sharing import Sharing
 
@@ -254,7 +255,7 @@ class WindowFeed:
     def _make(self, window: Window, rows: list[int]) -> Batch:
         """The rows as a batch, padded on the right."""
         sequences = [window.sequences[row] for row in rows]
-        arguments = sources.collate(sequences, self._pad, pin_memory=self._pinned)
+        arguments = token_batches.collate(sequences, self._pad, pin_memory=self._pinned)
         real = arguments.get("attention_mask") if self._with_mask else arguments.pop("attention_mask", None)
         lengths = [len(sequence) for sequence in sequences]
         return Batch(arguments, real, lengths, max(lengths))
@@ -301,7 +302,7 @@ class GivenFeed:
             self._parts += self._split(whole)
         first = self._parts[0]
         width = first["input_ids"].shape[1]
-        return Batch(first, None, sources.tokens_by_row(first).tolist(), width)
+        return Batch(first, None, token_batches.tokens_by_row(first).tolist(), width)
 
     def done(self) -> None:
         self._row += self._parts.popleft()["input_ids"].shape[0]
@@ -340,13 +341,13 @@ class GivenFeed:
         """`batches` that hold tokens, up to exactly `max_tokens` real ones, and whether there are more."""
         left = math.inf if max_tokens is None else max_tokens
         for batch in batches:
-            tokens = int(sources.tokens_by_row(batch).sum())
+            tokens = int(token_batches.tokens_by_row(batch).sum())
             if not tokens:
                 continue
             self._left_out = tokens > left
             if left <= 0:
                 return
-            yield batch if tokens <= left else sources.cut(batch, int(left))
+            yield batch if tokens <= left else token_batches.truncate(batch, int(left))
             if self._left_out:
                 return
             left -= tokens
