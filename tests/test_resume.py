@@ -282,7 +282,7 @@ def test_a_look_that_is_broken_off_is_made_again(model, tokenizer, tmp_path, mon
         return found
 
     with monkeypatch.context() as patch, pytest.raises(ProfileInterrupted):
-        patch.setattr("fastheads.run.loop.judge", broken_off)
+        patch.setattr("fastheads.run.stability.judge", broken_off)
         profile(model, corpus_of(texts, tokenizer), checkpoint=path, **options)
     found = profile(model, corpus_of(texts, tokenizer), checkpoint=path, resume=True, **options)
     assert_same(found, want)
@@ -295,7 +295,7 @@ def test_a_look_follows_each_window(model, tokenizer, monkeypatch):
         seen.append(int(moments.count.max()))
         return judge(moments, rule)
 
-    monkeypatch.setattr("fastheads.run.loop.judge", look)
+    monkeypatch.setattr("fastheads.run.stability.judge", look)
     texts = some_texts(60)
     never = {"batch_tokens": 200, "until_stable": StableRule(tolerance=0.0)}
     with pytest.warns(RuntimeWarning, match="has not settled"):
@@ -318,7 +318,7 @@ def test_what_other_processes_found_before_a_stop_is_not_asked_again(model, toke
         def gathered(self, tensor):
             return [tensor]
 
-    monkeypatch.setattr("fastheads.run.loop.judge", None)
+    monkeypatch.setattr("fastheads.run.stability.judge", None)
     texts = some_texts(60)
     options = {"batch_tokens": 200, "until_stable": True}
     found = profile(model, corpus_of(texts, tokenizer), job=Behind(place=Place(0, 2)), **options)

@@ -241,7 +241,7 @@ def profile(
             _check_measured(measured, skip_first)
         finally:
             run.close()
-    if run.settings.until_stable is not None and not run.settled and job.place.rank == 0:
+    if run.settings.until_stable is not None and not run.stability.settled and job.place.rank == 0:
         verdict = judge(measured.moments[RANKING_METRIC], run.settings.until_stable)
         why = "the end of the data" if run.complete else f"max_tokens={max_tokens}"
         warnings.warn(f"the ranking has not settled by {why}: {verdict}", RuntimeWarning, stacklevel=2)

@@ -2,14 +2,11 @@
 ranking has settled, and the profile of all processes together. `runner.profile()` prepares it.
 """
 
-import hashlib
-import inspect
-import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,16 +26,24 @@ from fastheads.errors import (
 )
 from fastheads.models.batch_sharing import RotaryState, Sharing, sharing_of
 from fastheads.models.fingerprint import fingerprint
-from fastheads.models.sites import HeadSite
-from fastheads.results.head_profile import RANKING_METRIC, HeadProfile
+from fastheads.results.head_profile import HeadProfile
 from fastheads.run.batches import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
 from fastheads.run.checkpoint import Checkpoint, check_state, shown
 from fastheads.run.early_exit import EarlyEnd
 from fastheads.run.job import Job
+from fastheads.run.model_state import (
+    config_digest,
+    evaluation_mode,
+    input_device,
+    input_embedding,
+    is_causal,
+    takes_argument,
+)
 from fastheads.run.overhead import Overhead
 from fastheads.run.progress import Status
 from fastheads.run.signals import Stopped, Stopping
-from fastheads.stats.confidence import StableRule, judge
+from fastheads.run.stability import StabilityChecks
+from fastheads.stats.confidence import StableRule
 
 # What processes of one job may have each for itself.
 OWN = ("process", "data shard", "data modified_ns", "data source")
@@ -78,16 +83,12 @@ class Run:
         self.model, self.hooks, self.corpus, self.settings = model, hooks, corpus, settings
         self.job, self.checkpoint, self.ending, self.report = job, checkpoint, ending, report
         self.say = say  # a line to the user
-        self.device = _input_device(model)
+        self.device = input_device(model)
         self.tokens = self.sequences = self.area = self.batches = 0
         self.seconds = 0.0  # of earlier runs that this one goes on from, and then of all
         self.ended = False
         self.complete = False  # ended, with all of the data
-        self.looks = 0  # at whether the ranking has settled
-        self.known_looks = 0  # those that some process had before this run began, and what they found
-        self.settled_at: int | None = None
-        self._all_done = False
-        self.settled = False
+        self.stability = StabilityChecks(settings.until_stable, job, hooks)
         self.feed: Feed | None = None
         self.sharing = _sharing(model, corpus)
         self.rotary = RotaryState(model)
@@ -96,7 +97,7 @@ class Run:
         # Before the first forward, in which some quantised layers repack their weights; once, for it reads all of them.
         needed = checkpoint is not None or job.place.shard[1] > 1
         self._weights = (hooks._weights or fingerprint(model))["sha256"] if needed else ""
-        self._takes_cache = _takes(ending.decoder, "use_cache")
+        self._takes_cache = takes_argument(ending.decoder, "use_cache")
         self._due = 0.0
         # The mask must be an argument of what is compiled: elsewhere it would be taken to have one shape.
         self._compiled = torch.compile(self._call, dynamic=True) if settings.compile else self._call
@@ -178,9 +179,9 @@ class Run:
             self.hooks.load_state(buffers, notes)
         except ValueError as error:
             raise CheckpointError(f"cannot resume from {self.checkpoint.path}: {error}") from error
-        self.tokens, self.sequences, self.area, self.batches, self.looks = counts  # type: ignore[assignment]
+        self.tokens, self.sequences, self.area, self.batches, self.stability.checks = counts  # type: ignore[assignment]
         self.seconds = seconds
-        self.ended, self.settled, self.complete = (
+        self.ended, self.stability.settled, self.complete = (
             document.get(key) is True for key in ("ended", "settled", "complete")
         )
         self.feed = self._make_feed(position)
@@ -195,7 +196,7 @@ class Run:
             data = {"data source": "token batches", "max_tokens": settings.max_tokens}
         return {
             "model weights": self._weights,
-            "model configuration": _digest_of_config(self.model),
+            "model configuration": config_digest(self.model),
             **data,
             **settings.options,
             "batch_size": settings.batch_size,
@@ -219,10 +220,10 @@ class Run:
             "sequences": self.sequences,
             "area": self.area,
             "batches": self.batches,
-            "looks": self.looks,
+            "looks": self.stability.checks,
             "seconds": self.seconds,
             "ended": self.ended,
-            "settled": self.settled,
+            "settled": self.stability.settled,
             "complete": self.complete,
         }
         written = self.checkpoint.save({f"moments/{n}": buffer for n, buffer in enumerate(buffers)}, document)
@@ -258,10 +259,10 @@ class Run:
             budget=budget,
             max_rows=settings.batch_size,
             pad_token_id=getattr(self.corpus.tokenizer, "pad_token_id", None) or 0,
-            with_mask=not _looks_back_only(self.model, self.hooks.sites),
+            with_mask=not is_causal(self.model, self.hooks.sites),
             pinned=self.device.type == "cuda",
-            embeddings=getattr(_embedding(self.model), "num_embeddings", None),
-            each_window=settings.until_stable is not None,  # at the end of which it looks
+            embeddings=getattr(input_embedding(self.model), "num_embeddings", None),
+            each_window=settings.until_stable is not None,  # after each a check
             sharing=self.sharing,
             position=position,
         )
@@ -273,8 +274,7 @@ class Run:
         handled = self.stopping.handling() if self.checkpoint is not None else nullcontext()
         with handled:
             try:
-                if self.settings.until_stable is not None:
-                    self._learn_of_looks()
+                self.stability.share_known(ended=self.ended)
                 if not self.ended:
                     self._over()
                 if self.job.place.world > 1:
@@ -303,11 +303,13 @@ class Run:
         """Run the model over the batches that are left."""
         before, start = self.seconds, time.monotonic()
         self._due = start + self.settings.every
-        with _evaluation(self.model), torch.inference_mode():
+        with evaluation_mode(self.model), torch.inference_mode():
             if self.feed is None:
                 self.feed = self._make_feed(None)
             first = True
-            while not self._settles() and (batch := self.feed.next()) is not None:
+            while (
+                not self.stability.catch_up(self.feed.stretches) and (batch := self.feed.next()) is not None
+            ):
                 if first:
                     self._tell()
                     first = False
@@ -323,47 +325,11 @@ class Run:
                 self._tell()
                 self.job.check()
                 self._heed()
-            while self.settings.until_stable is not None and not (self.settled or self._others_are_done()):
-                self._look(done=True)
+            self.stability.finish()
         if self.device.type == "cuda":  # the last batches may still run
             torch.cuda.synchronize(self.device)
         self.seconds = before + time.monotonic() - start
         self.ended, self.complete = True, self.feed.exhausted
-
-    def _learn_of_looks(self) -> None:
-        """What the processes had found when this run began: one of them may have gone further than another."""
-        told = self.job.told([self.looks, self.settled, self.ended])
-        self.known_looks = max(looks for looks, _, _ in told)
-        self.settled_at = next((looks for looks, settled, _ in told if settled), None)
-        # One that has ended, and has not settled, knew that all had run their windows.
-        self._all_done = any(ended for _, _, ended in told)
-
-    def _settles(self) -> bool:
-        """Whether the ranking has settled, with a look for each window that is done."""
-        assert self.feed is not None
-        if self.settings.until_stable is not None:
-            while not self.settled and self.looks < self.feed.stretches:
-                self._look(done=False)
-        return self.settled
-
-    def _look(self, *, done: bool) -> None:
-        """Find out whether the ranking has settled, by the samples of all processes. All look as often as the one with the most
-        windows does, and find the same. `done`: this process has run all its windows.
-        """
-        rule = self.settings.until_stable
-        assert rule is not None
-        number = self.looks + 1
-        if number <= self.known_looks:
-            settled = number == self.settled_at
-        else:
-            self.job.meet(number)
-            self._all_done = all(self.job.told(done))
-            moments = {RANKING_METRIC: self.hooks.to_profile().moments[RANKING_METRIC]}
-            settled = judge(self.job.merged(moments)[RANKING_METRIC], rule).settled
-        self.looks, self.settled = number, settled  # now, for what is broken off in between was no look
-
-    def _others_are_done(self) -> bool:
-        return self.job.place.shard[1] == 1 or (self._all_done and self.looks >= self.known_looks)
 
     def _heed(self) -> None:
         """Between two batches: stop, or write a checkpoint. Processes that share a model do so together."""
@@ -478,7 +444,7 @@ class Run:
         }
         if self.settings.until_stable is not None:
             rule = asdict(self.settings.until_stable)
-            found.metadata["data"]["until_stable"] = rule | {"settled": self.settled}
+            found.metadata["data"]["until_stable"] = rule | {"settled": self.stability.settled}
         share = self.overhead.share
         if share is not None:
             found.metadata["data"]["overhead"] = round(share, 5)
@@ -519,61 +485,11 @@ def _sharing(model: nn.Module, corpus: Any) -> Sharing:
         return Sharing(alone="the batches before matter")
 
 
-def _digest_of_config(model: nn.Module) -> str:
-    """SHA-256 of the configuration, less what depends on how the model was loaded."""
-    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
-    config: dict[str, Any] = dict(to_dict()) if callable(to_dict) else {}
-    for key in ("_name_or_path", "transformers_version", "use_cache"):
-        config.pop(key, None)
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _looks_back_only(model: nn.Module, sites: list[HeadSite]) -> bool:
-    """Whether no token attends to those after it, in any layer: padding on the right then changes nothing before it."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
-        return False
-    owners = [model.get_submodule(site.name.rpartition(".")[0]) for site in sites]
-    return all(getattr(owner, "is_causal", None) is True for owner in owners)
-
-
 def _is_out_of_memory(error: Exception) -> bool:
     # On the CPU torch raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _embedding(model: nn.Module) -> nn.Module | None:
-    get_input_embeddings = getattr(model, "get_input_embeddings", None)
-    embedding = get_input_embeddings() if callable(get_input_embeddings) else None
-    return embedding if isinstance(embedding, nn.Module) else None
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    parameter = next((_embedding(model) or model).parameters(), None)
-    if parameter is None or parameter.device.type == "meta":  # offloaded: its own hooks move the inputs
-        return torch.device("cpu")
-    return parameter.device
-
-
-def _takes(module: nn.Module, argument: str) -> bool:
-    parameters = inspect.signature(module.forward).parameters
-    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
 def _to(value: Any, device: torch.device) -> Any:
     # Pinned memory is copied while the GPU computes; other memory as ever.
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
