@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from fastheads._version import __version__
-from fastheads.errors import OptionError, ProfileFileError
+from fastheads.errors import OptionError, ProfileFileError, one_line
 
 if TYPE_CHECKING:
     from fastheads.results.head_profile import HeadProfile
@@ -316,8 +316,7 @@ def profile(
             found = loading.find_model(model)
         with job:
             with _doing(f"loading {found.name}", terminal) if first else nullcontext():
-                tokenizer = loading.load_tokenizer(found, trust_remote_code=trust_remote_code)
-                loaded = loading.load_model(
+                loaded, tokenizer = loading.load(
                     found,
                     dtype=dtype,
                     device=job.device,
@@ -624,8 +623,7 @@ def _message(error: Exception) -> str:
     """One line; of an OSError, what happened to which file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    line = " ".join(str(error).split())
-    return line or type(error).__name__
+    return one_line(error)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

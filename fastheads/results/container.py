@@ -19,6 +19,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fastheads.errors import one_line
+
 DIGEST_KEY = "sha256"
 DEEPEST = 64  # levels of lists and objects in a document
 _DTYPES = {"F64": torch.float64, "I64": torch.int64}
@@ -70,7 +72,7 @@ def unpack(
             content
         )  # which checks that the arrays fill the file, and do not overlap
     except (safetensors.SafetensorError, ValueError) as error:
-        raise ContainerError(" ".join(str(error).split())) from error
+        raise ContainerError(one_line(error)) from error
     said = document.pop(DIGEST_KEY, None)
     if version in digested and said != digest(tensors, document):
         raise ContainerError("it is damaged: its content is not that of its checksum")
@@ -142,7 +144,7 @@ def _json(text: str) -> Any:
     except ContainerError:
         raise
     except ValueError as error:
-        raise ContainerError(f"its metadata are no JSON: {' '.join(str(error).split())[:200]}") from error
+        raise ContainerError(f"its metadata are no JSON: {one_line(error, 200)}") from error
     level = [value]
     for _ in range(DEEPEST):
         nests = [

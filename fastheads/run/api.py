@@ -178,15 +178,15 @@ def profile(
     else:
         found = loading.find_model(os.fspath(model))
         name = found.name if name is None else name
-        if is_text and tokenizer is None:
-            tokenizer = loading.load_tokenizer(found, trust_remote_code=trust_remote_code)
-        module = loading.load_model(
+        module, own_tokenizer = loading.load(
             found,
+            with_tokenizer=is_text and tokenizer is None,
             dtype=dtype,
             device=device if job.place.world == 1 else job.device,
             trust_remote_code=trust_remote_code,
             mesh=job.mesh,
         )
+        tokenizer = own_tokenizer if tokenizer is None else tokenizer
     if is_text and tokenizer is None:
         raise OptionError("data of text need tokenizer=... where the model is a module")
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):

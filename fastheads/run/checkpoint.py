@@ -5,6 +5,7 @@ configuration, with a digest of all (`results.container`). It may come from anyw
 only with its own configuration.
 """
 
+import glob
 import json
 import os
 import re
@@ -107,7 +108,7 @@ class Checkpoint:
     def tidy(self) -> None:
         """Delete what a process that was killed while it wrote left."""
         if self.path.parent.is_dir():
-            for rest in self.path.parent.glob(f".{_escaped(self.path.name)}.*.tmp"):
+            for rest in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
                 rest.unlink(missing_ok=True)
 
     def check(self, then: Any, now: dict[str, Any]) -> None:
@@ -161,7 +162,3 @@ def shown(value: Any) -> str:
     """A value of a configuration, in a message."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

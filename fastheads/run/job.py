@@ -20,13 +20,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastheads.errors import JobError, OptionError, RankLostError
+from fastheads.errors import JobError, OptionError, RankLostError, one_line
 from fastheads.stats.moments import Moments
 
 PULSE = 1.0  # seconds between two signs of life
 PATIENCE = 25.0  # seconds without one, after which a rank is lost
 GRACE = 10.0  # seconds that a rank has to end by itself once it is told that another is lost
 RESUME = "its last checkpoint is kept, and the same command with --resume goes on from it"
+LONGEST_REASON = 200  # characters of an error, as it is told to the other ranks
 STAGES = ("works", "measured", "saved", "ended")  # of a process that did not fail
 # Ranks may wait for the slowest for as long as it lives: the signs of life tell, not this.
 NEVER = datetime.timedelta(days=30)
@@ -137,7 +138,7 @@ class Job:
     ) -> None:
         if self._pulse is None:
             return
-        self._pulse.tell(*(("ended", "") if error is None else ("failed", _short(error))))
+        self._pulse.tell(*(("ended", "") if error is None else ("failed", one_line(error, LONGEST_REASON))))
         if error is None and self._pulse.owns_store:  # which goes with this process
             end = time.monotonic() + GRACE
             while not self._pulse.all_reached("ended") and time.monotonic() < end:
@@ -270,8 +271,9 @@ class Job:
             call()
         except RuntimeError as error:  # gloo notices at once when the other end of a connection is gone
             self.check()
+            reason = one_line(error, LONGEST_REASON)
             raise RankLostError(
-                f"rank {self.place.rank}: the connection to another rank broke ({_short(error)}). Ended; {RESUME}"
+                f"rank {self.place.rank}: the connection to another rank broke ({reason}). Ended; {RESUME}"
             ) from error
 
 
@@ -367,7 +369,9 @@ class _Pulse:
                     self._signs = {rank: _sign(STAGES[-1], run=self._run) for rank in self._seen}
                     return
                 if not self._stopped.is_set():
-                    self._lose(f"the store that the ranks share cannot be reached ({_short(error)})")
+                    self._lose(
+                        f"the store that the ranks share cannot be reached ({one_line(error, LONGEST_REASON)})"
+                    )
             if self.lost is not None:
                 self._see_to_the_end()
                 return
@@ -428,8 +432,3 @@ def _connection() -> tuple[Any, bool]:
         store = dist.TCPStore(address, int(port), is_master=True, wait_for_workers=False, multi_tenant=True)
         return store, True
     return dist.TCPStore(address, int(port), is_master=False, wait_for_workers=False), False
-
-
-def _short(error: BaseException) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 200 else line[:197] + "..."

@@ -65,6 +65,21 @@ def find_model(name: str | None = None) -> ModelSource:
     return ModelSource(name, name, is_local=_is_cached_or_on_hub(name))
 
 
+def load(
+    source: ModelSource,
+    *,
+    with_tokenizer: bool = True,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    mesh: Any = None,
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, None unless `with_tokenizer`. The arguments and errors are those of `load_model`."""
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if with_tokenizer else None
+    model = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, mesh=mesh)
+    return model, tokenizer
+
+
 def load_model(
     source: ModelSource,
     *,

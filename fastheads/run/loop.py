@@ -28,7 +28,7 @@ from fastheads.models.batch_sharing import RotaryState, Sharing, sharing_of
 from fastheads.models.fingerprint import fingerprint
 from fastheads.results.head_profile import HeadProfile
 from fastheads.run.batches import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
-from fastheads.run.checkpoint import Checkpoint, check_state, shown
+from fastheads.run.checkpoint import Checkpoint, check_state
 from fastheads.run.early_exit import EarlyEnd
 from fastheads.run.job import Job
 from fastheads.run.model_state import (
@@ -41,12 +41,10 @@ from fastheads.run.model_state import (
 )
 from fastheads.run.overhead import Overhead
 from fastheads.run.progress import Status
+from fastheads.run.ranks import check_same, merge_profiles
 from fastheads.run.signals import Stopped, Stopping
 from fastheads.run.stability import StabilityChecks
 from fastheads.stats.confidence import StableRule
-
-# What processes of one job may have each for itself.
-OWN = ("process", "data shard", "data modified_ns", "data source")
 
 
 @dataclass(frozen=True)
@@ -104,19 +102,11 @@ class Run:
 
     def check_together(self) -> None:
         """Raise OptionError, on all processes alike, unless they have the same model, data and options."""
-        if self.job.place.shard[1] == 1:
-            return
-        # Copies of one file differ in their times, and each process has its own shard and device.
-        own = {key: value for key, value in self.configuration().items() if key not in OWN}
-        own |= {"shard": list(self.settings.shard), "checkpoints": self.checkpoint is not None}
-        told = self.job.told(own)
-        for part, other in enumerate(told):
-            different = next((key for key in (*told[0], *other) if told[0].get(key) != other.get(key)), None)
-            if different is not None:
-                said = f"{shown(told[0].get(different))} and {shown(other.get(different))}"
-                raise OptionError(
-                    f"ranks 0 and {part * self.job.place.tp} were given different things: {different.replace('_', ' ')} is {said}"
-                )
+        own = self.configuration() | {
+            "shard": list(self.settings.shard),
+            "checkpoints": self.checkpoint is not None,
+        }
+        check_same(self.job, own)
 
     # ------------------------------------------------------------------ position
 
@@ -453,23 +443,7 @@ class Run:
     def _merged(self) -> HeadProfile:
         """The profile of all parts of the data, the same on every process."""
         found = self.part(complete=self.complete)
-        if self.job.place.shard[1] > 1:
-            data = self.job.told(found.metadata["data"])
-            used = self.job.told(found.metadata["backend"])
-            found.moments = self.job.merged(found.moments)
-            total = {key: sum(part[key] for part in data) for key in ("tokens", "sequences")}
-            area = sum(part["tokens"] / (1 - part["padding"]) for part in data)
-            found.metadata["data"] = data[0] | {
-                **total,
-                "seconds": max(part["seconds"] for part in data),
-                "padding": round(1 - total["tokens"] / area, 6) if area else 0.0,
-                "complete": all(part["complete"] for part in data),
-                "processes": self.job.place.world,
-            }
-            if "shard" in data[0]:
-                found.metadata["data"]["shard"] = list(self.settings.shard)
-            names = dict.fromkeys(name for part in used for name in part.split("+"))
-            found.metadata["backend"] = "+".join(names)
+        merge_profiles(self.job, found, self.settings.shard)
         if not found.metadata["data"]["tokens"]:
             raise DataError("no tokens in the data")
         return found
