@@ -197,7 +197,7 @@ class Bench:
             if place.rank == 0:
                 alone.append(self.profile())
             self.barrier()
-            shared.append(max(self.job.told(self.profile(job=self.job))))
+            shared.append(max(self.job.all_gather_object(self.profile(job=self.job))))
             if number == -1:
                 alone.clear()
                 shared.clear()
@@ -215,7 +215,7 @@ class Bench:
         }
 
     def barrier(self) -> None:
-        self.job.told(None)
+        self.job.all_gather_object(None)
 
     # ---------------------------------------------------------------- both
 

@@ -29,7 +29,7 @@ from fastheads.results import files
 from fastheads.run.api import profile
 from fastheads.run.batches import GivenFeed, WindowFeed
 from fastheads.run.checkpoint import Checkpoint
-from fastheads.run.job import Job, Place
+from fastheads.run.job import Job, RankInfo
 from fastheads.stats.confidence import StableRule, judge
 from fastheads.stats.moments import COUNT, M2, MAX, MEAN, MIN, NONFINITE
 
@@ -312,16 +312,16 @@ def test_what_other_processes_found_before_a_stop_is_not_asked_again(model, toke
         def check_entered(self):
             pass
 
-        def told(self, document):
+        def all_gather_object(self, document):
             return [document, [2, True, True]] if isinstance(document, list) else [document]
 
-        def gathered(self, tensor):
+        def all_gather(self, tensor):
             return [tensor]
 
     monkeypatch.setattr("fastheads.run.stability.judge", None)
     texts = some_texts(60)
     options = {"batch_tokens": 200, "until_stable": True}
-    found = profile(model, corpus_of(texts, tokenizer), job=Behind(place=Place(0, 2)), **options)
+    found = profile(model, corpus_of(texts, tokenizer), job=Behind(place=RankInfo(0, 2)), **options)
     windows = corpus_of(texts, tokenizer, shard=(0, 2)).windows()
     two = sum(len(window.sequences) for window in itertools.islice(windows, 2))
     assert found.metadata["data"]["sequences"] == two

@@ -20,8 +20,8 @@ from fastheads.models.sites import unwrapped
 from fastheads.results.head_profile import RANKING_METRIC, HeadProfile
 from fastheads.run import loading
 from fastheads.run.checkpoint import Checkpoint
-from fastheads.run.early_exit import EarlyEnd
-from fastheads.run.job import Job, Place
+from fastheads.run.early_exit import EarlyExit
+from fastheads.run.job import Job, RankInfo
 from fastheads.run.loop import Run, Settings
 from fastheads.run.progress import Status
 from fastheads.stats.confidence import StableRule, check_token_agg, judge
@@ -153,7 +153,7 @@ def profile(
     check_options(batch_size, batch_tokens, checkpoint_every, shard)
     if until_stable is not False:
         check_token_agg(token_agg)
-    job = Job(place=Place()) if job is None else job  # alone, whatever else runs beside this process
+    job = Job(place=RankInfo()) if job is None else job  # alone, whatever else runs beside this process
     job.check_entered()
     job.begin()
     if isinstance(data, Corpus):
@@ -209,7 +209,7 @@ def profile(
             max_tokens = source.max_tokens
         corpus = source
 
-    ending = EarlyEnd(module, allowed=not compile)
+    ending = EarlyExit(module, allowed=not compile)
     how: dict[str, Any] = {"token_agg": token_agg, "backend": backend, "precision": precision}
     how |= {"skip_first": skip_first, "allow_skipped": allow_skipped, "kv_groups": kv_groups}
     how |= {
@@ -274,7 +274,7 @@ def _check_left_out(given: dict[str, Any]) -> None:
             raise OptionError(f"{option} belongs to the Corpus: give it to Corpus(...) instead of profile()")
 
 
-def _check_once(source: Any, checkpoints: bool, place: Place) -> None:
+def _check_once(source: Any, checkpoints: bool, place: RankInfo) -> None:
     """Raise OptionError where data that can be read by one process only would be needed again."""
     if not getattr(getattr(source, "source", source), "once", False):
         return
@@ -286,14 +286,14 @@ def _check_once(source: Any, checkpoints: bool, place: Place) -> None:
         raise OptionError("several processes cannot share standard input: save it to a file")
 
 
-def _part_of(shard: tuple[int, int], place: Place) -> tuple[int, int]:
+def _part_of(shard: tuple[int, int], place: RankInfo) -> tuple[int, int]:
     """The shard of this process, where all processes together have `shard`."""
     part, parts = place.shard
     return shard[0] + shard[1] * part, shard[1] * parts
 
 
 def _shared_out(
-    corpus: Corpus, shard: tuple[int, int] | None, place: Place
+    corpus: Corpus, shard: tuple[int, int] | None, place: RankInfo
 ) -> tuple[tuple[int, int], Corpus]:
     """The shard of all processes together, and the corpus with the windows of this one; OptionError where it has others."""
     if shard is None:

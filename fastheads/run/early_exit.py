@@ -21,7 +21,7 @@ class _EnoughError(Exception):
     """Everything that is profiled has been seen."""
 
 
-class EarlyEnd:
+class EarlyExit:
     """Calls a decoder as far as it is needed. Attach it before the HookManager: it looks for the hooks of others."""
 
     def __init__(self, model: nn.Module, *, allowed: bool = True) -> None:

@@ -29,7 +29,7 @@ from fastheads.models.fingerprint import fingerprint
 from fastheads.results.head_profile import HeadProfile
 from fastheads.run.batches import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
 from fastheads.run.checkpoint import Checkpoint, check_state
-from fastheads.run.early_exit import EarlyEnd
+from fastheads.run.early_exit import EarlyExit
 from fastheads.run.job import Job
 from fastheads.run.model_state import (
     config_digest,
@@ -42,7 +42,7 @@ from fastheads.run.model_state import (
 from fastheads.run.overhead import Overhead
 from fastheads.run.progress import Status
 from fastheads.run.ranks import check_same, merge_profiles
-from fastheads.run.signals import Stopped, Stopping
+from fastheads.run.signals import SignalHandler, Stopped
 from fastheads.run.stability import StabilityChecks
 from fastheads.stats.confidence import StableRule
 
@@ -74,7 +74,7 @@ class Run:
         *,
         job: Job,
         checkpoint: Checkpoint | None,
-        ending: EarlyEnd,
+        ending: EarlyExit,
         report: Callable[[Status], None],
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -91,7 +91,7 @@ class Run:
         self.sharing = _sharing(model, corpus)
         self.rotary = RotaryState(model)
         self.overhead = Overhead(self.device)
-        self.stopping = Stopping(patient=job.place.tp > 1)
+        self.stopping = SignalHandler(patient=job.place.tp > 1)
         # Before the first forward, in which some quantised layers repack their weights; once, for it reads all of them.
         needed = checkpoint is not None or job.place.shard[1] > 1
         self._weights = (hooks._weights or fingerprint(model))["sha256"] if needed else ""
@@ -122,7 +122,9 @@ class Run:
             return
         loaded = self.checkpoint.load()
         self._load(loaded)
-        told = self.job.told([loaded is not None, self.tokens, output is not None and Path(output).exists()])
+        told = self.job.all_gather_object(
+            [loaded is not None, self.tokens, output is not None and Path(output).exists()]
+        )
         if any(found for found, _, _ in told):
             self.say(
                 f"resuming from {self.checkpoint.path} at {sum(tokens for _, tokens, _ in told):,} tokens"
@@ -142,7 +144,7 @@ class Run:
         assert self.checkpoint is not None
         if self.job.place.tp > 1:  # one model between them: they stand at one place, or cannot go on
             step = -1 if loaded is None else loaded[1].get("batches", -1)
-            if self.job.agree(step) != step or self.job.agree(-step) != -step:
+            if self.job.all_reduce_max(step) != step or self.job.all_reduce_max(-step) != -step:
                 raise CheckpointError(
                     "cannot resume: the checkpoints of the processes that share a model are of different moments. "
                     "Without --resume the run starts afresh"
@@ -241,7 +243,7 @@ class Run:
                 dtype,
                 seq_len,
             )
-            budget = -self.job.agree(-budget)
+            budget = -self.job.all_reduce_max(-budget)
             if self.device.type != "cuda" and settings.batch_size is not None:
                 budget = settings.batch_size * seq_len
         return WindowFeed(
@@ -272,10 +274,10 @@ class Run:
                     self.job.finish("measured")
             except KeyboardInterrupt as interrupt:
                 number = interrupt.number if isinstance(interrupt, Stopped) else None
-                with self.stopping.deaf():
+                with self.stopping.ignore_signals():
                     raise self._interrupted(number) from interrupt
             except RankLostError:
-                with self.stopping.deaf():
+                with self.stopping.ignore_signals():
                     self.save()
                 raise
         return self._merged()
@@ -326,7 +328,7 @@ class Run:
         wish = 2 if self.stopping.number is not None else 0
         if self.checkpoint is not None and time.monotonic() >= self._due:
             wish = max(wish, 1)
-        wish = self.job.agree(wish)
+        wish = self.job.all_reduce_max(wish)
         if wish == 2:
             raise Stopped(self.stopping.number or signal.SIGTERM)
         if wish == 1:

@@ -16,7 +16,7 @@ def check_same(job: Job, configuration: dict[str, Any]) -> None:
     if job.place.shard[1] == 1:
         return
     own = {key: value for key, value in configuration.items() if key not in OF_ONE_RANK}
-    everyone = job.told(own)
+    everyone = job.all_gather_object(own)
     for part, other in enumerate(everyone):
         keys = (*everyone[0], *other)
         different = next((key for key in keys if everyone[0].get(key) != other.get(key)), None)
@@ -35,8 +35,8 @@ def merge_profiles(job: Job, profile: HeadProfile, shard: tuple[int, int]) -> No
     if job.place.shard[1] == 1:
         return
     metadata = profile.metadata
-    data = job.told(metadata["data"])
-    backends = job.told(metadata["backend"])
+    data = job.all_gather_object(metadata["data"])
+    backends = job.all_gather_object(metadata["backend"])
     profile.moments = job.merged(profile.moments)
     total = {key: sum(part[key] for part in data) for key in ("tokens", "sequences")}
     area = sum(part["tokens"] / (1 - part["padding"]) for part in data)

@@ -20,7 +20,7 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-class Stopping:
+class SignalHandler:
     """Raises Stopped at once, or at the end of a `guarded()` block. A second signal breaks into that block too."""
 
     def __init__(self, *, patient: bool = False) -> None:
@@ -61,7 +61,7 @@ class Stopping:
             raise Stopped(self.number)
 
     @contextmanager
-    def deaf(self) -> Iterator[None]:
+    def ignore_signals(self) -> Iterator[None]:
         """A context in which no signal does anything: the last checkpoint is written."""
         self._deaf = True
         try:

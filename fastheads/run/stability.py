@@ -26,7 +26,7 @@ class StabilityChecks:
         """Exchange what each process found before this run began: one may have gone further than another."""
         if self.rule is None:
             return
-        known = self._job.told([self.checks, self.settled, ended])
+        known = self._job.all_gather_object([self.checks, self.settled, ended])
         self._known_checks = max(checks for checks, _, _ in known)
         self._settled_at = next((checks for checks, settled, _ in known if settled), None)
         # One that has ended, and has not settled, knew that all had run their windows.
@@ -53,8 +53,8 @@ class StabilityChecks:
         if number <= self._known_checks:
             settled = number == self._settled_at
         else:
-            self._job.meet(number)
-            self._all_done = all(self._job.told(done))
+            self._job.barrier(number)
+            self._all_done = all(self._job.all_gather_object(done))
             moments = {RANKING_METRIC: self._hooks.to_profile().moments[RANKING_METRIC]}
             settled = judge(self._job.merged(moments)[RANKING_METRIC], rule).settled
         self.checks, self.settled = number, settled  # only now: a check that was interrupted is made again
