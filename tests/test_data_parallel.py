@@ -128,7 +128,7 @@ def test_the_end_of_the_store_ends_the_wait_of_any_run(heartbeats, monkeypatch):
     first.begin()
     first.publish("saved", "")
     first._store = None
-    monkeypatch.setattr(first, "_leave", lambda: torch.empty(1).view(2))  # any RuntimeError
+    monkeypatch.setattr(first, "_write", lambda: torch.empty(1).view(2))  # any RuntimeError
     assert not first.all_reached("saved")
     first._run_thread()
     assert first.lost is None

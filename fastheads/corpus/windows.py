@@ -1,9 +1,9 @@
 """A corpus as windows of tokenized sequences.
 
-A *window* is a stretch of the corpus, some millions of characters of it, that is tokenised, sorted and batched
-together. Which documents are in which window is decided before anything is tokenised, from the texts' own lengths:
-with the cut `documents` a rank tokenises only its own windows. With `stream`, where a block begins where the last
-one ended, and with `max_tokens`, which counts tokens in the corpus' order, every rank tokenises everything and
+A *window* is a stretch of the corpus, some millions of characters of it, that is tokenized, sorted and batched
+together. Which documents are in which window is decided before anything is tokenized, from the texts' own lengths:
+with the cut `documents` a rank tokenizes only its own windows. With `stream`, where a block begins where the last
+one ended, and with `max_tokens`, which counts tokens in the corpus' order, every rank tokenizes everything and
 keeps its own.
 
 Neither the windows nor what is in them depend on timing, on the number of workers or on where reading began.
@@ -26,7 +26,7 @@ from fastheads.corpus.identity import head_of, item_bytes, tokenizer_fingerprint
 from fastheads.corpus.prefetch import prefetched
 from fastheads.corpus.readers import Item, characters
 from fastheads.corpus.sources import Cut, Source, check_lengths
-from fastheads.corpus.tokenizer_pool import Tokenising, encoder_of
+from fastheads.corpus.tokenizer_pool import TokenizerPool, encoder_of
 from fastheads.errors import DataError, OptionError
 
 # A window of a large corpus: about a million tokens, a few dozen batches of a large GPU.
@@ -39,9 +39,9 @@ WINDOWS = 32  # of a corpus between the two
 STRETCH_CHARACTERS = 2**20
 WINDOW_DOCUMENTS = 2**16  # at most, for those that hold hardly anything
 
-TASK_CHARACTERS = 2**18  # tokenised by one worker at a time
-AHEAD = 2  # windows that are read and tokenised while one is in use
-# Below it, tokenising takes less time than starting processes for it.
+TASK_CHARACTERS = 2**18  # tokenized by one worker at a time
+AHEAD = 2  # windows that are read and tokenized while one is in use
+# Below it, tokenizing takes less time than starting processes for it.
 WORTH_PROCESSES = 2**24
 
 
@@ -74,7 +74,7 @@ class Window:
 
 @dataclass
 class _Draft:
-    """A window whose documents have been read, and are being tokenised if they are wanted."""
+    """A window whose documents have been read, and are being tokenized if they are wanted."""
 
     before: dict[str, Any]
     after: dict[str, Any]
@@ -99,7 +99,7 @@ class Corpus:
         seq_len: tokens in a sequence, at most.
         max_tokens: stop after so many tokens of the corpus, all ranks together; the last sequence is cut.
         shard: this rank and the number of ranks.
-        workers: processes that tokenise; 0: a thread. None: by the size of the corpus and the number of cores.
+        workers: processes that tokenize; 0: a thread. None: by the size of the corpus and the number of cores.
         window_characters: a window ends with the document that makes it as long. None: by the size of the corpus.
 
     Raises:
@@ -156,7 +156,7 @@ class Corpus:
         # Between texts of several files.
         self._between = self._eos() if self._pieces and hasattr(source, "parts") else None
         self.read_to_end = False  # whether the last `windows()` came to the end of the data
-        self._tokenises_all = self.cut == "stream" or max_tokens is not None
+        self._tokenizes_all = self.cut == "stream" or max_tokens is not None
         self.identity: dict[str, Any] = {
             "source": source.name,
             "sha256": source.sha256,
@@ -189,11 +189,11 @@ class Corpus:
     def windows(self, resume: Mapping[str, Any] | None = None) -> Generator[Window]:
         """The windows of this rank that hold tokens, from the first on or from where `resume` says.
 
-        The next ones are read and tokenised meanwhile; closing the iterator ends that.
+        The next ones are read and tokenized meanwhile; closing the iterator ends that.
 
         Raises:
             DataError: the source cannot be read any further, holds no tokens, or `resume` is of another corpus.
-            TokenizerError: a tokenising process has ended, or the tokenizer failed.
+            TokenizerError: a tokenizing process has ended, or the tokenizer failed.
         """
         return self._windows(self._start() if resume is None else self._checked(resume))
 
@@ -217,12 +217,12 @@ class Corpus:
         seen = bool(start["index"])
         self.read_to_end = False
         with (
-            closing(Tokenising(self._encoder, self.workers)) as tokenising,
-            prefetched(self._drafts(start, tokenising), AHEAD) as drafts,
+            closing(TokenizerPool(self._encoder, self.workers)) as pool,
+            prefetched(self._drafts(start, pool), AHEAD) as drafts,
         ):
             for draft in drafts:
                 before, after = draft.before, draft.after
-                if self._tokenises_all:
+                if self._tokenizes_all:
                     before |= {"tokens": total, "rest": rest.tolist()}
                 try:
                     documents = [ids for future in draft.futures for ids in future.result()]
@@ -234,9 +234,9 @@ class Corpus:
                     sequences = _limited(sequences, self.max_tokens - total)
                 cut_off = read > sum(map(len, sequences)) or len(rest) > 0
                 total += sum(map(len, sequences))
-                if self._tokenises_all:
+                if self._tokenizes_all:
                     after |= {"tokens": total, "rest": rest.tolist()}
-                # Another rank's window that was not tokenised here counts by what can be seen of it.
+                # Another rank's window that was not tokenized here counts by what can be seen of it.
                 seen |= bool(sequences) or (not draft.wanted and after["characters"] > before["characters"])
                 if sequences and before["index"] % self.shard[1] == self.shard[0]:
                     yield Window(
@@ -254,7 +254,7 @@ class Corpus:
         if not seen:
             raise DataError(f"no tokens in {self.source.name}: every text in it is empty")
 
-    def _drafts(self, at: dict[str, Any], tokenising: Tokenising) -> Iterator[_Draft]:
+    def _drafts(self, at: dict[str, Any], pool: TokenizerPool) -> Iterator[_Draft]:
         """The windows from `at` on, of all ranks."""
         try:
             reader = self.source.read(self.cut, at["position"])
@@ -263,7 +263,7 @@ class Corpus:
         try:
             ended = False
             while not ended:
-                wanted = self._tokenises_all or at["index"] % self.shard[1] == self.shard[0]
+                wanted = self._tokenizes_all or at["index"] % self.shard[1] == self.shard[0]
                 futures: list[Future[list[Tensor]]] = []
                 starts: list[int] = []
                 task: list[Item] = []
@@ -291,10 +291,10 @@ class Corpus:
                         special = not self._pieces or begins
                         if begins and not first:
                             starts.append(len(futures))
-                        futures.append(tokenising.submit(task, special, at["documents"] + count - len(task)))
+                        futures.append(pool.submit(task, special, at["documents"] + count - len(task)))
                         task, held = [], 0
                 if task:
-                    futures.append(tokenising.submit(task, True, at["documents"] + count - len(task)))
+                    futures.append(pool.submit(task, True, at["documents"] + count - len(task)))
                 after = at | {
                     "index": at["index"] + 1,
                     "documents": at["documents"] + count,

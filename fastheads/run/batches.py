@@ -1,4 +1,4 @@
-"""Batches for the model, made ahead of it, and where in the data a run stands.
+"""Make batches ahead of the model, and keep the position of a run in the data.
 
 Which rows make a batch follows from the data and the options alone, never from timing: a run that is resumed makes the same
 batches. Only running out of memory changes them, and what that left is part of the position.
@@ -30,7 +30,7 @@ GPU_SHARE = 0.5  # of the free memory that a batch may take, as far as that can 
 
 @dataclass
 class Batch:
-    """What one forward is given.
+    """The input of one forward.
 
     `arguments` go to the decoder, with their tensors on the CPU. `real` `[rows, tokens]` is 0 where a token is padding; None:
     there is none, or a mask among the arguments says.
@@ -38,7 +38,7 @@ class Batch:
 
     arguments: dict[str, Any]
     real: Tensor | None
-    lengths: list[int]  # real tokens by row
+    lengths: list[int]  # valid tokens of each row
     width: int
 
     @property
@@ -51,12 +51,12 @@ class Batch:
 
     @property
     def area(self) -> int:
-        """Tokens and padding."""
+        """Tokens, padding included."""
         return len(self.lengths) * self.width
 
 
 class Feed(Protocol):
-    """Batches in order. After `next()` comes `done()`, or `halve()` where the batch did not fit into memory."""
+    """Batches in order. After `next()` call `done()`, or `halve()` if the batch did not fit into memory."""
 
     total: int | None  # tokens in all, where that is known
     expected: int | None  # the same, by what was read so far
@@ -66,20 +66,20 @@ class Feed(Protocol):
         """Windows, or token batches, that are done as a whole: what is done between two of them is a fair part of the data."""
 
     def next(self) -> Batch | None:
-        """The next batch; None behind the last."""
+        """Return the next batch; None after the last."""
 
     def done(self) -> None:
-        """The batch counted."""
+        """Advance the position past the batch."""
 
     def halve(self) -> bool:
-        """Make smaller ones of the batch and of those after it; False where it is one row already."""
+        """Halve the batch and those after it; False if it is one row already."""
 
     @property
     def exhausted(self) -> bool:
         """True if every batch is done and nothing of the data is left, which `max_tokens` may have cut off."""
 
     def position(self) -> dict[str, Any]:
-        """Where the run stands (JSON): behind the last batch that is done."""
+        """Return the position (JSON) after the last batch that is done."""
 
     def close(self) -> None:
         """Stop making batches."""
@@ -205,7 +205,7 @@ class WindowFeed:
             close()
 
     def _fill(self) -> None:
-        """Have `AHEAD` batches in the making."""
+        """Start making batches until `AHEAD` are under way."""
         while len(self._made) < AHEAD:
             waiting = sum(len(planned.todo) for planned in self._planned)
             if len(self._made) == waiting and not self._read():
@@ -218,7 +218,7 @@ class WindowFeed:
                 index -= len(planned.todo)
 
     def _read(self) -> bool:
-        """Plan another window; False where there is none."""
+        """Plan the next window; False if there is none."""
         window = next(self._windows, None)
         if window is None:
             self.total = self._finished + sum(planned.window.tokens for planned in self._planned)
@@ -253,7 +253,7 @@ class WindowFeed:
         ]
 
     def _make(self, window: Window, rows: list[int]) -> Batch:
-        """The rows as a batch, padded on the right."""
+        """Make a batch of the rows, padded on the right."""
         sequences = [window.sequences[row] for row in rows]
         arguments = token_batches.collate(sequences, self._pad, pin_memory=self._pinned)
         real = arguments.get("attention_mask") if self._with_mask else arguments.pop("attention_mask", None)
@@ -413,7 +413,7 @@ def _some_rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 
 def _share_read(corpus: Corpus, window: Window) -> float | None:
-    """How much of the shard has been read at the end of the window, where the source's size tells."""
+    """Return the share of the shard that is read at the end of the window; None where the size is not known."""
     size, position = corpus.source.size, window.after["position"]
     path = getattr(corpus.source, "path", None)
     if not size or not isinstance(position, dict) or (path is not None and path.suffix in readers.OPENERS):

@@ -1,5 +1,5 @@
-"""One run of a model over data: the forwards, the count of what they finished, the checkpoints of both, the looks at whether the
-ranking has settled, and the profile of all processes together. `runner.profile()` prepares it.
+"""One run of a model over data: its forwards, the count of what they finished, its checkpoints, and the profile at its end.
+`run.api.profile()` prepares it.
 """
 
 import os
@@ -63,7 +63,7 @@ class Settings:
 
 
 class Run:
-    """What is under way in one process."""
+    """The run of one process."""
 
     def __init__(
         self,
@@ -74,16 +74,16 @@ class Run:
         *,
         job: Job,
         checkpoint: Checkpoint | None,
-        ending: EarlyExit,
+        early_exit: EarlyExit,
         report: Callable[[Status], None],
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model, self.hooks, self.corpus, self.settings = model, hooks, corpus, settings
-        self.job, self.checkpoint, self.ending, self.report = job, checkpoint, ending, report
-        self.say = say  # a line to the user
+        self.job, self.checkpoint, self.early_exit, self.report = job, checkpoint, early_exit, report
+        self.say = say  # prints a line to the user
         self.device = input_device(model)
         self.tokens = self.sequences = self.area = self.batches = 0
-        self.seconds = 0.0  # of earlier runs that this one goes on from, and then of all
+        self.seconds = 0.0  # those of the runs that this one resumes included
         self.ended = False
         self.complete = False  # ended, with all of the data
         self.stability = StabilityChecks(settings.until_stable, job, hooks)
@@ -91,17 +91,17 @@ class Run:
         self.sharing = _sharing(model, corpus)
         self.rotary = RotaryState(model)
         self.overhead = Overhead(self.device)
-        self.stopping = SignalHandler(patient=job.place.tp > 1)
-        # Before the first forward, in which some quantised layers repack their weights; once, for it reads all of them.
+        self.signals = SignalHandler(patient=job.place.tp > 1)
+        # Before the first forward, in which some quantized layers repack their weights; once, for it reads all of them.
         needed = checkpoint is not None or job.place.shard[1] > 1
         self._weights = (hooks._weights or fingerprint(model))["sha256"] if needed else ""
-        self._takes_cache = takes_argument(ending.decoder, "use_cache")
+        self._takes_cache = takes_argument(early_exit.decoder, "use_cache")
         self._due = 0.0
         # The mask must be an argument of what is compiled: elsewhere it would be taken to have one shape.
         self._compiled = torch.compile(self._call, dynamic=True) if settings.compile else self._call
 
     def check_together(self) -> None:
-        """Raise OptionError, on all processes alike, unless they have the same model, data and options."""
+        """Raise OptionError, on all ranks alike, unless they have the same model, data and options."""
         own = self.configuration() | {
             "shard": list(self.settings.shard),
             "checkpoints": self.checkpoint is not None,
@@ -111,10 +111,10 @@ class Run:
     # ------------------------------------------------------------------ position
 
     def prepare(self, resume: bool, output: str | os.PathLike[str] | None = None) -> None:
-        """Go on from the checkpoint, where that is wanted and there is one, and say so.
+        """Resume from the checkpoint, if `resume` and there is one, and say so.
 
         Raises:
-            CheckpointError: if it cannot be gone on from; or there is none, and the output is there.
+            CheckpointError: if it cannot be resumed; or there is none, and the output exists.
         """
         assert self.checkpoint is not None
         self.checkpoint.tidy()
@@ -140,9 +140,9 @@ class Run:
             )
 
     def _load(self, loaded: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
-        """Take over what the checkpoint holds."""
+        """Restore the state that the checkpoint holds."""
         assert self.checkpoint is not None
-        if self.job.place.tp > 1:  # one model between them: they stand at one place, or cannot go on
+        if self.job.place.tp > 1:  # they share a model, so they must be at the same batch
             step = -1 if loaded is None else loaded[1].get("batches", -1)
             if self.job.all_reduce_max(step) != step or self.job.all_reduce_max(-step) != -step:
                 raise CheckpointError(
@@ -179,7 +179,7 @@ class Run:
         self.feed = self._make_feed(position)
 
     def configuration(self) -> dict[str, Any]:
-        """Everything that the result depends on (JSON)."""
+        """Return everything that the result depends on (JSON)."""
         settings, place = self.settings, self.job.place
         rule = self.sharing.described()
         if isinstance(self.corpus, Corpus):
@@ -200,7 +200,7 @@ class Run:
         }
 
     def save(self) -> bool:
-        """Write the checkpoint, if there are any; False where that failed."""
+        """Write the checkpoint; False if there is none or writing failed."""
         if self.checkpoint is None or self.feed is None:
             return False
         buffers, notes = self.hooks.state()
@@ -262,28 +262,28 @@ class Run:
     # ------------------------------------------------------------------ forwards
 
     def whole(self) -> HeadProfile:
-        """What all batches of all processes give."""
-        handled = self.stopping.handling() if self.checkpoint is not None else nullcontext()
+        """Run all batches, and return the profile of all ranks."""
+        handled = self.signals.handling() if self.checkpoint is not None else nullcontext()
         with handled:
             try:
                 self.stability.share_known(ended=self.ended)
                 if not self.ended:
-                    self._over()
+                    self._run_batches()
                 if self.job.place.world > 1:
                     self.save()  # others may fail yet
                     self.job.finish("measured")
             except KeyboardInterrupt as interrupt:
                 number = interrupt.number if isinstance(interrupt, Stopped) else None
-                with self.stopping.ignore_signals():
+                with self.signals.ignore_signals():
                     raise self._interrupted(number) from interrupt
             except RankLostError:
-                with self.stopping.ignore_signals():
+                with self.signals.ignore_signals():
                     self.save()
                 raise
         return self._merged()
 
     def _interrupted(self, number: int | None) -> ProfileInterrupted:
-        # Broken off inside a batch nobody knows whether it counted: the checkpoint before is the one that holds.
+        # Interrupted inside a batch, it is not known whether that counted: the previous checkpoint holds.
         written = number is not None and self.save()
         exists = self.checkpoint is not None and (written or self.checkpoint.path.exists())
         path = self.checkpoint.path if exists and self.checkpoint is not None else None
@@ -291,8 +291,8 @@ class Run:
             self.part(complete=False), signal.SIGINT if number is None else number, path
         )
 
-    def _over(self) -> None:
-        """Run the model over the batches that are left."""
+    def _run_batches(self) -> None:
+        """Run the model over the remaining batches."""
         before, start = self.seconds, time.monotonic()
         self._due = start + self.settings.every
         with evaluation_mode(self.model), torch.inference_mode():
@@ -305,7 +305,7 @@ class Run:
                 if first:
                     self._tell()
                     first = False
-                with self.stopping.guarded():
+                with self.signals.guarded():
                     fitted = self._forward(batch)
                     if fitted:
                         self.feed.done()
@@ -316,26 +316,26 @@ class Run:
                     continue
                 self._tell()
                 self.job.check()
-                self._heed()
+                self._stop_or_save()
             self.stability.finish()
         if self.device.type == "cuda":  # the last batches may still run
             torch.cuda.synchronize(self.device)
         self.seconds = before + time.monotonic() - start
         self.ended, self.complete = True, self.feed.exhausted
 
-    def _heed(self) -> None:
-        """Between two batches: stop, or write a checkpoint. Processes that share a model do so together."""
-        wish = 2 if self.stopping.number is not None else 0
+    def _stop_or_save(self) -> None:
+        """Between two batches: stop, or write a checkpoint. Ranks that share a model do so together."""
+        action = 2 if self.signals.number is not None else 0
         if self.checkpoint is not None and time.monotonic() >= self._due:
-            wish = max(wish, 1)
-        wish = self.job.all_reduce_max(wish)
-        if wish == 2:
-            raise Stopped(self.stopping.number or signal.SIGTERM)
-        if wish == 1:
+            action = max(action, 1)
+        action = self.job.all_reduce_max(action)
+        if action == 2:
+            raise Stopped(self.signals.number or signal.SIGTERM)
+        if action == 1:
             self.save()
 
     def _forward(self, batch: Batch) -> bool:
-        """False where there was not enough memory; nothing is counted then."""
+        """Run one batch; False if memory ran out, and then nothing is counted."""
         self.rotary.reset()
         try:
             arguments = {key: _to(value, self.device) for key, value in batch.arguments.items()}
@@ -349,7 +349,7 @@ class Run:
                 self._compiled(real, arguments)
             else:
                 with self.hooks.token_mask(real) if real is not None else nullcontext():
-                    self.overhead.run(lambda: self.ending.call(arguments), self.hooks)
+                    self.overhead.run(lambda: self.early_exit.call(arguments), self.hooks)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -363,7 +363,7 @@ class Run:
 
     def _call(self, real: Tensor | None, arguments: dict[str, Any]) -> None:
         with self.hooks.token_mask(real) if real is not None else nullcontext():
-            self.ending.decoder(**arguments)
+            self.early_exit.decoder(**arguments)
 
     def _halve(self, batch: Batch) -> None:
         assert self.feed is not None
@@ -409,7 +409,7 @@ class Run:
         )
 
     def close(self) -> None:
-        self.ending.remove()
+        self.early_exit.remove()
         self.rotary.restore()
         if self.feed is not None:
             self.feed.close()
@@ -417,7 +417,7 @@ class Run:
     # ------------------------------------------------------------------ results
 
     def part(self, *, complete: bool) -> HeadProfile:
-        """What the finished batches of this process gave."""
+        """Return the profile of the finished batches of this rank."""
         found = self.hooks.to_profile()
         if self.settings.name is not None:
             found.metadata["model"] = self.settings.name
@@ -443,7 +443,7 @@ class Run:
         return found
 
     def _merged(self) -> HeadProfile:
-        """The profile of all parts of the data, the same on every process."""
+        """Return the profile of all parts of the data, the same on every rank."""
         found = self.part(complete=self.complete)
         merge_profiles(self.job, found, self.settings.shard)
         if not found.metadata["data"]["tokens"]:
@@ -452,7 +452,7 @@ class Run:
 
 
 def _sharing(model: nn.Module, corpus: Any) -> Sharing:
-    """Which rows may share a batch. Batches that the caller made are run in any case."""
+    """Return which rows may share a batch. Batches that the caller made are run in any case."""
     try:
         return sharing_of(model)
     except OptionError:
