@@ -34,8 +34,9 @@ from forward import SHAPES, machine, random_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fastheads
-from fastheads.corpus.sources import collate, text_file
-from fastheads.corpus.windows import Corpus, plan
+from fastheads.corpus.sources import text_file
+from fastheads.corpus.token_batches import collate, plan
+from fastheads.corpus.windows import Corpus
 from fastheads.models.sites import decoder_of
 from fastheads.run.batches import automatic_budget
 from fastheads.run.job import Job
@@ -196,7 +197,7 @@ class Bench:
             if place.rank == 0:
                 alone.append(self.profile())
             self.barrier()
-            shared.append(max(self.job.told(self.profile(job=self.job))))
+            shared.append(max(self.job.all_gather_object(self.profile(job=self.job))))
             if number == -1:
                 alone.clear()
                 shared.clear()
@@ -214,7 +215,7 @@ class Bench:
         }
 
     def barrier(self) -> None:
-        self.job.told(None)
+        self.job.all_gather_object(None)
 
     # ---------------------------------------------------------------- both
 

@@ -112,3 +112,9 @@ class JobError(FastheadsError, RuntimeError):
 
 class RankLostError(FastheadsError, RuntimeError):
     """Another process of the same job has died or failed."""
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """Return the message of an error in one line, its class where it has no message; longer than `limit`, with an ellipsis."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if limit is None or len(line) <= limit else line[: limit - 3] + "..."

@@ -27,12 +27,14 @@ from transformers import PreTrainedTokenizerFast
 from word_tokenizers import WORDS, chat_tokenizer, special_tokenizer
 
 from fastheads.corpus import hf_datasets as tables
-from fastheads.corpus import readers
+from fastheads.corpus import readers, token_batches
 from fastheads.corpus import sources as data
 from fastheads.corpus import tokenizer_worker as encoding
 from fastheads.corpus import windows as corpora
+from fastheads.corpus.identity import tokenizer_fingerprint
 from fastheads.corpus.opening import open_source
-from fastheads.corpus.windows import Corpus, Window, plan
+from fastheads.corpus.token_batches import plan
+from fastheads.corpus.windows import Corpus, Window
 from fastheads.errors import DataError, MissingExtraError, OptionError
 
 
@@ -333,7 +335,7 @@ def test_an_extension_type_is_not_unpickled(tmp_path):
 def test_other_data_are_told_where_no_hash_of_all_of_it_does(write, monkeypatch):
     """Though they begin alike, the positions of one are refused by the other."""
     monkeypatch.setattr(data, "HASHED_BYTES", 10)
-    monkeypatch.setattr("fastheads.corpus.windows.HEAD_CHARACTERS", 20)
+    monkeypatch.setattr("fastheads.corpus.identity.HEAD_CHARACTERS", 20)
     other = [*TEXTS[:-1], TEXTS[-1][::-1] + "!"]
     for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet"):
         found = corpus(write(name))
@@ -693,11 +695,11 @@ def test_the_running_hash_is_of_what_was_read():
 
 def test_the_fingerprint_is_of_the_tokenizer_and_not_of_who_used_it():
     first = special_tokenizer()
-    before = corpora.fingerprint(first)
+    before = tokenizer_fingerprint(first)
     first(["one", "two three"], padding=False, truncation=True, max_length=1)
-    assert corpora.fingerprint(first) == before == corpora.fingerprint(special_tokenizer())
-    assert corpora.fingerprint(special_tokenizer(bos=False)) != before
-    assert corpora.fingerprint(chat_tokenizer(), chat=True) != corpora.fingerprint(first, chat=True)
+    assert tokenizer_fingerprint(first) == before == tokenizer_fingerprint(special_tokenizer())
+    assert tokenizer_fingerprint(special_tokenizer(bos=False)) != before
+    assert tokenizer_fingerprint(chat_tokenizer(), chat=True) != tokenizer_fingerprint(first, chat=True)
 
 
 def test_a_tokenizer_that_cuts_or_pads_is_used_whole():
@@ -942,9 +944,9 @@ def test_small_corpora_are_padded_by_less_than_five_percent_in_the_batches_of_a_
 
 def test_collated_rows_can_be_pinned():
     rows = [torch.tensor([1, 2, 3], dtype=torch.int32), torch.tensor([4], dtype=torch.int32)]
-    batch = data.collate(rows, 9)
+    batch = token_batches.collate(rows, 9)
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert {value.dtype for value in batch.values()} == {torch.int64}
     if torch.cuda.is_available():
-        assert all(value.is_pinned() for value in data.collate(rows, pin_memory=True).values())
+        assert all(value.is_pinned() for value in token_batches.collate(rows, pin_memory=True).values())

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from fastheads.corpus import readers
+from fastheads.corpus import readers, token_batches
 from fastheads.corpus import sources as data
 from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError
@@ -207,27 +207,27 @@ def blocks(*lengths: int) -> list[torch.Tensor]:
 
 
 def test_batches_of_equal_rows_have_no_mask():
-    batch = data.collate(blocks(3, 3))
+    batch = token_batches.collate(blocks(3, 3))
     assert batch["input_ids"].tolist() == [[1, 2, 3], [1, 2, 3]]
     assert batch["input_ids"].dtype == torch.int64
     assert list(batch) == ["input_ids"]
 
 
 def test_unequal_rows_are_padded_on_the_right_in_order():
-    batch = data.collate(blocks(1, 3, 2), 9)
+    batch = token_batches.collate(blocks(1, 3, 2), 9)
     assert batch["input_ids"].tolist() == [[1, 9, 9], [1, 2, 3], [1, 2, 9]]
     assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1], [1, 1, 0]]
-    assert data.tokens_by_row(batch).tolist() == [1, 3, 2]
+    assert token_batches.tokens_by_row(batch).tolist() == [1, 3, 2]
 
 
 def test_token_batches_are_tensors_or_mappings():
     ids = torch.tensor([[5, 6], [7, 8]])
-    assert data.as_batch(ids)["input_ids"] is ids
-    assert data.as_batch({"input_ids": ids, "position_ids": ids})["position_ids"] is ids
-    one = data.as_batch({"input_ids": ids[0], "attention_mask": torch.tensor([1, 0])})
+    assert token_batches.as_batch(ids)["input_ids"] is ids
+    assert token_batches.as_batch({"input_ids": ids, "position_ids": ids})["position_ids"] is ids
+    one = token_batches.as_batch({"input_ids": ids[0], "attention_mask": torch.tensor([1, 0])})
     assert one["input_ids"].tolist() == [[5, 6]]
-    assert data.tokens_by_row(one).tolist() == [1]
-    assert data.tokens_by_row({"input_ids": ids}).tolist() == [2, 2]
+    assert token_batches.tokens_by_row(one).tolist() == [1]
+    assert token_batches.tokens_by_row({"input_ids": ids}).tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_token_batches_are_tensors_or_mappings():
 )
 def test_what_is_no_token_batch_is_refused(item, says):
     with pytest.raises(DataError, match=says):
-        data.as_batch(item)
+        token_batches.as_batch(item)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "none"])
@@ -262,7 +262,7 @@ def test_a_token_batch_is_cut_to_its_first_real_tokens(side, budget):
         {} if side == "none" else {"attention_mask": mask}
     )
     before = mask.clone()
-    short = data.cut(batch, budget)
+    short = token_batches.truncate(batch, budget)
     kept = short["input_ids"][short["attention_mask"] != 0]
     assert kept.tolist() == ids[mask != 0].tolist()[:budget]
     assert (short["attention_mask"].sum(1) > 0).all()

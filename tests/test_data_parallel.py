@@ -9,7 +9,7 @@ from whole_profiles import assert_same
 from fastheads import HeadProfile
 from fastheads.errors import OptionError
 from fastheads.run import job as distributed
-from fastheads.run.job import Job, Place, place_in_environment
+from fastheads.run.job import Job, RankInfo, rank_info_from_environment
 
 RESUME = "Ended; its last checkpoint is kept, and the same command with --resume goes on from it"
 
@@ -71,32 +71,34 @@ def test_an_error_of_one_is_told_by_the_other(happened):
 
 
 @pytest.fixture
-def pulses(monkeypatch):
+def heartbeats(monkeypatch):
     """Makes the signs of life of both of two processes, in this one; no threads."""
     import torch.distributed as dist
 
     store = dist.HashStore()
     monkeypatch.setattr(distributed, "_connection", lambda: (store, True))
-    monkeypatch.setattr(distributed._Pulse, "_looked", lambda pulse: pulse._look() or pulse._signs.values())
+    monkeypatch.setattr(
+        distributed._Heartbeat, "_read_now", lambda heartbeat: heartbeat._read() or heartbeat._beats.values()
+    )
 
     def both():
-        made = [distributed._Pulse(Place(rank, 2)) for rank in range(2)]
-        for pulse in made:
-            pulse._thread = threading.Thread(target=int)
-            pulse.start()
+        made = [distributed._Heartbeat(RankInfo(rank, 2)) for rank in range(2)]
+        for heartbeat in made:
+            heartbeat._thread = threading.Thread(target=int)
+            heartbeat.start()
         return made
 
     return both
 
 
 @processes
-def test_what_was_said_of_one_profile_is_no_news_of_the_next(pulses):
-    first, second = pulses()
-    for pulse in (first, second):
-        pulse.begin()
-        pulse.tokens = 100
-        pulse.arrive(3)
-        pulse.tell("saved", "")
+def test_what_was_said_of_one_profile_is_no_news_of_the_next(heartbeats):
+    first, second = heartbeats()
+    for heartbeat in (first, second):
+        heartbeat.begin()
+        heartbeat.tokens = 100
+        heartbeat.arrive(3)
+        heartbeat.publish("saved", "")
     assert first.all_reached("saved")
     assert first.all_arrived(3)
     assert first.total == 200
@@ -114,42 +116,42 @@ def test_what_was_said_of_one_profile_is_no_news_of_the_next(pulses):
     second.arrive(1)
     assert first.all_arrived(1)
     assert not first.all_reached("measured")
-    second.tell("ended", "")
+    second.publish("ended", "")
     assert first.all_reached("saved")
 
 
 @processes
-def test_the_end_of_the_store_ends_the_wait_of_any_run(pulses, monkeypatch):
+def test_the_end_of_the_store_ends_the_wait_of_any_run(heartbeats, monkeypatch):
     """The first process, which has it, ends as soon as all have saved."""
-    first, _ = pulses()
-    monkeypatch.setattr(distributed._Pulse, "_looked", lambda pulse: pulse._signs.values())
+    first, _ = heartbeats()
+    monkeypatch.setattr(distributed._Heartbeat, "_read_now", lambda heartbeat: heartbeat._beats.values())
     first.begin()
-    first.tell("saved", "")
+    first.publish("saved", "")
     first._store = None
-    monkeypatch.setattr(first, "_leave", lambda: torch.empty(1).view(2))  # any RuntimeError
+    monkeypatch.setattr(first, "_write", lambda: torch.empty(1).view(2))  # any RuntimeError
     assert not first.all_reached("saved")
-    first._beat()
+    first._run_thread()
     assert first.lost is None
     assert first.all_reached("saved")
 
 
 @processes
-def test_what_an_attempt_before_has_left_in_the_store_is_no_news(pulses, monkeypatch):
+def test_what_an_attempt_before_has_left_in_the_store_is_no_news(heartbeats, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    _, second = pulses()
-    second.tell("failed", "it broke")
-    again, _ = pulses()
-    again._look()
+    _, second = heartbeats()
+    second.publish("failed", "it broke")
+    again, _ = heartbeats()
+    again._read()
     assert again.lost == f"rank 0: rank 1 failed: it broke. {RESUME}"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    afresh, _ = pulses()
-    afresh._look()
+    afresh, _ = heartbeats()
+    afresh._read()
     assert afresh.lost is None
 
 
 def test_a_loss_is_noticed_within_a_minute():
     """By the times that the test above shortens."""
-    assert distributed.PATIENCE + distributed.GRACE + 5 * distributed.PULSE <= 45
+    assert distributed.HEARTBEAT_TIMEOUT + distributed.GRACE + 5 * distributed.HEARTBEAT <= 45
 
 
 @processes
@@ -186,10 +188,10 @@ def test_all_processes_find_together_that_the_ranking_has_settled(happened):
 @pytest.mark.parametrize(
     ("environment", "tp", "place", "shard"),
     [
-        ({}, 1, Place(0, 1, 0, 1), (0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, 1, Place(3, 4, 1, 1), (3, 4)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, 2, Place(3, 4, 1, 2), (1, 2)),
-        ({"RANK": "1", "WORLD_SIZE": "4"}, 4, Place(1, 4, 0, 4), (0, 1)),
+        ({}, 1, RankInfo(0, 1, 0, 1), (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, 1, RankInfo(3, 4, 1, 1), (3, 4)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, 2, RankInfo(3, 4, 1, 2), (1, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, 4, RankInfo(1, 4, 0, 4), (0, 1)),
     ],
 )
 def test_the_environment_says_who_a_process_is(monkeypatch, environment, tp, place, shard):
@@ -197,7 +199,7 @@ def test_the_environment_says_who_a_process_is(monkeypatch, environment, tp, pla
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert place_in_environment(tp) == place
+    assert rank_info_from_environment(tp) == place
     assert place.shard == shard
 
 

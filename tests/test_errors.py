@@ -99,3 +99,17 @@ def test_the_readme_and_the_module_list_every_error():
         assert base in {kind.__name__ for kind in getattr(errors, name).__mro__}, name
     for name in OURS:
         assert f"{name}" in (errors.__doc__ or ""), name
+
+
+@pytest.mark.parametrize(
+    "error, limit, line",
+    [
+        (ValueError("first\n   second\tthird"), None, "first second third"),
+        (ValueError("  \n"), None, "ValueError"),
+        (KeyError(), 20, "KeyError"),
+        (ValueError("x" * 20), 20, "x" * 20),
+        (ValueError("x" * 21), 20, "x" * 17 + "..."),
+    ],
+)
+def test_one_line_of_an_error(error, limit, line):
+    assert errors.one_line(error, limit) == line

@@ -20,14 +20,16 @@ from sealed_files import read, resealed
 from whole_profiles import assert_same, some_texts
 
 from fastheads import HeadProfile
-from fastheads.corpus.sources import as_batch, held_texts, open_source
+from fastheads.corpus.opening import open_source
+from fastheads.corpus.sources import held_texts
+from fastheads.corpus.token_batches import as_batch
 from fastheads.corpus.windows import Corpus
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
 from fastheads.results import files
 from fastheads.run.api import profile
 from fastheads.run.batches import GivenFeed, WindowFeed
 from fastheads.run.checkpoint import Checkpoint
-from fastheads.run.job import Job, Place
+from fastheads.run.job import Job, RankInfo
 from fastheads.stats.confidence import StableRule, judge
 from fastheads.stats.moments import COUNT, M2, MAX, MEAN, MIN, NONFINITE
 
@@ -280,7 +282,7 @@ def test_a_look_that_is_broken_off_is_made_again(model, tokenizer, tmp_path, mon
         return found
 
     with monkeypatch.context() as patch, pytest.raises(ProfileInterrupted):
-        patch.setattr("fastheads.run.loop.judge", broken_off)
+        patch.setattr("fastheads.run.stability.judge", broken_off)
         profile(model, corpus_of(texts, tokenizer), checkpoint=path, **options)
     found = profile(model, corpus_of(texts, tokenizer), checkpoint=path, resume=True, **options)
     assert_same(found, want)
@@ -293,7 +295,7 @@ def test_a_look_follows_each_window(model, tokenizer, monkeypatch):
         seen.append(int(moments.count.max()))
         return judge(moments, rule)
 
-    monkeypatch.setattr("fastheads.run.loop.judge", look)
+    monkeypatch.setattr("fastheads.run.stability.judge", look)
     texts = some_texts(60)
     never = {"batch_tokens": 200, "until_stable": StableRule(tolerance=0.0)}
     with pytest.warns(RuntimeWarning, match="has not settled"):
@@ -310,16 +312,16 @@ def test_what_other_processes_found_before_a_stop_is_not_asked_again(model, toke
         def check_entered(self):
             pass
 
-        def told(self, document):
+        def all_gather_object(self, document):
             return [document, [2, True, True]] if isinstance(document, list) else [document]
 
-        def gathered(self, tensor):
+        def all_gather(self, tensor):
             return [tensor]
 
-    monkeypatch.setattr("fastheads.run.loop.judge", None)
+    monkeypatch.setattr("fastheads.run.stability.judge", None)
     texts = some_texts(60)
     options = {"batch_tokens": 200, "until_stable": True}
-    found = profile(model, corpus_of(texts, tokenizer), job=Behind(place=Place(0, 2)), **options)
+    found = profile(model, corpus_of(texts, tokenizer), job=Behind(place=RankInfo(0, 2)), **options)
     windows = corpus_of(texts, tokenizer, shard=(0, 2)).windows()
     two = sum(len(window.sequences) for window in itertools.islice(windows, 2))
     assert found.metadata["data"]["sequences"] == two

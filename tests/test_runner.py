@@ -22,7 +22,7 @@ from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError, LoadError, OptionError, ProfileInterrupted
 from fastheads.run.api import profile
 from fastheads.run.batches import WindowFeed
-from fastheads.run.job import Job, Place
+from fastheads.run.job import Job, RankInfo
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 3  # 135 tokens
 
@@ -467,10 +467,10 @@ class OneOf(Job):
     def check_entered(self):
         pass
 
-    def told(self, document):
+    def all_gather_object(self, document):
         return [document]
 
-    def gathered(self, tensor):
+    def all_gather(self, tensor):
         return [tensor]
 
 
@@ -484,7 +484,7 @@ def test_a_corpus_is_shared_out_between_the_processes_of_a_job(model, tokenizer)
 
     whole, shard = count(corpus_of(texts, tokenizer))
     assert (whole, shard) == (sum(map(len, texts)), [0, 1])
-    jobs = [OneOf(place=Place(rank, 2)) for rank in range(2)]
+    jobs = [OneOf(place=RankInfo(rank, 2)) for rank in range(2)]
     corpus = corpus_of(texts, tokenizer)
     shares = [count(corpus, job=job)[0] for job in jobs]
     assert sum(shares) == whole
@@ -517,18 +517,18 @@ def test_processes_with_other_models_data_or_options_are_refused(model, tokenize
     told = []
 
     class First(OneOf):
-        def told(self, document):
+        def all_gather_object(self, document):
             told.append(document)
             raise StopIteration
 
     class Second(OneOf):
-        def told(self, document):
+        def all_gather_object(self, document):
             return [told[-1], document]
 
     def both(what, *, module=model, data=texts, **options):
         for job, model_of, data_of, more in (
-            (First(place=Place(0, 2)), model, texts, {}),
-            (Second(place=Place(1, 2)), module, data, options),
+            (First(place=RankInfo(0, 2)), model, texts, {}),
+            (Second(place=RankInfo(1, 2)), module, data, options),
         ):
             corpus = data_of if isinstance(data_of, Corpus) else corpus_of(data_of, tokenizer)
             given = {"batch_tokens": 200, "job": job} | more
@@ -559,7 +559,7 @@ def test_processes_may_have_their_own_copies_of_the_data(model, tokenizer, tmp_p
     class Both(OneOf):
         said = 0
 
-        def told(self, document):
+        def all_gather_object(self, document):
             if self.place.rank == 0:
                 first.append(document)
             self.said += 1
@@ -572,7 +572,7 @@ def test_processes_may_have_their_own_copies_of_the_data(model, tokenizer, tmp_p
         os.utime(path, ns=(rank, rank))
         corpus = Corpus(text_file(path), tokenizer, seq_len=48, shard=(rank, 2), window_characters=200)
         assert corpus.identity["modified_ns"] == rank
-        profile(model, corpus, job=Both(place=Place(rank, 2)))
+        profile(model, corpus, job=Both(place=RankInfo(rank, 2)))
     assert len(first) > 1
 
 
@@ -583,17 +583,17 @@ def test_a_profile_begins_a_run_of_the_job_before_it_says_anything(model, tokeni
         def begin(self):
             said.append("begin")
 
-        def told(self, document):
-            said.append("told")
+        def all_gather_object(self, document):
+            said.append("all_gather_object")
             return [document]
 
         def finish(self, stage):
             said.append(stage)
 
-    job = Listening(place=Place(0, 2))
+    job = Listening(place=RankInfo(0, 2))
     for _ in range(2):
         profile(model, corpus_of(["abc"], tokenizer), job=job)
-    assert said == ["begin", "told", "measured", "told", "told"] * 2
+    assert said == ["begin", "all_gather_object", "measured", "all_gather_object", "all_gather_object"] * 2
 
 
 def test_the_end_of_a_corpus_with_a_limit_is_expected_at_it(model, tokenizer):

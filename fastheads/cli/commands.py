@@ -277,8 +277,7 @@ def profile(
             found = loading.find_model(model)
         with job:
             with doing(f"loading {found.name}", terminal) if first else nullcontext():
-                tokenizer = loading.load_tokenizer(found, trust_remote_code=trust_remote_code)
-                loaded = loading.load_model(
+                loaded, tokenizer = loading.load(
                     found,
                     dtype=dtype,
                     device=job.device,

@@ -8,6 +8,8 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from fastheads.errors import one_line
+
 
 def tell_of_replaced(output: Path, checkpoint: Path | None = None) -> None:
     """Say which earlier results a run will replace."""
@@ -48,8 +50,7 @@ def message(error: Exception) -> str:
     """One line; of an OSError, what happened to which file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    line = " ".join(str(error).split())
-    return line or type(error).__name__
+    return one_line(error)
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

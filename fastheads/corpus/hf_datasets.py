@@ -5,6 +5,7 @@ that comes with data is run: `datasets` 4 and later cannot. Releases before `OLD
 (they start again from the first row, or skip rows), and are refused.
 """
 
+import glob
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any
 from packaging.version import Version
 
 from fastheads.corpus.readers import Chat, Item, as_item, choose_field
-from fastheads.errors import DataError, FastheadsError, MissingExtraError
+from fastheads.errors import DataError, FastheadsError, MissingExtraError, one_line
 
 ROWS = 1000  # read at a time
 OLDEST = "5.0.1"  # of `datasets`; as in pyproject.toml
@@ -160,7 +161,7 @@ def _field(rows: Any, field: str | None, chat: Chat, where: str) -> str:
 
 def _literal(path: Path) -> str:
     """The path as a pattern that only it matches: `datasets` takes names of files for patterns."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in str(path.absolute()))
+    return glob.escape(str(path.absolute()))
 
 
 @contextmanager
@@ -174,5 +175,4 @@ def _errors(name: str) -> Iterator[None]:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
-        said = " ".join(str(root).split())[:300] or type(root).__name__
-        raise DataError(f"cannot read {name}: {said}") from error
+        raise DataError(f"cannot read {name}: {one_line(root, 300)}") from error

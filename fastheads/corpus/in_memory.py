@@ -20,13 +20,12 @@ from fastheads.corpus.filesets import files_source
 from fastheads.corpus.readers import Chat
 from fastheads.corpus.sources import (
     Source,
-    as_batch,
-    as_numbers,
     check_is_read,
     held_items,
     held_texts,
     names_a_file,
 )
+from fastheads.corpus.token_batches import as_batch, as_numbers
 from fastheads.errors import DataError
 
 LONGEST_NAME = 1024  # characters of a text that may be the name of a file

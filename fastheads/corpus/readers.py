@@ -26,7 +26,7 @@ ROLES = {"human": "user", "gpt": "assistant"}
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
 
-# A stream is tokenised in pieces of as many bytes or up to twice as many.
+# A stream is tokenized in pieces of as many bytes or up to twice as many.
 PIECE_BYTES = 2**16
 
 

@@ -1,9 +1,9 @@
-"""Text and token sources, to batches of tokens.
+"""Sources of documents: text files, JSON lines, CSV, tables and texts in memory.
 
 A *stream* (a text file, the default text) is one text, cut to contiguous blocks of `seq_len` tokens; only the
-last block can be shorter. *Documents* (JSON lines, texts in a list) are sequences of their own, cut at
-`seq_len`; a batch of unequal ones is padded on the right. Both are tokenised as the tokenizer does it by
-default: where it begins a text with a BOS token, a stream has one at its start, every document its own.
+last block can be shorter. *Documents* (JSON lines, texts in a list) are sequences of their own, cut at `seq_len`.
+Both are tokenized with the tokenizer's defaults: where it begins a text with a BOS token, a stream has one at its
+start, and every document has its own.
 """
 
 import hashlib
@@ -12,16 +12,11 @@ import json
 import os
 import platform
 import re
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from fastheads.corpus import hf_datasets as tables
 from fastheads.corpus import readers
@@ -237,90 +232,3 @@ def check_lengths(seq_len: int, max_tokens: int | None) -> None:
         raise OptionError(f"seq_len must be at least 1 token, not {seq_len}")
     if max_tokens is not None and max_tokens < 1:
         raise OptionError(f"max_tokens must be at least 1, not {max_tokens}: nothing would be measured")
-
-
-def collate(rows: Sequence[Tensor], pad_token_id: int = 0, *, pin_memory: bool = False) -> dict[str, Tensor]:
-    """Arguments for the model: `input_ids` int64 `[rows, tokens]`.
-
-    Where the rows are unequal they are padded on the right, and `attention_mask`, of the same shape, says so.
-    `pin_memory` puts them into page-locked memory, from where `.to("cuda", non_blocking=True)` does not wait.
-    """
-    lengths = torch.tensor([len(row) for row in rows])
-    width = int(lengths.max())
-    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.int64, pin_memory=pin_memory)
-    for target, row in zip(input_ids, rows, strict=True):
-        target[: len(row)] = row
-    batch = {"input_ids": input_ids}
-    if int(lengths.min()) < width:
-        mask = torch.empty_like(input_ids, pin_memory=pin_memory)
-        batch["attention_mask"] = mask.copy_(torch.arange(width) < lengths.view(-1, 1))
-    return batch
-
-
-def as_batch(item: Any) -> dict[str, Any]:
-    """The arguments that a token batch stands for: token ids `[rows, tokens]` or `[tokens]`, or a mapping with `input_ids`. Lists
-    and numpy arrays of whole numbers become tensors.
-
-    Raises:
-        DataError: for anything else, and for a mapping without `input_ids`.
-    """
-    item = as_numbers(item)
-    if isinstance(item, Tensor):
-        item = {"input_ids": item}
-    if not isinstance(item, Mapping):
-        raise DataError(f"a token batch is a tensor or a mapping with input_ids, not {type(item).__name__}")
-    batch = {key: as_numbers(value) for key, value in item.items()}
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() not in (1, 2) or ids.is_floating_point() or ids.is_complex():
-        raise DataError("input_ids of a token batch must be a tensor of whole numbers [rows, tokens]")
-    if ids.dim() == 1:
-        batch = {
-            key: value[None] if isinstance(value, Tensor) and value.shape == ids.shape else value
-            for key, value in batch.items()
-        }
-    mask = batch.get("attention_mask")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != batch["input_ids"].shape):
-        raise DataError(
-            "the attention_mask of a token batch must have the shape of its input_ids [rows, tokens]"
-        )
-    return batch
-
-
-def as_numbers(value: Any) -> Any:
-    """Lists of whole numbers, rows of equal length, and arrays of them, as an int64 tensor; anything else as it is."""
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray):
-        return torch.from_numpy(value.astype("int64")) if value.dtype.kind in "iu" and value.ndim else value
-    if isinstance(value, list | tuple) and value:
-        rows = value if isinstance(value[0], list | tuple) else [value]
-        whole = all(
-            isinstance(row, list | tuple)
-            and len(row) == len(rows[0])
-            and all(isinstance(n, Integral) and not isinstance(n, bool) for n in row)
-            for row in rows
-        )
-        return torch.tensor(value, dtype=torch.int64) if whole else value
-    return value
-
-
-def tokens_by_row(batch: Mapping[str, Any]) -> Tensor:
-    """The number of real tokens of each row, int64 `[rows]`."""
-    ids: Tensor = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    return torch.full((ids.shape[0],), ids.shape[1]) if mask is None else (mask != 0).sum(1).cpu()
-
-
-def cut(batch: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-    """`batch` up to its first `max_tokens` real tokens: later rows are dropped, later tokens masked."""
-    ids: Tensor = batch["input_ids"]
-    before = tokens_by_row(batch).cumsum(0) - tokens_by_row(batch)  # real tokens in the rows above
-    keep = int((before < max_tokens).sum())
-    batch = {
-        key: value[:keep] if isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1] else value
-        for key, value in batch.items()
-    }
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(batch["input_ids"]) if mask is None else mask.clone()
-    room = max_tokens - int(before[keep - 1])
-    mask[-1] *= ((mask[-1] != 0).cumsum(0) <= room).to(mask.dtype)
-    return batch | {"attention_mask": mask}

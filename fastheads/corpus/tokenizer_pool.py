@@ -1,4 +1,4 @@
-"""Tokenising ahead of the model, in processes of our own or in a thread.
+"""Tokenizing ahead of the model, in processes of our own or in a thread.
 
 The processes are plain ones that talk over pipes. Those of multiprocessing would run the caller's script once more
 (started by spawn or forkserver) or copy a process that uses a GPU (by fork), and its pools leave theirs behind when
@@ -40,7 +40,7 @@ def encoder_of(tokenizer: Any, probe: str, chat: bool) -> Encoder:
     return Encoder(tokenizer, text, split, alone)
 
 
-class Tokenising:
+class TokenizerPool:
     """`submit` documents, get futures of their ids; `workers` processes do the work, or one thread where it is 0."""
 
     def __init__(self, encoder: Encoder, workers: int) -> None:
@@ -53,7 +53,7 @@ class Tokenising:
                 raise OptionError(
                     f"this tokenizer cannot be given to other processes ({error}): use workers=0"
                 ) from error
-        self._threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="fastheads-tokenising")
+        self._threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="fastheads-tokenizing")
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._all: list[_Process] = []
         self._lock = threading.Lock()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 from fastheads.corpus.readers import Item
-from fastheads.errors import DataError, FastheadsError
+from fastheads.errors import DataError, FastheadsError, one_line
 
 
 class Encoder:
@@ -51,13 +51,13 @@ class Encoder:
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(
-                f"the tokenizer makes no text of document {number}: {_one_line(error)}"
+                f"the tokenizer makes no text of document {number}: {one_line(error, 300)}"
             ) from error
         except Exception as error:
             if type(error).__module__.split(".")[0] != "jinja2":
                 raise
             raise DataError(
-                f"the tokenizer's chat template refuses document {number}: {_one_line(error)}"
+                f"the tokenizer's chat template refuses document {number}: {one_line(error, 300)}"
             ) from error
         return str(text)
 
@@ -125,7 +125,7 @@ def serve() -> None:
                 ids = encoder(**json.loads(content))
                 head = {"lengths": list(map(len, ids))}
         except Exception as error:
-            head = {"error": _one_line(error), "data": isinstance(error, FastheadsError)}
+            head = {"error": one_line(error, 300), "data": isinstance(error, FastheadsError)}
         try:
             send(outgoing, json.dumps(head).encode())
             send(outgoing, b"".join(map(array.tobytes, ids)))
@@ -133,7 +133,3 @@ def serve() -> None:
             break
     # The stream's own closing would complain of a reader that has gone.
     os._exit(0)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,9 +1,9 @@
-"""A corpus as windows of tokenised sequences, and the batches of a window.
+"""A corpus as windows of tokenized sequences.
 
-A *window* is a stretch of the corpus, some millions of characters of it, that is tokenised, sorted and batched
-together. Which documents are in which window is decided before anything is tokenised, from the texts' own lengths:
-with the cut `documents` a rank tokenises only its own windows. With `stream`, where a block begins where the last
-one ended, and with `max_tokens`, which counts tokens in the corpus' order, every rank tokenises everything and
+A *window* is a stretch of the corpus, some millions of characters of it, that is tokenized, sorted and batched
+together. Which documents are in which window is decided before anything is tokenized, from the texts' own lengths:
+with the cut `documents` a rank tokenizes only its own windows. With `stream`, where a block begins where the last
+one ended, and with `max_tokens`, which counts tokens in the corpus' order, every rank tokenizes everything and
 keeps its own.
 
 Neither the windows nor what is in them depend on timing, on the number of workers or on where reading began.
@@ -13,20 +13,20 @@ import copy
 import hashlib
 import json
 import os
-import queue
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastheads.corpus.identity import head_of, item_bytes, tokenizer_fingerprint
+from fastheads.corpus.prefetch import prefetched
 from fastheads.corpus.readers import Item, characters
 from fastheads.corpus.sources import Cut, Source, check_lengths
-from fastheads.corpus.tokenizer_pool import Tokenising, encoder_of
+from fastheads.corpus.tokenizer_pool import TokenizerPool, encoder_of
 from fastheads.errors import DataError, OptionError
 
 # A window of a large corpus: about a million tokens, a few dozen batches of a large GPU.
@@ -39,11 +39,9 @@ WINDOWS = 32  # of a corpus between the two
 STRETCH_CHARACTERS = 2**20
 WINDOW_DOCUMENTS = 2**16  # at most, for those that hold hardly anything
 
-TASK_CHARACTERS = 2**18  # tokenised by one worker at a time
-PADDING = 0.045  # a little below the most that is wanted, 5 %
-AHEAD = 2  # windows that are read and tokenised while one is in use
-HEAD_CHARACTERS = 2**16  # whose hash names a corpus
-# Below it, tokenising takes less time than starting processes for it.
+TASK_CHARACTERS = 2**18  # tokenized by one worker at a time
+AHEAD = 2  # windows that are read and tokenized while one is in use
+# Below it, tokenizing takes less time than starting processes for it.
 WORTH_PROCESSES = 2**24
 
 
@@ -76,7 +74,7 @@ class Window:
 
 @dataclass
 class _Draft:
-    """A window whose documents have been read, and are being tokenised if they are wanted."""
+    """A window whose documents have been read, and are being tokenized if they are wanted."""
 
     before: dict[str, Any]
     after: dict[str, Any]
@@ -101,7 +99,7 @@ class Corpus:
         seq_len: tokens in a sequence, at most.
         max_tokens: stop after so many tokens of the corpus, all ranks together; the last sequence is cut.
         shard: this rank and the number of ranks.
-        workers: processes that tokenise; 0: a thread. None: by the size of the corpus and the number of cores.
+        workers: processes that tokenize; 0: a thread. None: by the size of the corpus and the number of cores.
         window_characters: a window ends with the document that makes it as long. None: by the size of the corpus.
 
     Raises:
@@ -148,7 +146,7 @@ class Corpus:
         self.workers = workers
         self.window_characters = window_characters or _window_characters(expected)
         self._stretch_characters = STRETCH_CHARACTERS if window_characters is None else 0
-        head, probe, chat = _head(source)
+        head, probe, chat = head_of(source)
         self._encoder = encoder_of(tokenizer, probe, chat)
         # A stream of one text is no sequence of documents: nothing comes between its pieces.
         self._pieces = source.kind == self.cut == "stream"
@@ -158,7 +156,7 @@ class Corpus:
         # Between texts of several files.
         self._between = self._eos() if self._pieces and hasattr(source, "parts") else None
         self.read_to_end = False  # whether the last `windows()` came to the end of the data
-        self._tokenises_all = self.cut == "stream" or max_tokens is not None
+        self._tokenizes_all = self.cut == "stream" or max_tokens is not None
         self.identity: dict[str, Any] = {
             "source": source.name,
             "sha256": source.sha256,
@@ -167,7 +165,7 @@ class Corpus:
             "cut": self.cut,
             "seq_len": seq_len,
             "max_tokens": max_tokens,
-            "tokenizer": fingerprint(tokenizer, chat),
+            "tokenizer": tokenizer_fingerprint(tokenizer, chat),
             "shard": list(shard),
             "window_characters": self.window_characters,
             **dict(source.version),
@@ -191,11 +189,11 @@ class Corpus:
     def windows(self, resume: Mapping[str, Any] | None = None) -> Generator[Window]:
         """The windows of this rank that hold tokens, from the first on or from where `resume` says.
 
-        The next ones are read and tokenised meanwhile; closing the iterator ends that.
+        The next ones are read and tokenized meanwhile; closing the iterator ends that.
 
         Raises:
             DataError: the source cannot be read any further, holds no tokens, or `resume` is of another corpus.
-            TokenizerError: a tokenising process has ended, or the tokenizer failed.
+            TokenizerError: a tokenizing process has ended, or the tokenizer failed.
         """
         return self._windows(self._start() if resume is None else self._checked(resume))
 
@@ -219,12 +217,12 @@ class Corpus:
         seen = bool(start["index"])
         self.read_to_end = False
         with (
-            closing(Tokenising(self._encoder, self.workers)) as tokenising,
-            _ahead(self._drafts(start, tokenising)) as drafts,
+            closing(TokenizerPool(self._encoder, self.workers)) as pool,
+            prefetched(self._drafts(start, pool), AHEAD) as drafts,
         ):
             for draft in drafts:
                 before, after = draft.before, draft.after
-                if self._tokenises_all:
+                if self._tokenizes_all:
                     before |= {"tokens": total, "rest": rest.tolist()}
                 try:
                     documents = [ids for future in draft.futures for ids in future.result()]
@@ -236,9 +234,9 @@ class Corpus:
                     sequences = _limited(sequences, self.max_tokens - total)
                 cut_off = read > sum(map(len, sequences)) or len(rest) > 0
                 total += sum(map(len, sequences))
-                if self._tokenises_all:
+                if self._tokenizes_all:
                     after |= {"tokens": total, "rest": rest.tolist()}
-                # Another rank's window that was not tokenised here counts by what can be seen of it.
+                # Another rank's window that was not tokenized here counts by what can be seen of it.
                 seen |= bool(sequences) or (not draft.wanted and after["characters"] > before["characters"])
                 if sequences and before["index"] % self.shard[1] == self.shard[0]:
                     yield Window(
@@ -256,7 +254,7 @@ class Corpus:
         if not seen:
             raise DataError(f"no tokens in {self.source.name}: every text in it is empty")
 
-    def _drafts(self, at: dict[str, Any], tokenising: Tokenising) -> Iterator[_Draft]:
+    def _drafts(self, at: dict[str, Any], pool: TokenizerPool) -> Iterator[_Draft]:
         """The windows from `at` on, of all ranks."""
         try:
             reader = self.source.read(self.cut, at["position"])
@@ -265,7 +263,7 @@ class Corpus:
         try:
             ended = False
             while not ended:
-                wanted = self._tokenises_all or at["index"] % self.shard[1] == self.shard[0]
+                wanted = self._tokenizes_all or at["index"] % self.shard[1] == self.shard[0]
                 futures: list[Future[list[Tensor]]] = []
                 starts: list[int] = []
                 task: list[Item] = []
@@ -280,7 +278,7 @@ class Corpus:
                         where = f"{self.source.name}, document {at['documents'] + count}"
                         raise DataError(f"{where} is a chat where the first ones are texts")
                     size = characters(item)
-                    digest.update(_bytes(item) + (b"" if self._pieces else b"\0"))
+                    digest.update(item_bytes(item) + (b"" if self._pieces else b"\0"))
                     length, count = length + size, count + 1
                     if not wanted or not item:
                         continue
@@ -293,10 +291,10 @@ class Corpus:
                         special = not self._pieces or begins
                         if begins and not first:
                             starts.append(len(futures))
-                        futures.append(tokenising.submit(task, special, at["documents"] + count - len(task)))
+                        futures.append(pool.submit(task, special, at["documents"] + count - len(task)))
                         task, held = [], 0
                 if task:
-                    futures.append(tokenising.submit(task, True, at["documents"] + count - len(task)))
+                    futures.append(pool.submit(task, True, at["documents"] + count - len(task)))
                 after = at | {
                     "index": at["index"] + 1,
                     "documents": at["documents"] + count,
@@ -369,49 +367,6 @@ def _check_shard(shard: tuple[int, int]) -> None:
         raise OptionError(f"shard {shard} must be a number below that of the shards, and that")
 
 
-def plan(lengths: Sequence[int], budget: int, max_rows: int | None = None) -> list[list[int]]:
-    """The rows of each batch: longest first, rows × longest ≤ `budget` and rows ≤ `max_rows`, but one at least.
-
-    The longest come first: what does not fit into the memory shows at once. Equal lengths keep their order.
-    Where full batches would be padded by more than `PADDING`, they end earlier, when they come to hold that much
-    padding of their own: from a half, a quarter, … a sixteenth of the budget on, whatever it takes.
-    """
-    if budget < 1 or (max_rows is not None and max_rows < 1):
-        raise OptionError(f"a batch needs room: budget {budget} tokens, max_rows {max_rows}")
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    batches: list[list[int]] = []
-    for least in (budget, budget // 2, budget // 4, budget // 8, budget // 16):
-        batches, width, real = [], 0, 0
-        for row in order:
-            rows = len(batches[-1]) + 1 if batches else 0
-            full = not batches or rows * width > budget or rows - 1 == max_rows
-            loose = real + lengths[row] < (1 - PADDING) * rows * width and (rows - 1) * width >= least
-            if full or loose:
-                batches.append([])
-                width, real = lengths[row], 0
-            batches[-1].append(row)
-            real += lengths[row]
-        if sum(lengths) >= (1 - PADDING) * sum(len(batch) * lengths[batch[0]] for batch in batches):
-            break
-    return batches
-
-
-def fingerprint(tokenizer: Any, chat: bool = False) -> str:
-    """A hash of what makes tokens of texts, with the template where there are chats."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        state = json.loads(backend.to_str())
-        # Set by whoever called it last, and of no effect here.
-        facts: Any = [{key: value for key, value in state.items() if key not in ("truncation", "padding")}]
-    else:
-        vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
-        facts = [type(tokenizer).__qualname__, vocabulary]
-    facts.append(getattr(tokenizer, "eos_token_id", None))
-    if chat:
-        facts.append(getattr(tokenizer, "chat_template", None))
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _window_characters(expected: int | None) -> int:
     """How long a window is, for as many characters."""
     if expected is None:
@@ -438,25 +393,6 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _head(source: Source) -> tuple[str, str, bool]:
-    """The hash of how the corpus begins, the first texts of it, and whether there are chats among them."""
-    digest, taken, texts, chat = hashlib.sha256(), 0, "", False
-    for item in source.items():
-        content = _bytes(item)[: HEAD_CHARACTERS - taken]
-        digest.update(content + (b"" if source.kind == "stream" else b"\0"))
-        taken += len(content) + 1
-        if isinstance(item, str):
-            texts += item[: 2**12 - len(texts)]
-        chat |= not isinstance(item, str)
-        if taken >= HEAD_CHARACTERS:
-            break
-    return digest.hexdigest(), texts, chat
-
-
-def _bytes(item: Item) -> bytes:
-    return item.encode() if isinstance(item, str) else json.dumps(item).encode()
-
-
 def _limited(sequences: list[Tensor], room: int) -> list[Tensor]:
     """`sequences` up to `room` tokens, the last one cut."""
     kept = []
@@ -474,42 +410,3 @@ def _are_empty(drafts: Iterator[_Draft]) -> bool:
         return all(draft.after["characters"] == draft.before["characters"] for draft in drafts)
     except DataError:
         return False
-
-
-@contextmanager
-def _ahead(drafts: Iterator[_Draft]) -> Iterator[Iterator[_Draft]]:
-    """`drafts`, `AHEAD` of which a thread has ready."""
-    ready: queue.SimpleQueue[_Draft | BaseException | None] = queue.SimpleQueue()
-    room = threading.Semaphore(AHEAD)
-    stop = threading.Event()
-
-    def read() -> None:
-        try:
-            room.acquire()
-            while not stop.is_set():
-                draft = next(drafts, None)
-                ready.put(draft)
-                if draft is None:
-                    return
-                room.acquire()
-        except BaseException as error:  # raised below, in its place
-            ready.put(error)
-        finally:
-            drafts.close()  # type: ignore[attr-defined]
-
-    def taken() -> Iterator[_Draft]:
-        while (draft := ready.get()) is not None:
-            if isinstance(draft, BaseException):
-                raise draft
-            room.release()
-            yield draft
-
-    # A daemon: one that waits for the network would hold up the end of the program.
-    thread = threading.Thread(target=read, name="fastheads-reading", daemon=True)
-    thread.start()
-    try:
-        yield taken()
-    finally:
-        stop.set()
-        room.release()
-        thread.join(timeout=1)

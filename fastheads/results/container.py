@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
+from fastheads.errors import one_line
+
 DIGEST_KEY = "sha256"
 DEEPEST = 64  # levels of lists and objects in a document
 _DTYPES = ("F64", "I64")
@@ -86,7 +88,7 @@ def unpack_arrays(
         # Which checks that the arrays fill the file, and do not overlap.
         arrays = safetensors.numpy.load(content)
     except (safetensors.SafetensorError, ValueError) as error:
-        raise ContainerError(" ".join(str(error).split())) from error
+        raise ContainerError(one_line(error)) from error
     said = document.pop(DIGEST_KEY, None)
     if version in digested and said != digest(arrays, document):
         raise ContainerError("it is damaged: its content is not that of its checksum")
@@ -159,7 +161,7 @@ def _json(text: str) -> Any:
     except ContainerError:
         raise
     except ValueError as error:
-        raise ContainerError(f"its metadata are no JSON: {' '.join(str(error).split())[:200]}") from error
+        raise ContainerError(f"its metadata are no JSON: {one_line(error, 200)}") from error
     level = [value]
     for _ in range(DEEPEST):
         nests = [

@@ -1,4 +1,4 @@
-"""profile(): the whole job, from a model and data to a HeadProfile. What it prepares here, `run.Run` does."""
+"""profile(): the whole job, from a model and data to a HeadProfile. It prepares a `run.loop.Run` and starts it."""
 
 import os
 import sys
@@ -10,8 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fastheads.capture.manager import HookManager
-from fastheads.corpus import in_memory as inputs
-from fastheads.corpus import opening, sources
+from fastheads.corpus import in_memory, opening, sources
 from fastheads.corpus.sources import Cut, Source
 from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError, OptionError
@@ -20,8 +19,8 @@ from fastheads.models.sites import unwrapped
 from fastheads.results.head_profile import RANKING_METRIC, HeadProfile
 from fastheads.run import loading
 from fastheads.run.checkpoint import Checkpoint
-from fastheads.run.early_exit import EarlyEnd
-from fastheads.run.job import Job, Place
+from fastheads.run.early_exit import EarlyExit
+from fastheads.run.job import Job, RankInfo
 from fastheads.run.loop import Run, Settings
 from fastheads.run.progress import Status
 from fastheads.stats.confidence import StableRule, check_token_agg, judge
@@ -29,7 +28,7 @@ from fastheads.stats.confidence import StableRule, check_token_agg, judge
 SEQ_LEN = 512
 CHECKPOINT_EVERY = 30.0  # seconds
 
-# Called with the real tokens done and, where it is known, their number in all.
+# Called with the valid tokens done and, where it is known, their number in all.
 Progress = Callable[[int, int | None], None]
 
 
@@ -71,10 +70,11 @@ def profile(
     The model's decoder runs, in evaluation and inference mode and without a cache; its head does not, nor what follows the
     last projection that is profiled, for nobody needs them. The model is left as it was.
 
-    Texts are run in batches of sequences of about equal length, padded on the right. Where attention is causal in every layer the
-    padding needs no mask: nothing real looks at it. What a sequence gives does not depend on those that share its batch: where a
-    model's rotary table, or its quantised layers, look at all rows (`models.batch_sharing`), only those share one that may. Token
-    batches that you make yourself are run as you made them: there, and under a HookManager, which rows share one is up to you.
+    Texts are run in batches of sequences of about equal length, padded on the right. Where attention is causal in every layer
+    the padding needs no mask: no valid token attends to it. What a sequence gives does not depend on those that share its
+    batch: where a model's rotary table, or its quantized layers, look at all rows (`models.batch_sharing`), only those share
+    one that may. Token batches that you make yourself are run as you made them: there, and under a HookManager, which rows
+    share one is up to you.
 
     Args:
         model: a transformers model; or a name, which is loaded with its tokenizer: a local folder, a GGUF file
@@ -97,19 +97,19 @@ def profile(
             - a `fastheads.corpus.Corpus`, which brings its tokenizer, cut, seq_len and max_tokens. One without a shard is shared
               out as `shard` and `job` say; else its shard must be the one that this process has by them.
         tokenizer: needed for texts where `model` is a module.
-        token_agg: what one sample is: "last", the value at a sequence's last real token; "all", the mean
-            over its real tokens; "token", each real token.
+        token_agg: what one sample is: "last", the value at a sequence's last valid token; "all", the mean
+            over its valid tokens; "token", each valid token.
         seq_len: tokens in a sequence, at most. None: 512, or the model's limit where that is less.
         cut: how texts become sequences, "documents" or "stream" (`Corpus`); None: as the data are.
         batch_size: sequences in a forward, at most.
         batch_tokens: tokens in a forward with its padding, at most (one sequence may have more). None: what a GPU is likely to
             have memory for, up to 32,768; on the CPU 2,048, or `batch_size` whole sequences. Where memory runs out all the
             same, batches are halved from there on, and every sample still counts once.
-        max_tokens: stop after this many real tokens, exactly: the last sequence is cut. None: use all data.
+        max_tokens: stop after this many valid tokens, exactly: the last sequence is cut. None: use all data.
         layers: profile these only (None: all).
         backend: "auto", "loop", "einsum", "factored" or "triton".
         precision: "exact" or "fast".
-        skip_first: leave the first real tokens of each sequence out (1: the attention sink).
+        skip_first: leave the first valid tokens of each sequence out (1: the attention sink).
         allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
         kv_groups: measure the contributions of KV groups too (`HookManager`).
         include: names of attention modules, as patterns, that are profiled though they are left out by default (`find_sites`).
@@ -153,7 +153,7 @@ def profile(
     check_options(batch_size, batch_tokens, checkpoint_every, shard)
     if until_stable is not False:
         check_token_agg(token_agg)
-    job = Job(place=Place()) if job is None else job  # alone, whatever else runs beside this process
+    job = Job(place=RankInfo()) if job is None else job  # alone, whatever else runs beside this process
     job.check_entered()
     job.begin()
     if isinstance(data, Corpus):
@@ -178,15 +178,15 @@ def profile(
     else:
         found = loading.find_model(os.fspath(model))
         name = found.name if name is None else name
-        if is_text and tokenizer is None:
-            tokenizer = loading.load_tokenizer(found, trust_remote_code=trust_remote_code)
-        module = loading.load_model(
+        module, own_tokenizer = loading.load(
             found,
+            with_tokenizer=is_text and tokenizer is None,
             dtype=dtype,
             device=device if job.place.world == 1 else job.device,
             trust_remote_code=trust_remote_code,
             mesh=job.mesh,
         )
+        tokenizer = own_tokenizer if tokenizer is None else tokenizer
     if is_text and tokenizer is None:
         raise OptionError("data of text need tokenizer=... where the model is a module")
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
@@ -209,15 +209,15 @@ def profile(
             max_tokens = source.max_tokens
         corpus = source
 
-    ending = EarlyEnd(module, allowed=not compile)
-    how: dict[str, Any] = {"token_agg": token_agg, "backend": backend, "precision": precision}
-    how |= {"skip_first": skip_first, "allow_skipped": allow_skipped, "kv_groups": kv_groups}
-    how |= {
+    early_exit = EarlyExit(module, allowed=not compile)
+    options: dict[str, Any] = {"token_agg": token_agg, "backend": backend, "precision": precision}
+    options |= {"skip_first": skip_first, "allow_skipped": allow_skipped, "kv_groups": kv_groups}
+    options |= {
         "layers": None if layers is None else list(layers),
         "include": [include] if isinstance(include, str) else list(include),
     }
-    with HookManager(module, **how) as hooks, _progress(progress, job) as (report, say):
-        ending.follow(hooks, hooks.profiled_sites)
+    with HookManager(module, **options) as hooks, _progress(progress, job) as (report, say):
+        early_exit.follow(hooks, hooks.profiled_sites)
         settings = Settings(
             batch_size=batch_size,
             batch_tokens=batch_tokens,
@@ -226,12 +226,20 @@ def profile(
             every=checkpoint_every,
             until_stable=StableRule() if until_stable is True else until_stable or None,
             shard=shard,
-            options=how,
+            options=options,
             name=name,
         )
         file = None if checkpoint is None else Checkpoint(checkpoint, job.place.rank, job.place.world)
         run = Run(
-            module, hooks, corpus, settings, job=job, checkpoint=file, ending=ending, report=report, say=say
+            module,
+            hooks,
+            corpus,
+            settings,
+            job=job,
+            checkpoint=file,
+            early_exit=early_exit,
+            report=report,
+            say=say,
         )
         try:
             run.check_together()
@@ -241,7 +249,7 @@ def profile(
             _check_measured(measured, skip_first)
         finally:
             run.close()
-    if run.settings.until_stable is not None and not run.settled and job.place.rank == 0:
+    if run.settings.until_stable is not None and not run.stability.settled and job.place.rank == 0:
         verdict = judge(measured.moments[RANKING_METRIC], run.settings.until_stable)
         why = "the end of the data" if run.complete else f"max_tokens={max_tokens}"
         warnings.warn(f"the ranking has not settled by {why}: {verdict}", RuntimeWarning, stacklevel=2)
@@ -268,14 +276,14 @@ def check_options(
 
 
 def _check_left_out(given: dict[str, Any]) -> None:
-    """Raise OptionError for options that a Corpus has already and that would do nothing."""
+    """Raise OptionError for options that a Corpus already has, and that would have no effect."""
     for option, value in given.items():
         if value is not None:
             raise OptionError(f"{option} belongs to the Corpus: give it to Corpus(...) instead of profile()")
 
 
-def _check_once(source: Any, checkpoints: bool, place: Place) -> None:
-    """Raise OptionError where data that can be read by one process only would be needed again."""
+def _check_once(source: Any, checkpoints: bool, place: RankInfo) -> None:
+    """Raise OptionError if data that can be read only once would be read again."""
     if not getattr(getattr(source, "source", source), "once", False):
         return
     if checkpoints:
@@ -286,16 +294,16 @@ def _check_once(source: Any, checkpoints: bool, place: Place) -> None:
         raise OptionError("several processes cannot share standard input: save it to a file")
 
 
-def _part_of(shard: tuple[int, int], place: Place) -> tuple[int, int]:
-    """The shard of this process, where all processes together have `shard`."""
+def _part_of(shard: tuple[int, int], place: RankInfo) -> tuple[int, int]:
+    """Return the shard of this rank, where all ranks together have `shard`."""
     part, parts = place.shard
     return shard[0] + shard[1] * part, shard[1] * parts
 
 
 def _shared_out(
-    corpus: Corpus, shard: tuple[int, int] | None, place: Place
+    corpus: Corpus, shard: tuple[int, int] | None, place: RankInfo
 ) -> tuple[tuple[int, int], Corpus]:
-    """The shard of all processes together, and the corpus with the windows of this one; OptionError where it has others."""
+    """Return the shard of all ranks together, and the corpus with this rank's windows; OptionError if it has others."""
     if shard is None:
         shard = corpus.shard if place.shard[1] == 1 else (0, 1)
     expected = _part_of(shard, place)
@@ -319,9 +327,9 @@ def _check_measured(measured: HeadProfile, skip_first: int) -> None:
 
 
 def _as_source(data: Any, field: str | None) -> Source | Iterator[dict[str, Any]]:
-    """Texts, or token batches."""
+    """Return the source of texts, or the token batches, that `data` stands for."""
     source = opening.named_source(data, field=field)
-    return inputs.in_memory(data, field, "auto") if source is None else source
+    return in_memory.in_memory(data, field, "auto") if source is None else source
 
 
 def _fitting_seq_len(model: nn.Module, seq_len: int | None) -> int:
@@ -341,7 +349,7 @@ def _fitting_seq_len(model: nn.Module, seq_len: int | None) -> int:
 def _progress(
     progress: bool | Progress, job: Job
 ) -> Iterator[tuple[Callable[[Status], None], Callable[[str], None]]]:
-    """What takes the status of the run, and lines for whoever waits for it."""
+    """Give a function for the status of the run, and one for lines to the user."""
     if callable(progress):
         yield lambda status: progress(status.all_tokens, status.total), lambda line: None
         return

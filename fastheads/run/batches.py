@@ -1,4 +1,4 @@
-"""Batches for the model, made ahead of it, and where in the data a run stands.
+"""Make batches ahead of the model, and keep the position of a run in the data.
 
 Which rows make a batch follows from the data and the options alone, never from timing: a run that is resumed makes the same
 batches. Only running out of memory changes them, and what that left is part of the position.
@@ -16,8 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastheads.corpus import readers, sources
-from fastheads.corpus.windows import Corpus, Window, plan
+from fastheads.corpus import readers, token_batches
+from fastheads.corpus.token_batches import plan
+from fastheads.corpus.windows import Corpus, Window
 from fastheads.errors import CheckpointError, DataError
 from fastheads.models.batch_sharing import Sharing
 
@@ -29,7 +30,7 @@ GPU_SHARE = 0.5  # of the free memory that a batch may take, as far as that can 
 
 @dataclass
 class Batch:
-    """What one forward is given.
+    """The input of one forward.
 
     `arguments` go to the decoder, with their tensors on the CPU. `real` `[rows, tokens]` is 0 where a token is padding; None:
     there is none, or a mask among the arguments says.
@@ -37,7 +38,7 @@ class Batch:
 
     arguments: dict[str, Any]
     real: Tensor | None
-    lengths: list[int]  # real tokens by row
+    lengths: list[int]  # valid tokens of each row
     width: int
 
     @property
@@ -50,12 +51,12 @@ class Batch:
 
     @property
     def area(self) -> int:
-        """Tokens and padding."""
+        """Tokens, padding included."""
         return len(self.lengths) * self.width
 
 
 class Feed(Protocol):
-    """Batches in order. After `next()` comes `done()`, or `halve()` where the batch did not fit into memory."""
+    """Batches in order. After `next()` call `done()`, or `halve()` if the batch did not fit into memory."""
 
     total: int | None  # tokens in all, where that is known
     expected: int | None  # the same, by what was read so far
@@ -65,20 +66,20 @@ class Feed(Protocol):
         """Windows, or token batches, that are done as a whole: what is done between two of them is a fair part of the data."""
 
     def next(self) -> Batch | None:
-        """The next batch; None behind the last."""
+        """Return the next batch; None after the last."""
 
     def done(self) -> None:
-        """The batch counted."""
+        """Advance the position past the batch."""
 
     def halve(self) -> bool:
-        """Make smaller ones of the batch and of those after it; False where it is one row already."""
+        """Halve the batch and those after it; False if it is one row already."""
 
     @property
     def exhausted(self) -> bool:
         """True if every batch is done and nothing of the data is left, which `max_tokens` may have cut off."""
 
     def position(self) -> dict[str, Any]:
-        """Where the run stands (JSON): behind the last batch that is done."""
+        """Return the position (JSON) after the last batch that is done."""
 
     def close(self) -> None:
         """Stop making batches."""
@@ -204,7 +205,7 @@ class WindowFeed:
             close()
 
     def _fill(self) -> None:
-        """Have `AHEAD` batches in the making."""
+        """Start making batches until `AHEAD` are under way."""
         while len(self._made) < AHEAD:
             waiting = sum(len(planned.todo) for planned in self._planned)
             if len(self._made) == waiting and not self._read():
@@ -217,7 +218,7 @@ class WindowFeed:
                 index -= len(planned.todo)
 
     def _read(self) -> bool:
-        """Plan another window; False where there is none."""
+        """Plan the next window; False if there is none."""
         window = next(self._windows, None)
         if window is None:
             self.total = self._finished + sum(planned.window.tokens for planned in self._planned)
@@ -252,9 +253,9 @@ class WindowFeed:
         ]
 
     def _make(self, window: Window, rows: list[int]) -> Batch:
-        """The rows as a batch, padded on the right."""
+        """Make a batch of the rows, padded on the right."""
         sequences = [window.sequences[row] for row in rows]
-        arguments = sources.collate(sequences, self._pad, pin_memory=self._pinned)
+        arguments = token_batches.collate(sequences, self._pad, pin_memory=self._pinned)
         real = arguments.get("attention_mask") if self._with_mask else arguments.pop("attention_mask", None)
         lengths = [len(sequence) for sequence in sequences]
         return Batch(arguments, real, lengths, max(lengths))
@@ -301,7 +302,7 @@ class GivenFeed:
             self._parts += self._split(whole)
         first = self._parts[0]
         width = first["input_ids"].shape[1]
-        return Batch(first, None, sources.tokens_by_row(first).tolist(), width)
+        return Batch(first, None, token_batches.tokens_by_row(first).tolist(), width)
 
     def done(self) -> None:
         self._row += self._parts.popleft()["input_ids"].shape[0]
@@ -340,13 +341,13 @@ class GivenFeed:
         """`batches` that hold tokens, up to exactly `max_tokens` real ones, and whether there are more."""
         left = math.inf if max_tokens is None else max_tokens
         for batch in batches:
-            tokens = int(sources.tokens_by_row(batch).sum())
+            tokens = int(token_batches.tokens_by_row(batch).sum())
             if not tokens:
                 continue
             self._left_out = tokens > left
             if left <= 0:
                 return
-            yield batch if tokens <= left else sources.cut(batch, int(left))
+            yield batch if tokens <= left else token_batches.truncate(batch, int(left))
             if self._left_out:
                 return
             left -= tokens
@@ -412,7 +413,7 @@ def _some_rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 
 def _share_read(corpus: Corpus, window: Window) -> float | None:
-    """How much of the shard has been read at the end of the window, where the source's size tells."""
+    """Return the share of the shard that is read at the end of the window; None where the size is not known."""
     size, position = corpus.source.size, window.after["position"]
     path = getattr(corpus.source, "path", None)
     if not size or not isinstance(position, dict) or (path is not None and path.suffix in readers.OPENERS):

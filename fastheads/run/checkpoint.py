@@ -1,10 +1,11 @@
-"""Checkpoints: what a run needs to go on where it stood, in one safetensors file for each process.
+"""Checkpoints: the state from which a run resumes, in one safetensors file for each process.
 
 The file holds the moments as they are in memory, bit for bit, and as JSON the position in the data, the counts so far and the
 configuration, with a digest of all (`results.container`). It may come from anywhere, so all of it is checked; a run goes on
 only with its own configuration.
 """
 
+import glob
 import json
 import os
 import re
@@ -32,14 +33,14 @@ class Checkpoint:
     """One process's file."""
 
     def __init__(self, path: str | os.PathLike[str], rank: int = 0, world: int = 1) -> None:
-        """`path`: the file; of several processes, each adds its number."""
+        """`path`: the file; each of several ranks adds its number to the name."""
         path = Path(path)
         self._shared, self._world = path, world
         self.path = path if world == 1 else path.with_name(f"{path.name}-{rank + 1}-of-{world}")
         self._warned = False
 
     def save(self, tensors: dict[str, Tensor], document: dict[str, Any]) -> bool:
-        """Write the file whole. Where that fails the one before stays, a warning on stderr says so once, and it returns False."""
+        """Write the file atomically. If that fails, keep the previous one, warn on stderr once, and return False."""
         content = pack(tensors, FILE_KEY, {"format": FORMAT_VERSION, **document})
         try:
             write_atomic(self.path, content)
@@ -58,7 +59,7 @@ class Checkpoint:
         return True
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and the document of the file; None where there is no file.
+        """Read the tensors and the document of the file; None if there is no file.
 
         Raises:
             CheckpointError: if it is no checkpoint, or a damaged one, or there are only those of another number of processes.
@@ -89,7 +90,7 @@ class Checkpoint:
         return tensors, document
 
     def _of_other_numbers(self) -> list[str]:
-        """Checkpoints of the same run by other numbers of processes, three of them at most."""
+        """Find checkpoints of the same run by another number of processes, at most three."""
         name = self._shared.name
         pattern = re.compile(re.escape(name) + r"(-\d+-of-(\d+))?")
         folder = self._shared.parent
@@ -100,14 +101,14 @@ class Checkpoint:
         ]
 
     def remove(self) -> None:
-        """Delete the file, and what a process that was killed while it wrote left beside it."""
+        """Delete the file, and temporary files of a process that was killed while writing."""
         self.path.unlink(missing_ok=True)
         self.tidy()
 
     def tidy(self) -> None:
-        """Delete what a process that was killed while it wrote left."""
+        """Delete temporary files of a process that was killed while writing."""
         if self.path.parent.is_dir():
-            for rest in self.path.parent.glob(f".{_escaped(self.path.name)}.*.tmp"):
+            for rest in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
                 rest.unlink(missing_ok=True)
 
     def check(self, then: Any, now: dict[str, Any]) -> None:
@@ -116,17 +117,15 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is not a checkpoint: it has no configuration")
         for key in dict.fromkeys((*now, *then)):
             if then.get(key) != now.get(key):
-                told = f": {shown(then.get(key))} then and {shown(now.get(key))} now"
+                difference = f": {shown(then.get(key))} then and {shown(now.get(key))} now"
                 raise CheckpointError(
-                    f"cannot resume from {self.path}: {key.replace('_', ' ')} is not what it was{told}. "
+                    f"cannot resume from {self.path}: {key.replace('_', ' ')} is not what it was{difference}. "
                     "Without --resume the run starts afresh"
                 )
 
 
 def check_state(path: Path, buffers: list[Tensor], notes: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the moments and their notes are some that a run can have written
-    (`HookManager.state`): a profile would have their faults.
-    """
+    """Raise CheckpointError unless a run can have written these moments and notes (`HookManager.state`)."""
     used, missed = notes.get("used"), notes.get("missed")
     names = used if isinstance(used, list) and all(isinstance(some, list) for some in used) else [[None]]
     if not (
@@ -148,7 +147,7 @@ def check_state(path: Path, buffers: list[Tensor], notes: dict[str, Any]) -> Non
 
 
 def _check_counts(document: dict[str, Any]) -> None:
-    """Raise ContainerError for counts of what was done that are none."""
+    """Raise ContainerError unless the counts are whole numbers from 0 on, and the seconds a float."""
     for key in COUNTS:
         if key in document and not (type(document[key]) is int and 0 <= document[key] < 2**62):
             raise ContainerError(f"its number of {key} is {shown(document[key])}")
@@ -158,10 +157,6 @@ def _check_counts(document: dict[str, Any]) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value of a configuration, in a message."""
+    """Format a value of a configuration for a message."""
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

@@ -1,4 +1,4 @@
-"""Ends a forward of the decoder behind the last projection that is profiled: nobody needs what would follow.
+"""End a forward of the decoder after the last profiled projection: the rest is not needed.
 
 The first forward runs to its end and shows the order of the projections. From then on a hook on the last of them closes the
 forward for the HookManager, which counts it as ended normally, and leaves it by an exception that `call()` catches.
@@ -18,11 +18,11 @@ from fastheads.models.sites import HeadSite, decoder_of
 
 
 class _EnoughError(Exception):
-    """Everything that is profiled has been seen."""
+    """Leaves the forward: everything that is profiled has run."""
 
 
-class EarlyEnd:
-    """Calls a decoder as far as it is needed. Attach it before the HookManager: it looks for the hooks of others."""
+class EarlyExit:
+    """Call a decoder as far as it is needed. Make it before the HookManager attaches: it looks for hooks of others."""
 
     def __init__(self, model: nn.Module, *, allowed: bool = True) -> None:
         self.decoder = decoder_of(model)
@@ -34,11 +34,11 @@ class EarlyEnd:
         self._handle: Any = None
 
     def follow(self, hooks: HookManager, sites: list[HeadSite]) -> None:
-        """`hooks` measures `sites`."""
+        """Set the manager and the sites that it profiles."""
         self._hooks, self._sites = hooks, sites
 
     def call(self, arguments: dict[str, Any]) -> None:
-        """A forward of the decoder."""
+        """Run a forward of the decoder."""
         if not self._allowed:
             self.decoder(**arguments)
         elif self._last is None:
@@ -56,7 +56,7 @@ class EarlyEnd:
 
     @contextmanager
     def _order(self) -> Iterator[list[nn.Module]]:
-        """The projections in the order in which they run."""
+        """Collect the projections in the order in which they run."""
         order: list[nn.Module] = []
         handles = [
             site.module.register_forward_pre_hook(lambda module, _: order.append(module))

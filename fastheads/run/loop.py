@@ -1,15 +1,12 @@
-"""One run of a model over data: the forwards, the count of what they finished, the checkpoints of both, the looks at whether the
-ranking has settled, and the profile of all processes together. `runner.profile()` prepares it.
+"""One run of a model over data: its forwards, the count of what they finished, its checkpoints, and the profile at its end.
+`run.api.profile()` prepares it.
 """
 
-import hashlib
-import inspect
-import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,19 +26,25 @@ from fastheads.errors import (
 )
 from fastheads.models.batch_sharing import RotaryState, Sharing, sharing_of
 from fastheads.models.fingerprint import fingerprint
-from fastheads.models.sites import HeadSite
-from fastheads.results.head_profile import RANKING_METRIC, HeadProfile
+from fastheads.results.head_profile import HeadProfile
 from fastheads.run.batches import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
-from fastheads.run.checkpoint import Checkpoint, check_state, shown
-from fastheads.run.early_exit import EarlyEnd
+from fastheads.run.checkpoint import Checkpoint, check_state
+from fastheads.run.early_exit import EarlyExit
 from fastheads.run.job import Job
+from fastheads.run.model_state import (
+    config_digest,
+    evaluation_mode,
+    input_device,
+    input_embedding,
+    is_causal,
+    takes_argument,
+)
 from fastheads.run.overhead import Overhead
 from fastheads.run.progress import Status
-from fastheads.run.signals import Stopped, Stopping
-from fastheads.stats.confidence import StableRule, judge
-
-# What processes of one job may have each for itself.
-OWN = ("process", "data shard", "data modified_ns", "data source")
+from fastheads.run.ranks import check_same, merge_profiles
+from fastheads.run.signals import SignalHandler, Stopped
+from fastheads.run.stability import StabilityChecks
+from fastheads.stats.confidence import StableRule
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Settings:
 
 
 class Run:
-    """What is under way in one process."""
+    """The run of one process."""
 
     def __init__(
         self,
@@ -71,59 +74,47 @@ class Run:
         *,
         job: Job,
         checkpoint: Checkpoint | None,
-        ending: EarlyEnd,
+        early_exit: EarlyExit,
         report: Callable[[Status], None],
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model, self.hooks, self.corpus, self.settings = model, hooks, corpus, settings
-        self.job, self.checkpoint, self.ending, self.report = job, checkpoint, ending, report
-        self.say = say  # a line to the user
-        self.device = _input_device(model)
+        self.job, self.checkpoint, self.early_exit, self.report = job, checkpoint, early_exit, report
+        self.say = say  # prints a line to the user
+        self.device = input_device(model)
         self.tokens = self.sequences = self.area = self.batches = 0
-        self.seconds = 0.0  # of earlier runs that this one goes on from, and then of all
+        self.seconds = 0.0  # those of the runs that this one resumes included
         self.ended = False
         self.complete = False  # ended, with all of the data
-        self.looks = 0  # at whether the ranking has settled
-        self.known_looks = 0  # those that some process had before this run began, and what they found
-        self.settled_at: int | None = None
-        self._all_done = False
-        self.settled = False
+        self.stability = StabilityChecks(settings.until_stable, job, hooks)
         self.feed: Feed | None = None
         self.sharing = _sharing(model, corpus)
         self.rotary = RotaryState(model)
         self.overhead = Overhead(self.device)
-        self.stopping = Stopping(patient=job.place.tp > 1)
-        # Before the first forward, in which some quantised layers repack their weights; once, for it reads all of them.
+        self.signals = SignalHandler(patient=job.place.tp > 1)
+        # Before the first forward, in which some quantized layers repack their weights; once, for it reads all of them.
         needed = checkpoint is not None or job.place.shard[1] > 1
         self._weights = (hooks._weights or fingerprint(model))["sha256"] if needed else ""
-        self._takes_cache = _takes(ending.decoder, "use_cache")
+        self._takes_cache = takes_argument(early_exit.decoder, "use_cache")
         self._due = 0.0
         # The mask must be an argument of what is compiled: elsewhere it would be taken to have one shape.
         self._compiled = torch.compile(self._call, dynamic=True) if settings.compile else self._call
 
     def check_together(self) -> None:
-        """Raise OptionError, on all processes alike, unless they have the same model, data and options."""
-        if self.job.place.shard[1] == 1:
-            return
-        # Copies of one file differ in their times, and each process has its own shard and device.
-        own = {key: value for key, value in self.configuration().items() if key not in OWN}
-        own |= {"shard": list(self.settings.shard), "checkpoints": self.checkpoint is not None}
-        told = self.job.told(own)
-        for part, other in enumerate(told):
-            different = next((key for key in (*told[0], *other) if told[0].get(key) != other.get(key)), None)
-            if different is not None:
-                said = f"{shown(told[0].get(different))} and {shown(other.get(different))}"
-                raise OptionError(
-                    f"ranks 0 and {part * self.job.place.tp} were given different things: {different.replace('_', ' ')} is {said}"
-                )
+        """Raise OptionError, on all ranks alike, unless they have the same model, data and options."""
+        own = self.configuration() | {
+            "shard": list(self.settings.shard),
+            "checkpoints": self.checkpoint is not None,
+        }
+        check_same(self.job, own)
 
     # ------------------------------------------------------------------ position
 
     def prepare(self, resume: bool, output: str | os.PathLike[str] | None = None) -> None:
-        """Go on from the checkpoint, where that is wanted and there is one, and say so.
+        """Resume from the checkpoint, if `resume` and there is one, and say so.
 
         Raises:
-            CheckpointError: if it cannot be gone on from; or there is none, and the output is there.
+            CheckpointError: if it cannot be resumed; or there is none, and the output exists.
         """
         assert self.checkpoint is not None
         self.checkpoint.tidy()
@@ -131,7 +122,9 @@ class Run:
             return
         loaded = self.checkpoint.load()
         self._load(loaded)
-        told = self.job.told([loaded is not None, self.tokens, output is not None and Path(output).exists()])
+        told = self.job.all_gather_object(
+            [loaded is not None, self.tokens, output is not None and Path(output).exists()]
+        )
         if any(found for found, _, _ in told):
             self.say(
                 f"resuming from {self.checkpoint.path} at {sum(tokens for _, tokens, _ in told):,} tokens"
@@ -147,11 +140,11 @@ class Run:
             )
 
     def _load(self, loaded: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
-        """Take over what the checkpoint holds."""
+        """Restore the state that the checkpoint holds."""
         assert self.checkpoint is not None
-        if self.job.place.tp > 1:  # one model between them: they stand at one place, or cannot go on
+        if self.job.place.tp > 1:  # they share a model, so they must be at the same batch
             step = -1 if loaded is None else loaded[1].get("batches", -1)
-            if self.job.agree(step) != step or self.job.agree(-step) != -step:
+            if self.job.all_reduce_max(step) != step or self.job.all_reduce_max(-step) != -step:
                 raise CheckpointError(
                     "cannot resume: the checkpoints of the processes that share a model are of different moments. "
                     "Without --resume the run starts afresh"
@@ -178,15 +171,15 @@ class Run:
             self.hooks.load_state(buffers, notes)
         except ValueError as error:
             raise CheckpointError(f"cannot resume from {self.checkpoint.path}: {error}") from error
-        self.tokens, self.sequences, self.area, self.batches, self.looks = counts  # type: ignore[assignment]
+        self.tokens, self.sequences, self.area, self.batches, self.stability.checks = counts  # type: ignore[assignment]
         self.seconds = seconds
-        self.ended, self.settled, self.complete = (
+        self.ended, self.stability.settled, self.complete = (
             document.get(key) is True for key in ("ended", "settled", "complete")
         )
         self.feed = self._make_feed(position)
 
     def configuration(self) -> dict[str, Any]:
-        """Everything that the result depends on (JSON)."""
+        """Return everything that the result depends on (JSON)."""
         settings, place = self.settings, self.job.place
         rule = self.sharing.described()
         if isinstance(self.corpus, Corpus):
@@ -195,7 +188,7 @@ class Run:
             data = {"data source": "token batches", "max_tokens": settings.max_tokens}
         return {
             "model weights": self._weights,
-            "model configuration": _digest_of_config(self.model),
+            "model configuration": config_digest(self.model),
             **data,
             **settings.options,
             "batch_size": settings.batch_size,
@@ -207,7 +200,7 @@ class Run:
         }
 
     def save(self) -> bool:
-        """Write the checkpoint, if there are any; False where that failed."""
+        """Write the checkpoint; False if there is none or writing failed."""
         if self.checkpoint is None or self.feed is None:
             return False
         buffers, notes = self.hooks.state()
@@ -219,10 +212,10 @@ class Run:
             "sequences": self.sequences,
             "area": self.area,
             "batches": self.batches,
-            "looks": self.looks,
+            "looks": self.stability.checks,
             "seconds": self.seconds,
             "ended": self.ended,
-            "settled": self.settled,
+            "settled": self.stability.settled,
             "complete": self.complete,
         }
         written = self.checkpoint.save({f"moments/{n}": buffer for n, buffer in enumerate(buffers)}, document)
@@ -250,7 +243,7 @@ class Run:
                 dtype,
                 seq_len,
             )
-            budget = -self.job.agree(-budget)
+            budget = -self.job.all_reduce_max(-budget)
             if self.device.type != "cuda" and settings.batch_size is not None:
                 budget = settings.batch_size * seq_len
         return WindowFeed(
@@ -258,10 +251,10 @@ class Run:
             budget=budget,
             max_rows=settings.batch_size,
             pad_token_id=getattr(self.corpus.tokenizer, "pad_token_id", None) or 0,
-            with_mask=not _looks_back_only(self.model, self.hooks.sites),
+            with_mask=not is_causal(self.model, self.hooks.sites),
             pinned=self.device.type == "cuda",
-            embeddings=getattr(_embedding(self.model), "num_embeddings", None),
-            each_window=settings.until_stable is not None,  # at the end of which it looks
+            embeddings=getattr(input_embedding(self.model), "num_embeddings", None),
+            each_window=settings.until_stable is not None,  # after each a check
             sharing=self.sharing,
             position=position,
         )
@@ -269,29 +262,28 @@ class Run:
     # ------------------------------------------------------------------ forwards
 
     def whole(self) -> HeadProfile:
-        """What all batches of all processes give."""
-        handled = self.stopping.handling() if self.checkpoint is not None else nullcontext()
+        """Run all batches, and return the profile of all ranks."""
+        handled = self.signals.handling() if self.checkpoint is not None else nullcontext()
         with handled:
             try:
-                if self.settings.until_stable is not None:
-                    self._learn_of_looks()
+                self.stability.share_known(ended=self.ended)
                 if not self.ended:
-                    self._over()
+                    self._run_batches()
                 if self.job.place.world > 1:
                     self.save()  # others may fail yet
                     self.job.finish("measured")
             except KeyboardInterrupt as interrupt:
                 number = interrupt.number if isinstance(interrupt, Stopped) else None
-                with self.stopping.deaf():
+                with self.signals.ignore_signals():
                     raise self._interrupted(number) from interrupt
             except RankLostError:
-                with self.stopping.deaf():
+                with self.signals.ignore_signals():
                     self.save()
                 raise
         return self._merged()
 
     def _interrupted(self, number: int | None) -> ProfileInterrupted:
-        # Broken off inside a batch nobody knows whether it counted: the checkpoint before is the one that holds.
+        # Interrupted inside a batch, it is not known whether that counted: the previous checkpoint holds.
         written = number is not None and self.save()
         exists = self.checkpoint is not None and (written or self.checkpoint.path.exists())
         path = self.checkpoint.path if exists and self.checkpoint is not None else None
@@ -299,19 +291,21 @@ class Run:
             self.part(complete=False), signal.SIGINT if number is None else number, path
         )
 
-    def _over(self) -> None:
-        """Run the model over the batches that are left."""
+    def _run_batches(self) -> None:
+        """Run the model over the remaining batches."""
         before, start = self.seconds, time.monotonic()
         self._due = start + self.settings.every
-        with _evaluation(self.model), torch.inference_mode():
+        with evaluation_mode(self.model), torch.inference_mode():
             if self.feed is None:
                 self.feed = self._make_feed(None)
             first = True
-            while not self._settles() and (batch := self.feed.next()) is not None:
+            while (
+                not self.stability.catch_up(self.feed.stretches) and (batch := self.feed.next()) is not None
+            ):
                 if first:
                     self._tell()
                     first = False
-                with self.stopping.guarded():
+                with self.signals.guarded():
                     fitted = self._forward(batch)
                     if fitted:
                         self.feed.done()
@@ -322,62 +316,26 @@ class Run:
                     continue
                 self._tell()
                 self.job.check()
-                self._heed()
-            while self.settings.until_stable is not None and not (self.settled or self._others_are_done()):
-                self._look(done=True)
+                self._stop_or_save()
+            self.stability.finish()
         if self.device.type == "cuda":  # the last batches may still run
             torch.cuda.synchronize(self.device)
         self.seconds = before + time.monotonic() - start
         self.ended, self.complete = True, self.feed.exhausted
 
-    def _learn_of_looks(self) -> None:
-        """What the processes had found when this run began: one of them may have gone further than another."""
-        told = self.job.told([self.looks, self.settled, self.ended])
-        self.known_looks = max(looks for looks, _, _ in told)
-        self.settled_at = next((looks for looks, settled, _ in told if settled), None)
-        # One that has ended, and has not settled, knew that all had run their windows.
-        self._all_done = any(ended for _, _, ended in told)
-
-    def _settles(self) -> bool:
-        """Whether the ranking has settled, with a look for each window that is done."""
-        assert self.feed is not None
-        if self.settings.until_stable is not None:
-            while not self.settled and self.looks < self.feed.stretches:
-                self._look(done=False)
-        return self.settled
-
-    def _look(self, *, done: bool) -> None:
-        """Find out whether the ranking has settled, by the samples of all processes. All look as often as the one with the most
-        windows does, and find the same. `done`: this process has run all its windows.
-        """
-        rule = self.settings.until_stable
-        assert rule is not None
-        number = self.looks + 1
-        if number <= self.known_looks:
-            settled = number == self.settled_at
-        else:
-            self.job.meet(number)
-            self._all_done = all(self.job.told(done))
-            moments = {RANKING_METRIC: self.hooks.to_profile().moments[RANKING_METRIC]}
-            settled = judge(self.job.merged(moments)[RANKING_METRIC], rule).settled
-        self.looks, self.settled = number, settled  # now, for what is broken off in between was no look
-
-    def _others_are_done(self) -> bool:
-        return self.job.place.shard[1] == 1 or (self._all_done and self.looks >= self.known_looks)
-
-    def _heed(self) -> None:
-        """Between two batches: stop, or write a checkpoint. Processes that share a model do so together."""
-        wish = 2 if self.stopping.number is not None else 0
+    def _stop_or_save(self) -> None:
+        """Between two batches: stop, or write a checkpoint. Ranks that share a model do so together."""
+        action = 2 if self.signals.number is not None else 0
         if self.checkpoint is not None and time.monotonic() >= self._due:
-            wish = max(wish, 1)
-        wish = self.job.agree(wish)
-        if wish == 2:
-            raise Stopped(self.stopping.number or signal.SIGTERM)
-        if wish == 1:
+            action = max(action, 1)
+        action = self.job.all_reduce_max(action)
+        if action == 2:
+            raise Stopped(self.signals.number or signal.SIGTERM)
+        if action == 1:
             self.save()
 
     def _forward(self, batch: Batch) -> bool:
-        """False where there was not enough memory; nothing is counted then."""
+        """Run one batch; False if memory ran out, and then nothing is counted."""
         self.rotary.reset()
         try:
             arguments = {key: _to(value, self.device) for key, value in batch.arguments.items()}
@@ -391,7 +349,7 @@ class Run:
                 self._compiled(real, arguments)
             else:
                 with self.hooks.token_mask(real) if real is not None else nullcontext():
-                    self.overhead.run(lambda: self.ending.call(arguments), self.hooks)
+                    self.overhead.run(lambda: self.early_exit.call(arguments), self.hooks)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -405,7 +363,7 @@ class Run:
 
     def _call(self, real: Tensor | None, arguments: dict[str, Any]) -> None:
         with self.hooks.token_mask(real) if real is not None else nullcontext():
-            self.ending.decoder(**arguments)
+            self.early_exit.decoder(**arguments)
 
     def _halve(self, batch: Batch) -> None:
         assert self.feed is not None
@@ -451,7 +409,7 @@ class Run:
         )
 
     def close(self) -> None:
-        self.ending.remove()
+        self.early_exit.remove()
         self.rotary.restore()
         if self.feed is not None:
             self.feed.close()
@@ -459,7 +417,7 @@ class Run:
     # ------------------------------------------------------------------ results
 
     def part(self, *, complete: bool) -> HeadProfile:
-        """What the finished batches of this process gave."""
+        """Return the profile of the finished batches of this rank."""
         found = self.hooks.to_profile()
         if self.settings.name is not None:
             found.metadata["model"] = self.settings.name
@@ -478,39 +436,23 @@ class Run:
         }
         if self.settings.until_stable is not None:
             rule = asdict(self.settings.until_stable)
-            found.metadata["data"]["until_stable"] = rule | {"settled": self.settled}
+            found.metadata["data"]["until_stable"] = rule | {"settled": self.stability.settled}
         share = self.overhead.share
         if share is not None:
             found.metadata["data"]["overhead"] = round(share, 5)
         return found
 
     def _merged(self) -> HeadProfile:
-        """The profile of all parts of the data, the same on every process."""
+        """Return the profile of all parts of the data, the same on every rank."""
         found = self.part(complete=self.complete)
-        if self.job.place.shard[1] > 1:
-            data = self.job.told(found.metadata["data"])
-            used = self.job.told(found.metadata["backend"])
-            found.moments = self.job.merged(found.moments)
-            total = {key: sum(part[key] for part in data) for key in ("tokens", "sequences")}
-            area = sum(part["tokens"] / (1 - part["padding"]) for part in data)
-            found.metadata["data"] = data[0] | {
-                **total,
-                "seconds": max(part["seconds"] for part in data),
-                "padding": round(1 - total["tokens"] / area, 6) if area else 0.0,
-                "complete": all(part["complete"] for part in data),
-                "processes": self.job.place.world,
-            }
-            if "shard" in data[0]:
-                found.metadata["data"]["shard"] = list(self.settings.shard)
-            names = dict.fromkeys(name for part in used for name in part.split("+"))
-            found.metadata["backend"] = "+".join(names)
+        merge_profiles(self.job, found, self.settings.shard)
         if not found.metadata["data"]["tokens"]:
             raise DataError("no tokens in the data")
         return found
 
 
 def _sharing(model: nn.Module, corpus: Any) -> Sharing:
-    """Which rows may share a batch. Batches that the caller made are run in any case."""
+    """Return which rows may share a batch. Batches that the caller made are run in any case."""
     try:
         return sharing_of(model)
     except OptionError:
@@ -519,61 +461,11 @@ def _sharing(model: nn.Module, corpus: Any) -> Sharing:
         return Sharing(alone="the batches before matter")
 
 
-def _digest_of_config(model: nn.Module) -> str:
-    """SHA-256 of the configuration, less what depends on how the model was loaded."""
-    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
-    config: dict[str, Any] = dict(to_dict()) if callable(to_dict) else {}
-    for key in ("_name_or_path", "transformers_version", "use_cache"):
-        config.pop(key, None)
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _looks_back_only(model: nn.Module, sites: list[HeadSite]) -> bool:
-    """Whether no token attends to those after it, in any layer: padding on the right then changes nothing before it."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
-        return False
-    owners = [model.get_submodule(site.name.rpartition(".")[0]) for site in sites]
-    return all(getattr(owner, "is_causal", None) is True for owner in owners)
-
-
 def _is_out_of_memory(error: Exception) -> bool:
     # On the CPU torch raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _embedding(model: nn.Module) -> nn.Module | None:
-    get_input_embeddings = getattr(model, "get_input_embeddings", None)
-    embedding = get_input_embeddings() if callable(get_input_embeddings) else None
-    return embedding if isinstance(embedding, nn.Module) else None
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    parameter = next((_embedding(model) or model).parameters(), None)
-    if parameter is None or parameter.device.type == "meta":  # offloaded: its own hooks move the inputs
-        return torch.device("cpu")
-    return parameter.device
-
-
-def _takes(module: nn.Module, argument: str) -> bool:
-    parameters = inspect.signature(module.forward).parameters
-    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-
-
 def _to(value: Any, device: torch.device) -> Any:
     # Pinned memory is copied while the GPU computes; other memory as ever.
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -1,4 +1,4 @@
-"""What profiling adds to a forward, measured on batches of the run itself.
+"""Measure what profiling adds to a forward, on batches of the run itself.
 
 Now and then a batch is run a second time with the hooks paused, right before or right after the forward that counts, and the two
 are timed: on a GPU by events that are read much later, so that nothing waits.
@@ -20,16 +20,16 @@ KEPT = 101  # samples, the latest
 
 
 class Overhead:
-    """Runs forwards, and samples some of them."""
+    """Run forwards, and time some of them twice, with and without hooks."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._batches = 0
         self._ratios: deque[float] = deque(maxlen=KEPT)
-        self._waiting: deque[tuple[tuple[Any, Any], tuple[Any, Any]]] = deque()
+        self._pending: deque[tuple[tuple[Any, Any], tuple[Any, Any]]] = deque()
 
     def run(self, forward: Callable[[], None], hooks: HookManager) -> None:
-        """A forward that counts, and perhaps one that does not."""
+        """Run a forward that counts, and now and then one that does not."""
         self._batches += 1
         number, rest = divmod(self._batches - FIRST, EVERY)
         if rest or number < 0:
@@ -51,13 +51,13 @@ class Overhead:
                 without = self._timed(plain)
             except (RuntimeError, MemoryError):  # out of memory, say; the batch has counted all the same
                 return
-        self._waiting.append((profiled, without))
+        self._pending.append((profiled, without))
 
     @property
     def share(self) -> float | None:
-        """The median of what profiling added to a forward, as a share of it; None before there is a sample."""
-        while self._waiting and self._is_over(self._waiting[0]):
-            profiled, without = (self._seconds(span) for span in self._waiting.popleft())
+        """The median overhead of profiling as a share of a forward; None before the first sample."""
+        while self._pending and self._is_over(self._pending[0]):
+            profiled, without = (self._seconds(span) for span in self._pending.popleft())
             if without > 0:
                 self._ratios.append(profiled / without - 1)
         return statistics.median(self._ratios) if self._ratios else None

@@ -1,13 +1,13 @@
-"""How far a run is."""
+"""The progress of a run."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Status:
-    """What is done so far; of several processes, `all_tokens` counts those of all, the rest is this one's."""
+    """What is done so far. `all_tokens` counts those of all ranks, the rest is this rank's."""
 
-    tokens: int = 0  # real ones
+    tokens: int = 0  # valid ones
     all_tokens: int = 0
     total: int | None = None  # of `all_tokens`, where that is known
     expected: int | None = None  # the same, by what was read of the corpus so far

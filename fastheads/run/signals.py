@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, heeded between two batches, so that no batch is half counted."""
+"""Handle SIGINT and SIGTERM between two batches, so that no batch is half counted."""
 
 import signal
 import threading
@@ -8,31 +8,31 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-AGAIN = 1.0  # seconds after which another signal is one of its own
+AGAIN = 1.0  # seconds after which another signal is a new one, and not the same passed on
 NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks the run to stop."""
+    """The run was asked to stop by a signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(NAMES.get(signal.Signals(number), "stopped"))
         self.number = number
 
 
-class Stopping:
-    """Raises Stopped at once, or at the end of a `guarded()` block. A second signal breaks into that block too."""
+class SignalHandler:
+    """Raise Stopped on a signal, inside a `guarded()` block at its end. A second signal interrupts that block too."""
 
     def __init__(self, *, patient: bool = False) -> None:
-        """`patient`: raise nothing by itself; `number` says that a signal came."""
+        """`patient`: raise nothing; `number` holds the signal that came."""
         self.number: int | None = None
         self._since = 0.0
         self._patient = patient
-        self._guarded = self._deaf = False
+        self._guarded = self._ignored = False
 
     @contextmanager
     def handling(self) -> Iterator[None]:
-        """A context in which this heeds the signals, if it is entered in the main thread; elsewhere nobody can."""
+        """Handle the signals within this context, if it is entered in the main thread: no other can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -42,16 +42,16 @@ class Stopping:
                 if (
                     signal.getsignal(wanted) is not signal.SIG_IGN
                 ):  # as for a job that a script left in the background
-                    before[wanted] = signal.signal(wanted, self._heed)
+                    before[wanted] = signal.signal(wanted, self._handle)
             yield
         finally:
             for number, handler in before.items():
-                if handler is not None:  # None: set by other than Python, and not to be had
+                if handler is not None:  # None: not set from Python, so it cannot be restored
                     signal.signal(number, handler)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """What belongs together: a forward, and the note that it is done."""
+        """Delay signals to the end of this context: a forward and the count of it belong together."""
         self._guarded = True
         try:
             yield
@@ -61,16 +61,16 @@ class Stopping:
             raise Stopped(self.number)
 
     @contextmanager
-    def deaf(self) -> Iterator[None]:
-        """A context in which no signal does anything: the last checkpoint is written."""
-        self._deaf = True
+    def ignore_signals(self) -> Iterator[None]:
+        """Ignore signals within this context, while the last checkpoint is written."""
+        self._ignored = True
         try:
             yield
         finally:
-            self._deaf = False
+            self._ignored = False
 
-    def _heed(self, number: int, frame: FrameType | None) -> None:
-        if self._deaf:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._ignored:
             return
         now = time.monotonic()
         if self.number is not None:

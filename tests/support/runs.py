@@ -40,7 +40,7 @@ class Runs:
 
     def profile(self, name, job=None, seen=None, **options):
         """A run like all others, to FOLDER/NAME.safetensors; `seen(tokens)` after each batch."""
-        place = distributed.Place() if job is None else job.place
+        place = distributed.RankInfo() if job is None else job.place
         os.chdir(self.folder)  # so that the data have one name
         corpus = Corpus(
             text_file("text.jsonl"),
@@ -333,7 +333,7 @@ class Runs:
 
 def main():
     torch.set_num_threads(1)
-    distributed.PATIENCE, distributed.GRACE = 2.0, 2.0
+    distributed.HEARTBEAT_TIMEOUT, distributed.GRACE = 2.0, 2.0
     (folder,) = sys.argv[1:]
     load_model(
         find_model(str(Path(folder, "tiny"))), device="cpu"

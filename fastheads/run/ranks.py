@@ -1,0 +1,52 @@
+"""Across the ranks of a job: check that all were given the same, and merge what each measured."""
+
+from typing import Any
+
+from fastheads.errors import OptionError
+from fastheads.results.head_profile import HeadProfile
+from fastheads.run.checkpoint import shown
+from fastheads.run.job import Job
+
+# Entries of the configuration in which ranks may differ. Copies of one file have times of their own.
+OF_ONE_RANK = ("process", "data shard", "data modified_ns", "data source")
+
+
+def check_same(job: Job, configuration: dict[str, Any]) -> None:
+    """Raise OptionError, on all ranks alike, unless they have the same configuration. Collective."""
+    if job.place.shard[1] == 1:
+        return
+    own = {key: value for key, value in configuration.items() if key not in OF_ONE_RANK}
+    everyone = job.all_gather_object(own)
+    for part, other in enumerate(everyone):
+        keys = (*everyone[0], *other)
+        different = next((key for key in keys if everyone[0].get(key) != other.get(key)), None)
+        if different is not None:
+            values = f"{shown(everyone[0].get(different))} and {shown(other.get(different))}"
+            raise OptionError(
+                f"ranks 0 and {part * job.place.tp} were given different things: {different.replace('_', ' ')} is {values}"
+            )
+
+
+def merge_profiles(job: Job, profile: HeadProfile, shard: tuple[int, int]) -> None:
+    """Make of this rank's profile, in place, that of all parts of the data, the same on every rank. Collective.
+
+    `shard`: that of all ranks together.
+    """
+    if job.place.shard[1] == 1:
+        return
+    metadata = profile.metadata
+    data = job.all_gather_object(metadata["data"])
+    backends = job.all_gather_object(metadata["backend"])
+    profile.moments = job.merged(profile.moments)
+    total = {key: sum(part[key] for part in data) for key in ("tokens", "sequences")}
+    area = sum(part["tokens"] / (1 - part["padding"]) for part in data)
+    metadata["data"] = data[0] | {
+        **total,
+        "seconds": max(part["seconds"] for part in data),
+        "padding": round(1 - total["tokens"] / area, 6) if area else 0.0,
+        "complete": all(part["complete"] for part in data),
+        "processes": job.place.world,
+    }
+    if "shard" in data[0]:
+        metadata["data"]["shard"] = list(shard)
+    metadata["backend"] = "+".join(dict.fromkeys(name for part in backends for name in part.split("+")))

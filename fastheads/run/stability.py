@@ -1,0 +1,63 @@
+"""Ask, after each window of the corpus, whether the ranking of heads has settled (`stats.confidence`).
+
+All processes of a job check equally often, as often as the one with the most windows, and each check uses the samples of
+all of them: so all come to the same answer, and stop together.
+"""
+
+from fastheads.capture.manager import HookManager
+from fastheads.results.head_profile import RANKING_METRIC
+from fastheads.run.job import Job
+from fastheads.stats.confidence import StableRule, judge
+
+
+class StabilityChecks:
+    """The checks that were made. `checks` and `settled` are part of a checkpoint."""
+
+    def __init__(self, rule: StableRule | None, job: Job, hooks: HookManager) -> None:
+        """`rule`: None makes no checks."""
+        self.rule, self._job, self._hooks = rule, job, hooks
+        self.checks = 0
+        self.settled = False
+        self._known_checks = 0  # that some process had made before this run began
+        self._settled_at: int | None = None  # which of the known checks found the ranking settled
+        self._all_done = False  # all processes have run all their windows
+
+    def share_known(self, *, ended: bool) -> None:
+        """Exchange what each process found before this run began: one may have gone further than another."""
+        if self.rule is None:
+            return
+        known = self._job.all_gather_object([self.checks, self.settled, ended])
+        self._known_checks = max(checks for checks, _, _ in known)
+        self._settled_at = next((checks for checks, settled, _ in known if settled), None)
+        # One that has ended, and has not settled, knew that all had run their windows.
+        self._all_done = any(ended for _, _, ended in known)
+
+    def catch_up(self, windows: int) -> bool:
+        """Make the checks of the first `windows` windows, and return True if the ranking has settled."""
+        if self.rule is not None:
+            while not self.settled and self.checks < windows:
+                self._check(self.rule, done=False)
+        return self.settled
+
+    def finish(self) -> None:
+        """Take part in the checks of the other processes until they too have run all their windows."""
+        while self.rule is not None and not (self.settled or self._others_are_done()):
+            self._check(self.rule, done=True)
+
+    def _check(self, rule: StableRule, *, done: bool) -> None:
+        """Find out whether the ranking has settled, by the samples of all processes.
+
+        `done`: this process has run all its windows.
+        """
+        number = self.checks + 1
+        if number <= self._known_checks:
+            settled = number == self._settled_at
+        else:
+            self._job.barrier(number)
+            self._all_done = all(self._job.all_gather_object(done))
+            moments = {RANKING_METRIC: self._hooks.to_profile().moments[RANKING_METRIC]}
+            settled = judge(self._job.merged(moments)[RANKING_METRIC], rule).settled
+        self.checks, self.settled = number, settled  # only now: a check that was interrupted is made again
+
+    def _others_are_done(self) -> bool:
+        return self._job.place.shard[1] == 1 or (self._all_done and self.checks >= self._known_checks)
