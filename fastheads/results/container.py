@@ -19,12 +19,12 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from fastheads.errors import one_line
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 Array = NDArray[Any]
-
-from fastheads.errors import one_line
 
 DIGEST_KEY = "sha256"
 DEEPEST = 64  # levels of lists and objects in a document
