@@ -1,6 +1,7 @@
 """What is given as data is taken for what it is, or refused by name: never for what iterating over it gives."""
 
 import array
+import gc
 import io
 import json
 import re
@@ -424,6 +425,19 @@ def test_a_position_in_other_files_is_refused(here):
             list(found.windows(resume | {"position": position}))
     with pytest.raises(DataError, match="position"):
         list(fewer.windows(resume))
+
+
+def test_a_run_leaves_no_cycle_that_keeps_its_data(model):
+    source = stdin_source(stream=io.BytesIO(b'{"text": "one"}\n'))
+    path = source.path
+    gc.collect()
+    gc.disable()
+    try:
+        profile(model, source, tokenizer=ascii_tokenizer(), seq_len=8)
+        del source
+        assert not path.exists()
+    finally:
+        gc.enable()
 
 
 def test_standard_input_is_read_once_and_cannot_be_resumed(model, here, monkeypatch):

@@ -98,7 +98,8 @@ class Run:
         self._takes_cache = takes_argument(early_exit.decoder, "use_cache")
         self._due = 0.0
         # The mask must be an argument of what is compiled: elsewhere it would be taken to have one shape.
-        self._compiled = torch.compile(self._call, dynamic=True) if settings.compile else self._call
+        # None without compilation: a bound method of itself would keep a run, and its data, until the garbage collector comes.
+        self._compiled: Any = torch.compile(self._call, dynamic=True) if settings.compile else None
 
     def check_together(self) -> None:
         """Raise OptionError, on all ranks alike, unless they have the same model, data and options."""
@@ -409,6 +410,7 @@ class Run:
         )
 
     def close(self) -> None:
+        self._compiled = None
         self.early_exit.remove()
         self.rotary.restore()
         if self.feed is not None:
