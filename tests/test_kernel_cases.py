@@ -202,7 +202,7 @@ def test_padding_is_selected_away_even_where_it_is_nan(token_agg: str) -> None:
     valid = all_real(x)
     valid[0, 12:] = False  # right padding
     valid[1, :7] = False  # left padding
-    valid[2] = False  # no real token
+    valid[2] = False  # no valid token
     valid[3, 4:8] = False  # a hole
     last = torch.tensor([11, 18, -1, 18, 18], device=DEVICE)
     samples = true_samples(true_norms(x, weights), valid, token_agg)

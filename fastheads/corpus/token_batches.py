@@ -105,16 +105,16 @@ def as_numbers(value: Any) -> Any:
 
 
 def tokens_by_row(batch: Mapping[str, Any]) -> Tensor:
-    """The number of real tokens of each row, int64 `[rows]`."""
+    """The number of valid tokens of each row, int64 `[rows]`."""
     ids: Tensor = batch["input_ids"]
     mask = batch.get("attention_mask")
     return torch.full((ids.shape[0],), ids.shape[1]) if mask is None else (mask != 0).sum(1).cpu()
 
 
 def truncate(batch: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-    """`batch` up to its first `max_tokens` real tokens: later rows are dropped, later tokens masked."""
+    """`batch` up to its first `max_tokens` valid tokens: later rows are dropped, later tokens masked."""
     ids: Tensor = batch["input_ids"]
-    before = tokens_by_row(batch).cumsum(0) - tokens_by_row(batch)  # real tokens in the rows above
+    before = tokens_by_row(batch).cumsum(0) - tokens_by_row(batch)  # valid tokens in the rows above
     keep = int((before < max_tokens).sum())
     batch = {
         key: value[:keep] if isinstance(value, Tensor) and value.shape[:1] == ids.shape[:1] else value

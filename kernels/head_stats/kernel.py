@@ -351,7 +351,7 @@ def merge_samples(
     tokens,
     state_rows,
     state_heads,
-    COUNTED: tl.constexpr,  # real tokens were counted; else they are `tokens` in each row
+    COUNTED: tl.constexpr,  # valid tokens were counted; else they are `tokens` in each row
     HP: tl.constexpr,
     BB: tl.constexpr,
 ):
@@ -444,7 +444,7 @@ def stream_tokens(
     plane = chunks * batch * heads  # of this layer's partial sums: three planes [chunks, batch, heads]
     o_t = tl.arange(0, BT)
     if MODE == LAST:
-        # A tile is BT rows of the batch at their last real tokens.
+        # A tile is BT rows of the batch at their last valid tokens.
         o_b = i_p * BT + o_t
         m_b = o_b < batch
         row = tl.minimum(o_b, batch - 1).to(tl.int64)
@@ -563,7 +563,7 @@ def head_stats_kernel(
     factor_table,  # addresses of the factors' buffers
     row_table,  # rows of the state, times SLOT
     state,  # float64 [6, 4, state_rows, state_heads]
-    partial,  # float64 [layers, 3, chunks, batch, heads]: sums of |z|, sums of |z L|, real tokens (where not all are)
+    partial,  # float64 [layers, 3, chunks, batch, heads]: sums of |z|, sums of |z L|, valid tokens (where not all are)
     norms,  # float32 [layers, 2, heads, batch * seq] (TOKEN)
     valid,  # uint8 [batch, seq]
     last_index,  # int64 [batch]

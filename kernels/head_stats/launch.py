@@ -195,7 +195,7 @@ def repeater(
 
 
 def _last_of(valid: Tensor) -> Tensor:
-    """The last real token of each row of `valid` `[B, S]`, -1 where there is none: int64 `[B]`."""
+    """The last valid token of each row of `valid` `[B, S]`, -1 where there is none: int64 `[B]`."""
     if valid.shape[1] == 1:
         return valid.squeeze(1).to(torch.int64) - 1
     positions = torch.arange(1, valid.shape[1] + 1, device=valid.device)
@@ -205,7 +205,7 @@ def _last_of(valid: Tensor) -> Tensor:
 def _as_kernel_reads(
     valid: Tensor | None, last: Tensor | None, token_agg: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The mask in bytes, and the last real tokens in int64 where they are the samples."""
+    """The mask in bytes, and the last valid tokens in int64 where they are the samples."""
     if valid is not None and last is None and token_agg == "last":
         last = _last_of(valid)
     return (

@@ -31,8 +31,8 @@ def head_stats(
         state: float64 `[6, 4, rows, max_heads]`, the buffer of `fastheads.stats.moments.RunningMoments`.
         rows: the row of the state of each input, all different.
         token_agg: "all", "last" or "token": what one sample is.
-        valid: bool `[batch, seq]`, the real tokens, less the `skip_first` first of each sequence; None where all are.
-        last: int64 `[batch]`, the last real token of each row, -1 where there is none; None where it is seq - 1 in each.
+        valid: bool `[batch, seq]`, the valid tokens, less the `skip_first` first of each sequence; None where all are.
+        last: int64 `[batch]`, the last valid token of each row, -1 where there is none; None where it is seq - 1 in each.
         skip_first: tokens at the start of each row that are not real; counts only where `valid` is None.
         scale: `[batch, seq]`, or `[layers, batch, seq]` with one for each input, multiplied into the norms of the contributions
             |W z| (not of |z|), token by token.

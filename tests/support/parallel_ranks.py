@@ -48,7 +48,7 @@ RESULTS = {
     "gpt-oss": ("gpt-oss", "all", {}, ""),
 }
 
-# Padding on either side, and a row without a real token.
+# Padding on either side, and a row without a valid token.
 MASKS = [
     [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]],
     [[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 1, 1, 1, 1]],
