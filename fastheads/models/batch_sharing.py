@@ -24,27 +24,27 @@ class Sharing:
     alone: why no two rows may share a batch; None where they may.
     """
 
-    cu_seqlens: tuple[int, ...] = ()
+    bounds: tuple[int, ...] = ()
     equal_beyond: int | None = None
     alone: str | None = None
 
     @property
     def by_width(self) -> bool:
         """True if a row's numbers depend on the width, or the positions, of its batch."""
-        return bool(self.cu_seqlens) or self.equal_beyond is not None
+        return bool(self.bounds) or self.equal_beyond is not None
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
         """The rows, by their index, that may share batches with one another; those of the longest first."""
         found: dict[tuple[int, int], list[int]] = {}
         for row, length in enumerate(lengths):
-            above = sum(length > bound for bound in self.cu_seqlens)
+            above = sum(length > bound for bound in self.bounds)
             own = length if self.equal_beyond is not None and length > self.equal_beyond else 0
             found.setdefault((above, own), []).append(row)
         return [found[key] for key in sorted(found, reverse=True)]
 
     def described(self) -> dict[str, Any] | None:
         """The rule as JSON; None where there is none."""
-        return None if self == Sharing() else asdict(self) | {"bounds": list(self.cu_seqlens)}
+        return None if self == Sharing() else asdict(self) | {"bounds": list(self.bounds)}
 
 
 def sharing_of(model: nn.Module) -> Sharing:
@@ -54,7 +54,7 @@ def sharing_of(model: nn.Module) -> Sharing:
         OptionError: if its numbers depend on the forwards before, in a way that cannot be undone.
     """
     decoder = decoder_of(model)
-    cu_seqlens: set[int] = set()
+    bounds: set[int] = set()
     grown: list[int] = []
     for config in _configs(decoder):
         longest = _setting(config, "max_position_embeddings")
@@ -64,7 +64,7 @@ def sharing_of(model: nn.Module) -> Sharing:
                 config, "original_max_position_embeddings"
             )
             if kind in ("longrope", "su") or "long_mscale" in rope:
-                cu_seqlens.add(original or longest)
+                bounds.add(original or longest)
             elif "dynamic" in kind:
                 grown.append(longest)
     for module in decoder.modules():
@@ -76,7 +76,7 @@ def sharing_of(model: nn.Module) -> Sharing:
                 "model.set_attention_type('original_full') first"
             )
     return Sharing(
-        cu_seqlens=tuple(sorted(bound for bound in cu_seqlens if isinstance(bound, int))),
+        bounds=tuple(sorted(bound for bound in bounds if isinstance(bound, int))),
         equal_beyond=min((length for length in grown if isinstance(length, int)), default=None),
         alone=next(filter(None, map(_mixes_rows, decoder.modules())), None),
     )

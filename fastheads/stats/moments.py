@@ -225,11 +225,13 @@ class CommittedMoments(PendingMoments):
         _read_here(samples)
         if self._added is not None:
             _read_here(self._added)
-        # First what the forward under way will commit, for it overwrites what is committed.
+        # First what the forward under way will commit, for it overwrites what is committed; and where none is, that the next one
+        # has to begin with a copy: an interrupt may come after any of these lines.
+        is_under_way, self._begun = self._begun, True
         self._added = samples.clone() if self._added is None else merged_buffers(self._added, samples)
         self.committed_buffer.copy_(total)
-        if not self._begun:  # none is under way: the next one begins with a copy
-            self._added, self._begun = None, True
+        if not is_under_way:
+            self._added = None
 
     def begun_in_graph(self) -> None:
         """A CUDA graph that is captured begins a forward by itself: each that is begun in Python copies from now on."""
