@@ -261,7 +261,7 @@ def padding(batches: list[list[torch.Tensor]]) -> float:
 
 
 def count(batches: list[list[torch.Tensor]]) -> int:
-    """Of valid tokens."""
+    """Count the valid tokens."""
     return sum(len(row) for rows in batches for row in rows)
 
 

@@ -45,7 +45,7 @@ class SiteWeight:
         self._note_key()
 
     def places(self) -> list[Place] | None:
-        """Where the parameters hang that the weight is made from, and the norm among them; None where it depends on more."""
+        """The slots of all parameters and norms that the weight is made from; None if it depends on anything else."""
         if not is_plain(self.site):
             return None
         norm = [] if self._update is None else self._update.places()
@@ -56,12 +56,12 @@ class SiteWeight:
         self._key = ()
 
     def key(self) -> Any:
-        """What moves when the weight is replaced or changed in place the ordinary way."""
+        """A key that changes when the weight is replaced, or changed in place through autograd."""
         key = self._read_key()
         return key if self._update is None else (key, self._update.key())
 
     def moved(self) -> bool:
-        """Whether the weight is known to have changed since the last `refresh`."""
+        """True if the weight is known to have changed since the last `refresh`."""
         return bool(self.key() != self._key)
 
     def refresh(self) -> None:

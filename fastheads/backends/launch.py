@@ -27,7 +27,7 @@ class Profiled:
         self.width = self.site.num_heads * self.head_dim  # of its input
 
     def traced(self) -> "TracedSite":
-        """The same for a graph."""
+        """The site as constants, for a compiled graph."""
         return TracedSite(self.row, self.name, self.head_dim, self.width, str(self.queue.device))
 
 
@@ -64,7 +64,7 @@ class CachedLaunch:
         valid_while: Callable[[], bool],
     ) -> None:
         """`inputs`: all of one type, shape, strides and dtype, on the current GPU; of `profiled`, where they were kept. `launch`
-        takes their addresses, the moments and which tokens are real; False, and it did nothing, where the kernel cannot read
+        takes their addresses, the moments and which tokens are valid; False, and it did nothing, where the kernel cannot read
         these. `valid_while` tells whether it still may be made.
         """
         x = inputs[0]
@@ -82,7 +82,7 @@ class CachedLaunch:
         self._launch, self._valid_while = launch, valid_while
 
     def addresses_of(self, kept: list[Kept], layout: TokenLayout) -> list[int] | None:
-        """Those of the inputs; None where it is not certain that these launches serve them, or an input was changed."""
+        """Addresses of the inputs; None if an input was changed, or these launches may not serve them."""
         profiled, inputs, versions = map(list, zip(*kept, strict=True))
         if profiled != self._profiled or not self._takes(layout.valid) or layout.cu_seqlens is not None:
             return None
@@ -111,7 +111,7 @@ class CachedLaunch:
     def again_in_graph(
         self, inputs: Sequence[Tensor], skip_first: int, state: Tensor, valid: Tensor | None
     ) -> bool:
-        """The same of a graph's inputs, which it made one group of: their types, shapes and dtypes are alike."""
+        """Launch for a compiled graph's inputs, of one type, shape and dtype; False if these launches do not serve them."""
         if (
             len(inputs) != self._count
             or inputs[0].dtype not in self._dtypes

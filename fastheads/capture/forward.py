@@ -23,7 +23,7 @@ _INNER_CALL = f"{_CALL.co_qualname}.<locals>.inner"
 
 
 class Forward:
-    """What one forward keeps until its samples count."""
+    """State of one forward, from its start until its samples are committed."""
 
     def __init__(self, queues: dict[torch.device, Any]) -> None:
         """`queues`: where it keeps inputs and puts samples, by device; it may grow."""

@@ -8,19 +8,15 @@ forward is given, and a forward counts only when no hook of others can fail any 
 """
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial
 from types import FrameType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import set_code_exec_strategy
-from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 from fastheads.capture.forward import frame_of_call, on_stack
+from fastheads.capture.tracing import plain_or_traced
 from fastheads.errors import ForwardError
 
 
@@ -73,8 +69,8 @@ _shared: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
 _lock = threading.RLock()  # of `_shared` and of which managers are on a module
 
 
-def _keep_last(hooks: "OrderedDict[int, Any]", own: int) -> bool:
-    """Move the hook to the end; True if it was there, or was taken off meanwhile."""
+def _keep_last(hooks: Any, own: int) -> bool:
+    """Move the hook to the end of torch's OrderedDict of hooks; True if it was there, or was taken off meanwhile."""
     if next(reversed(hooks), own) == own:
         return True
     try:
@@ -96,8 +92,8 @@ def _start(
     frame, _ = frame_of_call()
     if shared.given:
         shared.forget_ended()
-    _keep_last(module._forward_hooks, shared.behind)  # type: ignore[arg-type]
-    if not _keep_last(module._forward_pre_hooks, shared.before):  # type: ignore[arg-type]
+    _keep_last(module._forward_hooks, shared.behind)
+    if not _keep_last(module._forward_pre_hooks, shared.before):
         shared.given[frame] = _Snapshot(args, kwargs)  # those that come after it may change them
     for boundary in shared.boundaries:
         boundary.start(module, args, kwargs, frame)
@@ -120,7 +116,7 @@ def _end(
                 f"a forward pre-hook that was registered on {type(module).__name__} after the profiling hooks changed its "
                 "arguments: this forward is not counted, later ones are"
             )
-        if not _keep_last(module._forward_hooks, shared.behind):  # type: ignore[arg-type]
+        if not _keep_last(module._forward_hooks, shared.behind):
             raise ForwardError(
                 f"a forward hook was registered on {type(module).__name__} during its forward, and may yet fail: this one is not "
                 "counted, later ones are"
@@ -182,13 +178,6 @@ def _end_in_graph(
     if shared.module() is module:
         for boundary in shared.boundaries:
             boundary.finish_traced(module)
-
-
-def plain_or_traced(hook: Callable[..., None], traced: Callable[..., None]) -> None:
-    """Let Dynamo leave alone the hook and all that it calls; where it traces a call of it, it traces the other in its place."""
-    # Not by torch.compiler.disable, whose wrapper costs 1.5 µs a call.
-    set_code_exec_strategy(hook.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
-    torch.compiler.substitute_in_graph(hook, skip_signature_check=True)(traced)
 
 
 plain_or_traced(_start, _start_in_graph)

@@ -386,7 +386,7 @@ class HookManager:
         return forward
 
     def _current(self) -> Forward | None:
-        """The same, for what runs within a forward: only one inside another may have been broken off unseen."""
+        """The innermost forward of this thread, without the look at the stack where none runs inside another."""
         forward: Forward | None = getattr(self._here, "forward", None)
         if forward is not None and forward.outer is not None:
             forward = self._innermost()
@@ -881,7 +881,7 @@ class HookManager:
                 )
             if self._queues[pending.device] is next(iter(self._queues.values())):  # one call for each device
                 self._settle_whole()
-            whole.frame, whole.thread = frame_of_compiled_call(), get_ident()
+            whole.frame, whole.thread, whole.epoch = frame_of_compiled_call(), get_ident(), self._epoch
             capturing = pending.is_cuda and torch.cuda.is_current_stream_capturing()
             for queue in self._queues.values():
                 if capturing:

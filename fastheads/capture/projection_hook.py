@@ -13,12 +13,10 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import set_code_exec_strategy as _set_strategy
-from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 from fastheads.capture.custom_op import recorder_of
+from fastheads.capture.tracing import plain_or_traced
 from fastheads.models.weight_formats import PLAIN_ATTRIBUTE
 
 SITE_ATTRIBUTE = "_fastheads_site"
@@ -110,7 +108,6 @@ def _run_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
         tap(module, args)
 
 
-@torch.compiler.substitute_in_graph(_run_taps)
 def _trace_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
     for handle, site in getattr(module, TRACED_ATTRIBUTE, ()):
         recorder = recorder_of(handle)
@@ -118,8 +115,7 @@ def _trace_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
             recorder.trace(module, args, site)
 
 
-# Where Dynamo gave a frame up and tries those that it calls: these are Python's, and all that they call.
-_set_strategy(_run_taps.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+plain_or_traced(_run_taps, _trace_taps)
 
 
 def _runs_linear_forward(module: nn.Module, own: type[nn.Module]) -> bool:
