@@ -54,11 +54,33 @@ class Meeting:
         self._barrier.wait(timeout=30)
 
     def __enter__(self):
-        return self
+        pass
 
     def __exit__(self, *error):
         self._handle.remove()
         self._barrier.abort()
+
+
+def during_forward(model, run, act):
+    """Call `run`, which calls the model in another thread, and `act` while that forward is held in its second layer."""
+    under_way, over = threading.Event(), threading.Event()
+
+    def hold(*_):
+        under_way.set()
+        over.wait(timeout=60)
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(hold)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(run)
+            try:
+                assert under_way.wait(timeout=60)
+                return act()
+            finally:
+                over.set()
+                future.result(timeout=60)
+    finally:
+        handle.remove()
 
 
 def in_threads(functions):
@@ -105,18 +127,12 @@ def test_results_while_a_forward_runs_in_another_thread_hold_those_that_ended():
     model = build()
     with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
         model(**batches(0)[0])
-        with Meeting(model, 2) as meeting:
 
-            def ask():
-                meeting._meet()  # the other forward is in its second layer
-                seen = counts(hooks)
-                return seen
+        def run():
+            with torch.no_grad():
+                model(**batches(0)[1])
 
-            def run():
-                with torch.no_grad():
-                    model(**batches(0)[1])
-
-            seen, _ = in_threads([ask, run])
+        seen = during_forward(model, run, lambda: counts(hooks))
         assert seen == [2] * 3
         check(hooks.get_results(), model, batches(0)[:2], "all")
 
@@ -508,17 +524,15 @@ def test_hooks_that_come_and_go_while_another_thread_runs_the_model(what):
     found = []
     if what == "remove":
         found.append(fastheads.HookManager(model, "all"))
-    with Meeting(model, 2) as meeting:
 
-        def run():
-            with torch.no_grad():
-                model(**calls[0])
+    def run():
+        with torch.no_grad():
+            model(**calls[0])
 
-        def change():
-            meeting._meet()
-            found.append(fastheads.HookManager(model, "all")) if what == "attach" else found[0].remove()
+    def change():
+        found.append(fastheads.HookManager(model, "all")) if what == "attach" else found[0].remove()
 
-        in_threads([run, change])
+    during_forward(model, run, change)
     (hooks,) = found
     assert counts_of_nothing(hooks) == [0] * 3
     with hooks, torch.no_grad():
