@@ -16,9 +16,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/fastheads profile --output demo/smollm2.safetensors --plot demo/smollm2.png
 
-# A process for each core, one thread each: the models are tiny. A file stays in one process, for its fixtures; those with few
-# tests are often the long ones, and must not come last.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+# A process for each core, one thread each: the models are tiny. A file stays in one process, for its fixtures, as a group of
+# tests/conftest.py; those with few tests are often the long ones, and must not come last.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
 
 test: lint
 	$(PYTEST)

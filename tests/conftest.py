@@ -27,7 +27,10 @@ SUPPORT = Path(__file__).parent / "support"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked `thorough`, unless `-m` speaks of it."""
+    """Leave out what is marked `thorough`, unless `-m` speaks of it; keep a file in one process, for its fixtures."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
     if "thorough" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("thorough")]

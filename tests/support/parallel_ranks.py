@@ -1,4 +1,4 @@
-"""What each rank of a tensor-parallel model does for tests/test_tensor_parallel.py.
+"""What each rank of a tensor-parallel model does for tests/backends/test_tensor_parallel.py.
 
 `python parallel_ranks.py FOLDER DEVICE CASE...`, with the environment that torchrun gives. Checkpoints are in FOLDER; what a case
 saw is left in FOLDER/CASE.RANK.pt. An error that no case expected ends the process, so that the other rank does not wait for it.

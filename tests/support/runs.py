@@ -1,4 +1,4 @@
-"""Real processes that profile, are killed and go on, for tests/test_resume.py and tests/test_data_parallel.py.
+"""Real processes that profile, are killed and go on, for tests/run/test_resume.py and tests/run/test_data_parallel.py.
 
 `python runs.py FOLDER`: FOLDER holds a checkpoint `tiny` and a text `text.jsonl`. Each line on stdin names a scenario, which
 leaves NAME.json with what happened, and profiles, and then a line on stdout with its name. Every run is a process of its own,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parents[1] / "bench" / "runner.py"
+BENCH = Path(__file__).parents[2] / "bench" / "runner.py"
 
 
 @pytest.mark.slow

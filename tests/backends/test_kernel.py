@@ -1,4 +1,4 @@
-"""Runs the kernel's cases through Triton's interpreter, in a process of their own.
+"""Run what needs the kernel through Triton's interpreter, each file in a process of its own.
 
 `TRITON_INTERPRET` is read when the kernel is imported: setting it here would change what other tests import.
 """
@@ -12,34 +12,32 @@ import pytest
 
 pytest.importorskip("triton")
 
-
+TESTS = Path(__file__).parents[1]
 # numpy, which the interpreter computes with, says of NaN and infinity what a GPU does not
 QUIET = ["-W", "ignore:invalid value", "-W", "ignore:overflow", "-W", "ignore:divide by zero"]
+CASES = {
+    "backends/test_kernel_cases.py": [],
+    # The manager with backend="triton" on CPU tensors. Squares beyond float32 are the torch paths' alone.
+    "backends/test_backends.py": ["-k", "triton and not beyond_the_range", *QUIET],
+    "models/test_residual.py": ["-k", "triton and gemma2", *QUIET],
+    "capture/test_repeated_launches.py": QUIET,
+    "capture/test_packed.py": ["-k", "triton", *QUIET],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "options"),
-    [
-        ("test_kernel_cases.py", []),
-        # The manager with backend="triton" on CPU tensors. Squares beyond float32 are the torch paths' alone.
-        ("test_backends.py", ["-k", "triton and not beyond_the_range", *QUIET]),
-        ("test_residual.py", ["-k", "triton and gemma2", *QUIET]),
-        ("test_repeated_launches.py", QUIET),
-        ("test_packed.py", ["-k", "triton", *QUIET]),
-    ],
+    "file", [pytest.param(file, marks=pytest.mark.xdist_group(f"interpreter {file}")) for file in CASES]
 )
-def test_the_cases_hold_in_the_interpreter(file, options) -> None:
-    cases = Path(__file__).with_name(file)
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+def test_the_cases_hold_in_the_interpreter(file) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(cases), *options],
+        [*command, str(TESTS / file), *CASES[file]],
         check=False,
-        env=environment,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        cwd=cases.parents[1],
+        cwd=TESTS.parent,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout, done.stdout  # and not all skipped

@@ -447,7 +447,7 @@ def test_releases_of_datasets_that_lose_their_place_are_refused_by_name(write, m
 
 
 def test_the_oldest_datasets_is_that_of_the_package():
-    project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert re.findall(r"datasets>=([\d.]+)", project) == [tables.OLDEST] * 2
 
 

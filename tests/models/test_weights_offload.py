@@ -248,7 +248,7 @@ dist.destroy_process_group()
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 def test_shards_of_fsdp2_are_refused_on_every_rank(tmp_path):
     script = tmp_path / "rank.py"
-    script.write_text(TWO_RANKS.format(support=str(Path(__file__).parent / "support")))
+    script.write_text(TWO_RANKS.format(support=str(Path(__file__).parents[1] / "support")))
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(script), str(rank), str(tmp_path / "store")],

@@ -20,7 +20,7 @@ import fastheads
 from fastheads.capture.verify import CHANGED, EXACT, UNSEEN
 from fastheads.models.weights import dense_weight
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 MASK = [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
 SILENCED = 1  # the head that is silenced: not the first, so that a shift would show
 RTOL = 5e-6  # float32 products of up to 128 terms; the metric itself asks for it

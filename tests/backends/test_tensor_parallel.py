@@ -21,7 +21,7 @@ import fastheads
 
 pytest.importorskip("transformers.distributed.tensor_parallel", reason="another tensor parallelism")
 
-SUPPORT = Path(__file__).parent / "support"
+SUPPORT = Path(__file__).parents[1] / "support"
 CHECKPOINTS = {
     "llama": ("llama", {}),
     "llama-bias": ("llama-bias", {}),
