@@ -12,6 +12,7 @@ from torch import Tensor
 from fastheads.backends.accumulator import Accumulator
 from fastheads.backends.launch import Kept
 from fastheads.capture.queue import DeviceQueue, EndedForward, check_unchanged, is_changed, overlap
+from fastheads.capture.stats import LaunchCounter
 from fastheads.errors import ForwardError, ResultsError
 from fastheads.stats.moments import CommittedMoments, PendingMoments
 from fastheads.stats.token_layout import TokenLayout
@@ -33,13 +34,19 @@ class DeferredLaunches:
         queues: Mapping[torch.device, Queue],
         accumulator: Accumulator,
         is_used_elsewhere: Callable[[], bool],
+        counter: LaunchCounter,
     ) -> None:
         """`queues` may grow. Whoever else than `accumulator` measures inputs lets none wait. `is_used_elsewhere` tells whether a
         forward in another thread uses the pending moments.
         """
-        self._queues, self._accumulator = queues, accumulator
+        self._queues, self._accumulator, self._counter = queues, accumulator, counter
         self._is_used_elsewhere = is_used_elsewhere
         self._lost = 0  # forwards that ended, and that an error kept from being measured
+
+    def waiting(self) -> int:
+        """How many forwards wait; one whose inputs lie on several devices is one."""
+        waiting = [ended for queue in list(self._queues.values()) for ended in [*queue.deferred.forwards]]
+        return len({id(ended.layout) for ended in waiting})  # its forward's own
 
     def takes(self, queue: Queue, kept: list[Kept], layout: TokenLayout) -> bool:
         """Whether what was kept waits for the next forwards: small ones, all of whose inputs were kept, like the one before."""
@@ -148,10 +155,13 @@ class DeferredLaunches:
                 targets = [moments.pending[0], moments.committed[0]]
             for target in targets:
                 for cached_launch, kept, addresses, layout in forwards:
-                    if not cached_launch.launch(addresses, target.buffer, layout.valid):
+                    if cached_launch.launch(addresses, target.buffer, layout.valid):
+                        self._counter.count_repeated()
+                    else:
                         rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
                         self._accumulator.record(rows, inputs, layout, target, alike=True)
                         self._accumulator.finish(target)
+                        self._counter.launches += 1
             if is_even:
                 moments.commit()
             elif apart is not None:

@@ -46,6 +46,7 @@ from fastheads.capture.queue import (
     check_unchanged,
     grouped,
 )
+from fastheads.capture.stats import LaunchCounter, LaunchStats
 from fastheads.capture.verify import Finding, SelfCheck
 from fastheads.errors import (
     CheckpointError,
@@ -182,10 +183,12 @@ class HookManager:
         self._epoch = 0  # how often every sample was forgotten
         self._queues: dict[torch.device, ManagerQueue] = {}
         self._whole = Forward(self._queues)  # one that a graph holds as a whole
+        self._counter = LaunchCounter()
         self._deferred = DeferredLaunches(
             self._queues,
             self._accumulator,
             lambda: self._main is not None and self._main.thread != get_ident(),
+            self._counter,
         )
         self._profiled = [
             Profiled(row, site, self._queue_on(self._accumulator.weights[row][0]))
@@ -302,6 +305,16 @@ class HookManager:
     def findings(self) -> dict[str, Finding]:
         """What `verify=True` found, by the names of the sites; filled while the first batch runs."""
         return {} if self._check is None else self._check.findings
+
+    @property
+    def stats(self) -> LaunchStats:
+        """How the inputs were measured since the hooks were attached or reset, and how much of them is held now
+        (`fastheads.capture.stats`). Never waits for a device, nor for another thread's forward.
+        """
+        queues = [*self._queues.values()]
+        for forward in [*self._beside]:  # the main one's are the manager's own
+            queues += forward.queues.values()
+        return self._counter.read(self._deferred.waiting(), [x for queue in queues for x in queue.held()])
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -652,6 +665,7 @@ class HookManager:
             if addresses is not None and cached_launch.launch(addresses, state, layout.valid):
                 forward.ran |= cached_launch.rows
                 queue.recorded = True
+                self._counter.count_repeated()
                 return True
         queue.cached_launch = None
         return False
@@ -695,6 +709,7 @@ class HookManager:
             for channel in self._at_input:
                 pending = queue.moments.pending[channel.index]
                 channel.accumulator.record(rows, inputs, forward.layout, pending, alike=alike)
+                self._counter.launches += 1
 
     def _record_scaled(self, forward: Forward, queue: DeviceQueue, scaled: list[Scaled]) -> None:
         assert forward.layout is not None  # within a decoder's call
@@ -705,6 +720,7 @@ class HookManager:
             for group in grouped(scaled):
                 scale = scales(group.extras)
                 channel.accumulator.record(group.rows, group.inputs, forward.layout, pending, scale=scale)
+                self._counter.launches += 1
 
     def _check_input(self, forward: Forward, site: Profiled | TracedSite, x: Tensor) -> None:
         layout = forward.layout
@@ -957,6 +973,7 @@ class HookManager:
         if cached_launch is not None and cached_launch.again_in_graph(
             inputs, self.skip_first, state[channel], layout.valid
         ):
+            self._counter.count_repeated()
             return
         if inputs[0].numel() and len({x.data_ptr() for x in inputs}) < len(inputs):
             names = ", ".join(self.sites[row].name for row in rows)
@@ -964,6 +981,7 @@ class HookManager:
         moments = RunningMoments.over(state[channel])
         accumulator.record(rows, inputs, layout, moments, scale=scale)
         accumulator.finish(moments)
+        self._counter.launches += 1
         if simple:
             self._remember_in_graph(key, rows, inputs, layout, moments)
 
@@ -1050,12 +1068,15 @@ class HookManager:
                     with queue.as_current_device(), queue.on_its_stream(), own.on_its_stream():
                         own.moments.add(queue.moments.pending_buffer)
             return
+        any_waits = False
         for queue in self._queues.values():
             waits = queue.deferred.confirm()
+            any_waits = any_waits or waits
             if waits and not queue.recorded:
                 queue.moments.leave()
             else:
                 queue.moments.commit()
+        self._counter.deferred += any_waits
         for queue in self._queues.values():
             if queue.deferred.is_full(queue.budget):
                 self._deferred.catch_up(queue)
@@ -1214,7 +1235,9 @@ class HookManager:
         return found.results()
 
     def reset(self) -> None:
-        """Forget every sample, those of forwards under way too, and take the weights as they are now."""
+        """Forget every sample, those of forwards under way too, and take the weights as they are now. Sets the counts of `stats`
+        to zero.
+        """
         with self._lock:
             self._reset()
 
@@ -1226,6 +1249,7 @@ class HookManager:
             with queue.on_its_stream():
                 queue.moments.clear()
         self._deferred.clear()
+        self._counter.clear()
         self._missed.clear()
         self._unseen.clear()
         self._whole.ran.clear()

@@ -143,6 +143,11 @@ class DeferredForwards:
         """Nothing waits any more until `watch`."""
         self._is_safe, self._probe = False, None
 
+    def held(self) -> list[EndedForward]:
+        """All whose inputs are held: those that wait, and that of the forward under way."""
+        candidate = self._candidate
+        return [*self.forwards] if candidate is None else [*self.forwards, candidate]
+
     def clear(self) -> None:
         """Forget everything."""
         self.take()
@@ -195,6 +200,11 @@ class DeviceQueue(Generic[M]):
         taken = self.kept, self.scaled
         self.kept, self.scaled, self.room = [], [], self.budget - self.deferred.size
         return taken
+
+    def held(self) -> list[Tensor]:
+        """All inputs held here: those kept for the launch to come, and those of forwards that ended."""
+        kept = [x for _, x, _ in (*self.kept, *self.scaled)]
+        return kept + [x for ended in self.deferred.held() for _, x, _ in ended.kept]
 
     def follow_stream(self) -> None:
         """A forward begins on the current stream: it goes on with the moments where the one before left them."""

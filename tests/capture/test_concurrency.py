@@ -316,8 +316,12 @@ def counts_of_nothing(hooks):
 
 
 def test_a_forward_of_a_thread_that_was_broken_off_is_no_forward_under_way():
-    """Torch calls no hook after an interrupt: the thread is gone, or goes on with something else."""
+    """Torch calls no hook after an interrupt: the thread is gone, or goes on with something else. A forward that was compiled as
+    a whole is refused while another one is under way.
+    """
+    torch._dynamo.reset()
     model = build()
+    compiled = torch.compile(called(model), backend="eager")
     calls = batches(0)
 
     def interrupted(*_):
@@ -333,10 +337,11 @@ def test_a_forward_of_a_thread_that_was_broken_off_is_no_forward_under_way():
         in_threads([run])
         run()
         handle.remove()
-        assert hooks._others() is False
+        compiled(**calls[0])
         in_threads([lambda: torch.no_grad()(model)(**calls[1])])
         model(**calls[2])
-        check(hooks.get_results(), model, calls[1:], "all")
+        check(hooks.get_results(), model, calls, "all")
+    torch._dynamo.reset()
 
 
 def test_a_decoder_whose_error_the_model_hides_is_an_error():
@@ -407,6 +412,40 @@ def compiled_per_layer(model):
     return model
 
 
+@torch.library.custom_op("fastheads_tests::held", mutates_args=())
+def held(x: torch.Tensor) -> torch.Tensor:
+    """Where compiled code runs it, call what `Held.then` is set to."""
+    Held.then()
+    return x.clone()
+
+
+held.register_fake(torch.empty_like)
+
+
+class Held(torch.nn.Module):
+    """A module that the user put into the model: it lets a test act in the middle of compiled code."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    @staticmethod
+    def then():
+        pass
+
+    def forward(self, x):
+        return self.module(held(x))
+
+
+def hold(model, where):
+    """Within the decoder's call, before what it kept is measured, or behind it."""
+    if where == "decoder":
+        model.model.layers[1].mlp = Held(model.model.layers[1].mlp)
+    else:
+        model.lm_head = Held(model.lm_head)
+    return model
+
+
 COMPILED = {
     "whole call": lambda model: torch.compile(called(model), backend="eager"),
     "model": lambda model: torch.compile(model, backend="eager"),
@@ -415,26 +454,23 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("how", COMPILED)
-def test_compiled_forwards_in_two_threads_are_refused_without_harm_to_the_first(how):
+@pytest.mark.parametrize("where", ["decoder", "head"])
+def test_compiled_forwards_in_two_threads_are_refused_without_harm_to_the_first(how, where, monkeypatch):
     """The second begins while the first is in the middle of its forward."""
     torch._dynamo.reset()
-    model = build()
+    model = hold(build(), where)
     calls = batches(0)
     compiled = COMPILED[how](model)
     under_way, refused = threading.Event(), threading.Event()
     with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
         compiled(**calls[0])
-        calls_of_op = []
-        recorded = hooks.record_in_graph
 
-        def slow(**options):
-            recorded(**options)
-            if threading.current_thread() is not threading.main_thread() and not calls_of_op:
-                calls_of_op.append(1)
+        def slow():
+            if threading.current_thread() is not threading.main_thread() and not under_way.is_set():
                 under_way.set()
                 refused.wait(timeout=60)
 
-        hooks.record_in_graph = slow
+        monkeypatch.setattr(Held, "then", slow)
 
         def first():
             with torch.no_grad():
@@ -460,20 +496,19 @@ def test_compiled_forwards_in_two_threads_are_refused_without_harm_to_the_first(
 
 
 @pytest.mark.parametrize("what", ["get_results", "state", "reset", "load_state"])
-def test_a_forward_that_is_compiled_as_a_whole_is_not_disturbed_from_another_thread(what):
+@pytest.mark.parametrize("where", ["decoder", "head"])
+def test_a_forward_that_is_compiled_as_a_whole_is_not_disturbed_from_another_thread(what, where, monkeypatch):
     """It reads and writes the committed moments by itself."""
     torch._dynamo.reset()
-    model = build()
+    model = hold(build(), where)
     calls = batches(0)
     compiled = COMPILED["whole call"](model)
     under_way, asked = threading.Event(), threading.Event()
     with fastheads.HookManager(model, "all", group_bytes=0) as hooks, torch.no_grad():
         compiled(**calls[0])
         state = hooks.state()
-        recorded = hooks.record_in_graph
 
-        def slow(**options):
-            recorded(**options)
+        def slow():
             under_way.set()
             asked.wait(timeout=60)
 
@@ -489,7 +524,7 @@ def test_a_forward_that_is_compiled_as_a_whole_is_not_disturbed_from_another_thr
             finally:
                 asked.set()
 
-        hooks.record_in_graph = slow
+        monkeypatch.setattr(Held, "then", slow)
         in_threads([run, ask])
         compiled(**calls[2])
         results = hooks.get_results()

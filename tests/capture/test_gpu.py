@@ -88,30 +88,60 @@ def test_autocast_and_tf32_change_no_number():
 
 @pytest.mark.parametrize("token_agg", ["last", "all", "token"])
 @pytest.mark.parametrize("group_bytes", [0, 64 << 20])
-def test_no_hook_waits_for_the_gpu(monkeypatch, token_agg, group_bytes):
+def test_no_hook_waits_for_the_gpu(token_agg, group_bytes):
+    """Hooks of the user's own around those of the library forbid waiting between them."""
     model = gpu_model()
-    hooks = fastheads.HookManager(model, token_agg, group_bytes=group_bytes)
     one_forward = batches()[0]
-    with torch.no_grad():
-        model(**one_forward)
+    projections = [site.module for site in fastheads.find_sites(model)]
+    on, launches = [], []
 
-        def forbidding(step):
-            def run(*args):
-                torch.cuda.set_sync_debug_mode("error")
-                try:
-                    return step(*args)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
+    def forbid(*_):
+        if on:
+            torch.cuda.set_sync_debug_mode("error")
+            launches.append(hooks.stats.launches)
 
-            return run
+    def allow(*_):
+        torch.cuda.set_sync_debug_mode("default")
+        if on:
+            launches.append(hooks.stats.launches)
 
-        with warnings.catch_warnings():
+    for module in (model, model.model):
+        module.register_forward_pre_hook(forbid)
+        module.register_forward_hook(forbid)
+    for module in projections:
+        module.register_forward_pre_hook(forbid)
+    hooks = fastheads.HookManager(model, token_agg, group_bytes=group_bytes)
+    for module in (model, model.model):
+        module.register_forward_pre_hook(allow)
+        module.register_forward_hook(allow)
+    for module in projections:
+        module.register_forward_hook(allow)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the mode announces itself as a prototype
-            for name in ("start", "_measure", "finish"):
-                monkeypatch.setattr(hooks, name, forbidding(getattr(hooks, name)))
             model(**one_forward)
+            on.append(True)
+            model(**one_forward)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    before, after = launches[::2], launches[1::2]
+    assert hooks.stats.launches - before[0] == sum(b - a for a, b in zip(before, after, strict=True))
     assert (hooks.get_results()["head_output_norm"]["count"] >= 6).all()
     hooks.remove()
+
+
+def test_a_forward_that_fails_on_a_device_that_no_weight_was_on_counts_nothing():
+    """A model that was moved after the hooks were attached."""
+    model = build()
+    with fastheads.HookManager(model, backend="factored") as hooks, torch.no_grad():
+        model.cuda()
+        ids = tokens(2, 6).cuda()
+        handle = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=ids)
+        handle.remove()
+        model(input_ids=ids)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -1,27 +1,35 @@
 """Inputs kept for one launch: the same numbers, within the budget, and no hazard unseen."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from oracle import assert_results, captured_inputs, equal_results
 from tiny_models import build, tokens
 
 import fastheads
-from fastheads.backends.accumulator import Accumulator
 from fastheads.capture.queue import CPU_KEEP_BYTES
 
+ONE = 2 * 6 * 96 * 4  # bytes of an input
 
-@pytest.fixture
-def groups(monkeypatch):
-    """The rows of each group that was recorded."""
+
+def watched(model, hooks):
+    """The launches so far and the inputs held (in bytes of one), behind each projection and at the end of the forward."""
     seen = []
-    record = Accumulator.record
 
-    def spy(self, rows, inputs, real, moments, **options):
-        seen.append(list(rows))
-        record(self, rows, inputs, real, moments, **options)
+    def look(*_):
+        seen.append((hooks.stats.launches, hooks.stats.kept_bytes / ONE))
 
-    monkeypatch.setattr(Accumulator, "record", spy)
+    for module in {id(site.module): site.module for site in hooks.sites}.values():
+        module.register_forward_hook(look)
+    model.register_forward_hook(look)
     return seen
+
+
+# What `watched` sees of three layers in a first forward: kept until one launch at the end; measured at once.
+TOGETHER = [(0, 1), (0, 2), (0, 3), (1, 0)]
+AT_ONCE = [(1, 0), (2, 0), (3, 0), (3, 0)]
 
 
 def profiled(model, token_agg="all", forwards=2, seq=6, **options):
@@ -31,20 +39,21 @@ def profiled(model, token_agg="all", forwards=2, seq=6, **options):
         fastheads.HookManager(model, token_agg, **options) as hooks,
         torch.no_grad(),
     ):
+        seen = watched(model, hooks)
         for i in range(forwards):
             model(input_ids=tokens(2, seq, seed=i))
-        return hooks.get_results(), sites, inputs
+        return hooks.get_results(), sites, inputs, seen
 
 
 @pytest.mark.parametrize("token_agg", ["last", "all", "token"])
 @pytest.mark.parametrize("backend", ["factored", "einsum", "loop"])
-def test_small_inputs_are_measured_together_with_the_same_numbers(groups, backend, token_agg):
-    together, sites, inputs = profiled(build(), token_agg, backend=backend)
+def test_small_inputs_are_measured_together_with_the_same_numbers(backend, token_agg):
+    together, sites, inputs, seen = profiled(build(), token_agg, backend=backend)
     # Those without factors read the weight: at once, or a hook of others could change it before.
-    assert groups == ([[0, 1, 2]] if backend == "factored" else [[0], [1], [2]]) * 2
-    groups.clear()
-    at_once, _, _ = profiled(build(), token_agg, backend=backend, group_bytes=0)
-    assert groups == [[0], [1], [2]] * 2
+    first = TOGETHER if backend == "factored" else AT_ONCE
+    assert seen == first + [(first[-1][0] + launches, held) for launches, held in first]
+    at_once, _, _, seen = profiled(build(), token_agg, backend=backend, group_bytes=0)
+    assert seen == AT_ONCE + [(3 + launches, held) for launches, held in AT_ONCE]
     assert_results(together, sites, inputs, [None] * 2, token_agg, 5e-6)
     for metric, stats in at_once.items():
         if metric != "metadata":
@@ -52,42 +61,41 @@ def test_small_inputs_are_measured_together_with_the_same_numbers(groups, backen
                 torch.testing.assert_close(together[metric][stat], value, rtol=2e-6, atol=1e-9)
 
 
-def test_the_budget_bounds_what_is_kept(groups):
-    one = 2 * 6 * 96 * 4  # bytes of an input
-    profiled(build(), forwards=1, group_bytes=2 * one)
-    assert groups == [[0, 1], [2]]
-    groups.clear()
-    profiled(build(), forwards=1, group_bytes=one - 1)
-    assert groups == [[0], [1], [2]]
+def test_the_budget_bounds_what_is_kept():
+    *_, seen = profiled(build(), forwards=1, group_bytes=2 * ONE)
+    assert seen == [(0, 1), (0, 2), (1, 1), (2, 0)]
+    *_, seen = profiled(build(), forwards=1, group_bytes=ONE - 1)
+    assert seen == AT_ONCE
 
 
-def test_large_inputs_on_a_cpu_are_measured_at_once(groups):
+def test_large_inputs_on_a_cpu_are_measured_at_once():
     seq = CPU_KEEP_BYTES // (2 * 96 * 4) + 1
-    profiled(build(max_position_embeddings=4096), forwards=1, seq=seq)
-    assert groups == [[0], [1], [2]]
+    *_, seen = profiled(build(max_position_embeddings=4096), forwards=1, seq=seq)
+    assert seen == AT_ONCE
 
 
-def test_ragged_layers_make_groups_of_their_own(groups):
+def test_ragged_layers_make_groups_of_their_own():
     model = build()
     attention = model.model.layers[1].self_attn
     attention.q_proj = torch.nn.Linear(64, 2 * 24, bias=False)
     attention.o_proj = torch.nn.Linear(2 * 24, 64, bias=False)
     attention.num_key_value_groups = 1
-    results, sites, inputs = profiled(model, forwards=1)
-    assert groups == [[0, 2], [1]]
+    results, sites, inputs, seen = profiled(model, forwards=1)
+    assert seen == [(0, 1), (0, 1.5), (0, 2.5), (2, 0)]
     assert_results(results, sites, inputs, [None], "all", 5e-6)
 
 
-def test_a_looped_layer_is_merged_firing_by_firing(groups):
+def test_a_looped_layer_is_merged_firing_by_firing():
     model = build()
     model.model.layers.extend([model.model.layers[0], model.model.layers[2]])
     model.config.num_hidden_layers = 5
     sites = fastheads.find_sites(model)
     with captured_inputs([s.module for s in sites]) as inputs, fastheads.HookManager(model, "all") as hooks:
+        seen = watched(model, hooks)
         with torch.no_grad():
             model(input_ids=tokens(2, 6), use_cache=False)
         results = hooks.get_results()
-    assert groups == [[0, 1, 2], [0, 2]]
+    assert seen == [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (2, 0)]  # the second launch: what came again
     flat = [[torch.cat(x)] for x in inputs]
     assert_results(results, sites, flat, [None], "all", 5e-6)
 
@@ -145,19 +153,43 @@ def test_a_workspace_that_layers_share_is_an_error(mode):
     assert_results(hooks.get_results(), sites, inputs, [None], "all", 5e-6)
 
 
+class Saved:
+    """A tensor that autograd saves: it lives as long as the graph that holds it."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.detach()  # or it would hold the graph itself
+
+
 def test_the_graph_of_autograd_is_not_held():
+    """Layer 0's input is kept until the end of the forward, and the user lets go of the layer's graph before that."""
     model = build().train()
-    ids = tokens(2, 6)
+    saved = []
+
+    def save(tensor):
+        kept = Saved(tensor)
+        saved.append(weakref.ref(kept))
+        return kept
+
+    alive, before = [], []
+    first, second = model.model.layers[:2]
+    first.register_forward_pre_hook(lambda *_: before.append(len(saved)))
+    first.register_forward_hook(lambda _module, _args, output: output.detach())
     with fastheads.HookManager(model) as hooks:
-        seen = []
-        record = hooks._record
-        hooks._record = lambda forward, queue, rows, inputs, **options: (
-            seen.extend(x.requires_grad for x in inputs),
-            record(forward, queue, rows, inputs, **options),
-        )
-        model(input_ids=ids, labels=ids).loss.backward()
-    assert seen == [False] * 3
-    assert all(not queue.kept for queue in hooks._queues.values())
+
+        def look(*_):
+            gc.collect()
+            of_layer = saved[before[0] :]
+            alive.append((hooks.stats.kept_bytes, len(of_layer), sum(ref() is not None for ref in of_layer)))
+
+        second.register_forward_pre_hook(look)
+        ids = tokens(2, 6)
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda kept: kept.tensor):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        assert hooks.stats.kept_bytes == 0
+        loss.backward()
+    ((held, number, left),) = alive
+    assert held == ONE
+    assert number > 10 and left == 0
 
 
 def test_a_site_that_does_not_run_is_an_error_that_names_it():
@@ -223,28 +255,26 @@ def test_a_decoder_that_is_called_several_times_in_one_forward():
 
 
 def test_results_stand_still_after_remove():
+    """Code that was compiled with the hooks holds the memory of the moments, and may write to it whenever it is run."""
     model = build()
+    given = []
+
+    def backend(graph, _inputs):
+        def run(*args):
+            given.extend(x for x in args if isinstance(x, torch.Tensor) and x.dtype == torch.float64)
+            return graph(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend)
     hooks = fastheads.HookManager(model, "all")
     with torch.no_grad():
-        model(input_ids=tokens(2, 6))
+        compiled(input_ids=tokens(2, 6))
     want = hooks.get_results()
-    buffers = [b for q in hooks._queues.values() for b in q.moments.buffers()]
+    assert given  # the model computes in float32
     hooks.remove()
-    for buffer in buffers:  # what a replay of a captured graph would write
-        buffer.fill_(7.0)
+    for memory in given:  # as a replay of a CUDA graph would
+        memory.fill_(7.0)
     assert equal_results(hooks.get_results(), want)
-
-
-def test_a_queue_that_is_made_in_a_forward_that_fails_counts_nothing_of_it():
-    """A model that was moved: its first inputs come from a device that had no queue."""
-    model = build()
-    with fastheads.HookManager(model) as hooks, torch.no_grad():
-        elsewhere = hooks._queues.pop(torch.device("cpu"))
-        elsewhere.device = torch.device("meta")
-        elsewhere.index = 7
-        handle = model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model(input_ids=tokens(2, 6))
-        handle.remove()
-        model(input_ids=tokens(2, 6))
-        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
+    torch._dynamo.reset()

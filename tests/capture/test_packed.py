@@ -142,17 +142,21 @@ def test_a_mask_goes_before_positions():
 
 @pytest.mark.parametrize("token_agg", ["last", "all", "token"])
 @pytest.mark.parametrize("skip_first", [0, 1])
-def test_without_waiting_for_the_positions(token_agg, skip_first, monkeypatch):
-    """On a GPU they are not read where transformers does not read them: the same samples from as many segments as tokens."""
-    monkeypatch.setattr(DecoderArguments, "_reads_positions", lambda *_: False)
-    model = build()
+def test_without_waiting_for_the_positions(token_agg, skip_first):
+    """In compiled code they are not read, as on a GPU where transformers does not read them: the same samples from as many
+    segments as tokens.
+    """
+    torch._dynamo.reset()
+    model = build(num_hidden_layers=1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     sites = fastheads.find_sites(model)
     calls = [*CALLS, [[4], [4]]]
     with captured_inputs([s.module for s in sites]) as inputs, torch.no_grad():
         with fastheads.HookManager(model, token_agg, skip_first=skip_first) as hooks:
             for i, call in enumerate(calls):
-                model(**arguments(call, "positions", seed=i))
+                compiled(**arguments(call, "positions", seed=i))
             results = hooks.get_results()
+    torch._dynamo.reset()
     assert_segments(results, sites, inputs, calls, token_agg, skip_first=skip_first)
 
 
@@ -177,13 +181,24 @@ def test_positions_are_read_where_transformers_reads_them(monkeypatch):
         tf_masks(), "find_packed_sequence_indices", lambda p: read.append(len(read)) or find(p)
     )
     reader = DecoderArguments(model.model)
-    meta = torch.zeros(1, 6, dtype=torch.long, device="meta")
+    positions = torch.arange(6)[None]
+    given = {"input_ids": tokens(1, 6), "position_ids": positions}
+
+    def is_read(**options):
+        """A meta tensor has no values: reading one raises."""
+        try:
+            reader.token_layout((), given | {"position_ids": positions.to("meta")} | options, 0)
+        except RuntimeError:
+            return True
+        return False
+
     for use_cache in (None, True, False):
         read.clear()
         with torch.no_grad():
-            model.model(input_ids=tokens(1, 6), position_ids=torch.arange(6)[None], use_cache=use_cache)
-        assert reader._reads_positions(dict(use_cache=use_cache), meta) == bool(read), use_cache
-    assert reader._reads_positions({}, torch.zeros(1, 6))  # on a CPU nobody waits
+            model.model(**given, use_cache=use_cache)
+        assert is_read(use_cache=use_cache) == bool(read), use_cache
+    # On a CPU nobody waits: they are read, and found to be those of one sequence.
+    assert reader.token_layout((), given, 0).cu_seqlens is None
 
 
 def tf_masks():

@@ -4,6 +4,7 @@ On a GPU marked `gpu`; under TRITON_INTERPRET=1 (see test_kernel.py) on the CPU.
 """
 
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,10 +14,7 @@ from oracle import assert_results, captured_inputs
 from tiny_models import build, tokens
 
 import fastheads
-from fastheads.backends.accumulator import Accumulator
-from fastheads.backends.launch import CachedLaunch
-from fastheads.capture.manager import HookManager
-from fastheads.capture.queue import DeferredForwards
+from fastheads.capture.stats import LaunchStats
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = (
@@ -27,25 +25,33 @@ pytestmark = (
 DEVICE = "cpu" if INTERPRETED else "cuda"
 RTOL = 5e-6
 
-launcher = pytest.importorskip("fastheads.kernels.launch")
+pytest.importorskip("fastheads.kernels.launch")
 
 
-@pytest.fixture
-def repeats(monkeypatch):
-    """Whether a launch was repeated, each time that it was tried; no forward waits for the next."""
-    monkeypatch.setattr(DeferredForwards, "offer", lambda *_: False)
-    seen = []
-    repeated = HookManager._launched_again
+def forward_bytes(batch, seq):
+    """Bytes of the inputs of a forward of `model_on_device()`."""
+    return 3 * batch * seq * 64 * 4
 
-    def spy(self, forward, queue, *args):
-        tried = queue.cached_launch is not None
-        done = repeated(self, forward, queue, *args)
-        if tried:
-            seen.append(done)
-        return done
 
-    monkeypatch.setattr(HookManager, "_launched_again", spy)
-    return seen
+def at_once(batch, seq):
+    """A `group_bytes` that leaves forwards of that size, and larger ones, no room to wait: each is measured as it ends."""
+    return 4 * forward_bytes(batch, seq) - 1
+
+
+class Launched:
+    """What `hooks.stats` counted since it was last asked: (launches made anew, repeated ones)."""
+
+    def __init__(self, hooks):
+        self._hooks = hooks
+        self.since()
+
+    def since(self):
+        stats, before = self._hooks.stats, getattr(self, "_before", (0, 0))
+        self._before = stats.launches - stats.repeated, stats.repeated
+        return self._before[0] - before[0], self._before[1] - before[1]
+
+
+NEW, AGAIN, NONE = (1, 0), (0, 1), (0, 0)
 
 
 def model_on_device(**changes):
@@ -58,47 +64,54 @@ def some(batch, seq, seed):
 
 @pytest.mark.parametrize(("token_agg", "skip_first"), [("all", 0), ("all", 2), ("last", 0)])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_it_is_taken_from_the_second_forward_on_with_the_same_numbers(repeats, token_agg, skip_first, mode):
+def test_it_is_taken_from_the_second_forward_on_with_the_same_numbers(token_agg, skip_first, mode):
     model = model_on_device()
     sites = fastheads.find_sites(model)
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2], device=DEVICE)
     masks = []
     with (
         captured_inputs([s.module for s in sites]) as inputs,
-        fastheads.HookManager(model, token_agg, backend="triton", skip_first=skip_first) as hooks,
+        fastheads.HookManager(
+            model, token_agg, backend="triton", skip_first=skip_first, group_bytes=at_once(1, 5)
+        ) as hooks,
         mode(),
     ):
+        launched, seen = Launched(hooks), []
         for shape, attention_mask in [((2, 6), None)] * 3 + [((2, 6), mask)] * 2 + [((1, 5), None)] * 2:
             ids = some(*shape, len(masks))
             model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
             masks.append(None if attention_mask is None else attention_mask.cpu().numpy())
+            seen.append(launched.since())
         results = hooks.get_results()
-    # True: a repeat; False: another form, after which a new one is remembered.
-    assert repeats == [True, True, False, True, False, True]
+    # Another form is launched anew, and then remembered.
+    assert seen == [NEW, AGAIN, AGAIN, NEW, AGAIN, NEW, AGAIN]
     assert_results(results, sites, inputs, masks, token_agg, RTOL, skip_first)
 
 
 @pytest.mark.parametrize("token_agg", ["all", "last"])
-def test_more_layers_than_one_launch_takes_are_several(repeats, token_agg, monkeypatch):
-    monkeypatch.setattr(launcher, "_TABLE_SIZES", (1, 2))
-    model = model_on_device(num_hidden_layers=5)
+def test_more_layers_than_one_launch_of_the_kernel_takes_are_measured_and_repeated(token_agg):
+    """It takes 32."""
+    model = model_on_device(num_hidden_layers=34, num_attention_heads=1, num_key_value_heads=1)
     sites = fastheads.find_sites(model)
     mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4], device=DEVICE)
-    masks = [None] * 3 + [mask] * 3
+    masks, one = [None] * 2 + [mask] * 2, 2 * 6 * 16 * 4
     with (
         captured_inputs([s.module for s in sites]) as inputs,
-        fastheads.HookManager(model, token_agg, backend="triton") as hooks,
+        # room for one forward and not for four
+        fastheads.HookManager(model, token_agg, backend="triton", group_bytes=2 * 34 * one) as hooks,
         torch.no_grad(),
     ):
+        launched, seen = Launched(hooks), []
         for i, attention_mask in enumerate(masks):
             model(input_ids=some(2, 6, i), attention_mask=attention_mask, use_cache=False)
+            seen.append(launched.since())
         results = hooks.get_results()
-    assert repeats == [True, True, False, True, True]
+    assert seen == [NEW, AGAIN, NEW, AGAIN]
     masks = [None if m is None else m.cpu().numpy() for m in masks]
     assert_results(results, sites, inputs, masks, token_agg, RTOL)
 
 
-def test_updates_behind_a_norm_are_measured_beside_repeated_launches(repeats):
+def test_updates_behind_a_norm_are_measured_beside_repeated_launches():
     found = []
     for group_bytes in (0, 2**26):
         model = build("gemma2", head_dim=16).to(DEVICE)
@@ -106,10 +119,12 @@ def test_updates_behind_a_norm_are_measured_beside_repeated_launches(repeats):
             fastheads.HookManager(model, "all", backend="triton", group_bytes=group_bytes) as hooks,
             torch.no_grad(),
         ):
+            launched, seen = Launched(hooks), []
             for i in range(3):
                 model(input_ids=some(2, 6, i), use_cache=False)
+                seen.append(launched.since())
             found.append(hooks.get_results())
-    assert repeats == [True, True]
+    assert seen == [(2, 0), (1, 1), (1, 1)]  # the updates are measured anew each time
     for metric in set(found[0]) - {"metadata"}:
         for statistic in ("count", "mean", "max"):
             want, got = (results[metric][statistic] for results in found)
@@ -117,33 +132,44 @@ def test_updates_behind_a_norm_are_measured_beside_repeated_launches(repeats):
     assert (found[1]["head_residual_update_norm"]["count"] == 6).all()
 
 
-def test_a_weight_that_changes_in_between_is_followed(repeats):
+def test_a_weight_that_changes_in_between_is_followed():
     model = model_on_device()
     first = fastheads.find_sites(model)[0]
-    with fastheads.HookManager(model, backend="triton") as hooks, torch.no_grad():
+    with (
+        fastheads.HookManager(model, backend="triton", group_bytes=at_once(2, 6)) as hooks,
+        torch.no_grad(),
+    ):
+        launched = Launched(hooks)
         for _ in range(3):
             model(input_ids=some(2, 6, 0), use_cache=False)
+        assert launched.since() == (1, 2)
         before = hooks.get_results()["head_residual_contribution_norm"]["mean"][0]
         first.module.weight.mul_(2.0)
         hooks.reset()
+        launched = Launched(hooks)
         for _ in range(3):
             model(input_ids=some(2, 6, 0), use_cache=False)
+        assert launched.since() == (1, 2)
         after = hooks.get_results()["head_residual_contribution_norm"]["mean"][0]
         first.module.weight.mul_(2.0)
         for _ in range(3):
             model(input_ids=some(2, 6, 0), use_cache=False)
+        assert launched.since() == (1, 2)
         mixed = hooks.get_results()["head_residual_contribution_norm"]["mean"][0]
     torch.testing.assert_close(after, 2 * before, rtol=1e-6, atol=0)
     torch.testing.assert_close(mixed, 3 * before, rtol=1e-6, atol=0)
-    assert repeats.count(True) >= 4
 
 
-def test_a_change_behind_autograds_back_is_found_after_repeats(repeats):
+def test_a_change_behind_autograds_back_is_found_after_repeats():
     model = model_on_device()
     first = fastheads.find_sites(model)[0]
-    with fastheads.HookManager(model, backend="triton") as hooks, torch.no_grad():
+    with (
+        fastheads.HookManager(model, backend="triton", group_bytes=at_once(2, 6)) as hooks,
+        torch.no_grad(),
+    ):
         for _ in range(3):
             model(input_ids=some(2, 6, 0), use_cache=False)
+        assert hooks.stats.repeated == 2
         hooks.get_results()
         first.module.weight.data.mul_(2.0)
         model(input_ids=some(2, 6, 0), use_cache=False)
@@ -152,7 +178,7 @@ def test_a_change_behind_autograds_back_is_found_after_repeats(repeats):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_workspace_that_layers_come_to_share_is_an_error(repeats, mode):
+def test_a_workspace_that_layers_come_to_share_is_an_error(mode):
     model = model_on_device()
     workspace = torch.empty(2, 6, 64, device=DEVICE)
 
@@ -160,61 +186,38 @@ def test_a_workspace_that_layers_come_to_share_is_an_error(repeats, mode):
         workspace.data.copy_(args[0])
         return (workspace.detach(),)
 
-    with fastheads.HookManager(model, backend="triton") as hooks, mode():
+    with fastheads.HookManager(model, backend="triton", group_bytes=at_once(2, 6)) as hooks, mode():
+        launched = Launched(hooks)
         for _ in range(2):
             model(input_ids=some(2, 6, 0), use_cache=False)
+        assert launched.since() == (1, 1)
         for layer in model.model.layers:
             layer.self_attn.o_proj.register_forward_pre_hook(use_workspace)
         with pytest.raises(RuntimeError, match="reuses its memory"):
             model(input_ids=some(2, 6, 0), use_cache=False)
         assert (hooks.get_results()["head_output_norm"]["count"] == 4).all()
-    assert repeats == [True, False]
+        assert launched.since() == NONE
 
 
-def test_an_input_that_is_modified_in_place_is_an_error(repeats):
+def test_an_input_that_is_modified_in_place_is_an_error():
     model = model_on_device()
-    with fastheads.HookManager(model, backend="triton"), torch.no_grad():
+    with (
+        fastheads.HookManager(model, backend="triton", group_bytes=at_once(2, 6)) as hooks,
+        torch.no_grad(),
+    ):
+        launched = Launched(hooks)
         for _ in range(2):
             model(input_ids=some(2, 6, 0), use_cache=False)
+        assert launched.since() == (1, 1)
         model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda _m, args, _o: args[0].zero_())
         with pytest.raises(RuntimeError, match="modified in place"):
             model(input_ids=some(2, 6, 0), use_cache=False)
-    assert repeats == [True, False]
-
-
-@pytest.fixture
-def launches(monkeypatch):
-    """The number of sequences in each launch that is not a repeated one."""
-    seen = []
-    record = Accumulator.record
-
-    def spy(self, rows, inputs, *args, **options):
-        assert list(rows) == [0, 1, 2]
-        seen.append(inputs[0].shape[0])
-        record(self, rows, inputs, *args, **options)
-
-    monkeypatch.setattr(Accumulator, "record", spy)
-    return seen
-
-
-@pytest.fixture
-def late(monkeypatch):
-    """The number of valid tokens in each repeated launch; None where all are."""
-    seen = []
-    launch = CachedLaunch.launch
-
-    def spy(self, addresses, state, valid):
-        assert launch(self, addresses, state, valid)
-        seen.append(None if valid is None else int(valid.sum()))
-        return True
-
-    monkeypatch.setattr(CachedLaunch, "launch", spy)
-    return seen
+        assert launched.since() == NONE
 
 
 @pytest.mark.parametrize(("token_agg", "skip_first"), [("all", 0), ("all", 2), ("last", 0)])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_forwards_that_ended_wait(launches, late, token_agg, skip_first, mode):
+def test_forwards_that_ended_wait(token_agg, skip_first, mode):
     model = model_on_device()
     sites = fastheads.find_sites(model)
     shapes = [(2, 6)] * 5 + [(1, 5)] * 4
@@ -223,19 +226,21 @@ def test_forwards_that_ended_wait(launches, late, token_agg, skip_first, mode):
         fastheads.HookManager(model, token_agg, backend="triton", skip_first=skip_first) as hooks,
         mode(),
     ):
+        launched = Launched(hooks)
         for i, shape in enumerate(shapes):
             model(input_ids=some(*shape, i), use_cache=False)
-        assert launches == [2, 1]  # the first of each form
-        assert late == []
+        # The first of each form is measured as it ends.
+        assert (launched.since(), hooks.stats.waiting, hooks.stats.deferred) == ((2, 0), 7, 7)
+        assert hooks.stats.kept_bytes == 4 * forward_bytes(2, 6) + 3 * forward_bytes(1, 5)
         results = hooks.get_results()
-    assert launches == [2, 1]
-    assert late == [None] * 7
+        assert (launched.since(), hooks.stats.waiting, hooks.stats.deferred) == ((0, 7), 0, 7)
+        assert hooks.stats.kept_bytes == 0
     assert_results(results, sites, inputs, [None] * len(shapes), token_agg, RTOL, skip_first)
 
 
 @pytest.mark.parametrize(("token_agg", "skip_first"), [("all", 0), ("all", 1), ("last", 0)])
 @pytest.mark.parametrize("lengths", [[(5, 3), (6, 1), (4, 5), (0, 2), (6, 6)], [(1, 1)] * 3 + [(0, 1)] * 2])
-def test_forwards_with_padding_wait_too(launches, late, token_agg, skip_first, lengths):
+def test_forwards_with_padding_wait_too(token_agg, skip_first, lengths):
     model = model_on_device()
     sites = fastheads.find_sites(model)
     seq = max(max(pair) for pair in lengths)
@@ -245,16 +250,16 @@ def test_forwards_with_padding_wait_too(launches, late, token_agg, skip_first, l
         fastheads.HookManager(model, token_agg, backend="triton", skip_first=skip_first) as hooks,
         torch.inference_mode(),
     ):
+        launched = Launched(hooks)
         for i, mask in enumerate(masks):
             model(input_ids=some(2, seq, i), attention_mask=mask, use_cache=False)
-        assert (launches, late) == ([2], [])
+        assert (launched.since(), hooks.stats.waiting) == (NEW, 4)
         results = hooks.get_results()
-    assert launches == [2]
-    assert late == [sum(max(0, n - skip_first) for n in pair) for pair in lengths[1:]]
+        assert launched.since() == (0, 4)
     assert_results(results, sites, inputs, [m.cpu().numpy() for m in masks], token_agg, RTOL, skip_first)
 
 
-def test_the_steps_of_generate_wait_and_a_mask_of_the_callers_own_may_change_after_them(launches, late):
+def test_the_steps_of_generate_wait_and_a_mask_of_the_callers_own_may_change_after_them():
     model = model_on_device()
     prompt = some(2, 5, 0)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], device=DEVICE)
@@ -262,41 +267,49 @@ def test_the_steps_of_generate_wait_and_a_mask_of_the_callers_own_may_change_aft
     with fastheads.HookManager(model, "token", backend="triton") as by_token, torch.no_grad():
         model.generate(prompt, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
         want = by_token.get_results()["head_output_norm"]
-    launches.clear()
     with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
+        launched = Launched(hooks)
         model.generate(prompt, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
-        assert launches == [2, 2]  # the prompt and the first step
+        assert (launched.since(), hooks.stats.waiting) == ((2, 0), 7)  # the prompt and the first step
         assert (hooks.get_results()["head_output_norm"]["count"] == 2 * 9).all()
-        assert late == [2] * 7
+        assert launched.since() == (0, 7)
         hooks.reset()
         for i in range(4):
             with hooks.token_mask(told):
                 model(input_ids=some(2, 1, i), use_cache=False)
+        assert hooks.stats.waiting > 0
         told.zero_()
         assert (hooks.get_results()["head_output_norm"]["count"] == 4).all()
     assert (want["count"] == 8 + 2 * 8).all()
 
 
-def test_what_waits_is_bounded(launches, late):
+def test_what_waits_is_bounded():
     model = model_on_device()
-    one = 3 * 2 * 6 * 64 * 4  # bytes of a forward's inputs
+    one = forward_bytes(2, 6)
     with fastheads.HookManager(model, backend="triton", group_bytes=8 * one) as hooks, torch.no_grad():
-        for i in range(1 + 8):
-            assert late == []
+        launched = Launched(hooks)
+        model(input_ids=some(2, 6, 0), use_cache=False)
+        assert launched.since() == NEW
+        for i in range(1, 8):
             model(input_ids=some(2, 6, i), use_cache=False)
-        assert late == [None] * 8
+            assert (launched.since(), hooks.stats.waiting, hooks.stats.kept_bytes) == (NONE, i, i * one)
+        model(input_ids=some(2, 6, 8), use_cache=False)
+        assert (launched.since(), hooks.stats.waiting, hooks.stats.kept_bytes) == ((0, 8), 0, 0)
         assert (hooks.get_results()["head_output_norm"]["count"] == 18).all()
-    late.clear()
-    with fastheads.HookManager(model, backend="triton", group_bytes=4 * one - 1) as hooks, torch.no_grad():
+    with (
+        fastheads.HookManager(model, backend="triton", group_bytes=at_once(2, 6)) as hooks,
+        torch.no_grad(),
+    ):
+        launched = Launched(hooks)
         for i in range(4):
             model(input_ids=some(2, 6, i), use_cache=False)
-            assert late == [None] * i  # at once: so little room is not worth the wait
+            assert launched.since() == (AGAIN if i else NEW)  # at once: so little room is not worth the wait
         assert (hooks.get_results()["head_output_norm"]["count"] == 8).all()
-    assert launches == [2, 2]
+        assert hooks.stats.deferred == 0
 
 
 @pytest.mark.parametrize("where", ["layer", "head"])
-def test_a_forward_that_fails_does_not_count_and_those_that_wait_do(launches, where):
+def test_a_forward_that_fails_does_not_count_and_those_that_wait_do(where):
     model = model_on_device()
     broken = model.model.layers[2].mlp if where == "layer" else model.lm_head
     with fastheads.HookManager(model, backend="triton") as hooks, torch.no_grad():
@@ -311,7 +324,9 @@ def test_a_forward_that_fails_does_not_count_and_those_that_wait_do(launches, wh
             with pytest.raises(torch.OutOfMemoryError):
                 model(input_ids=some(2, 6, 9), use_cache=False)
         handle.remove()
+        assert (hooks.stats.launches, hooks.stats.waiting) == (1, 3)
         model(input_ids=some(2, 6, 4), use_cache=False)
+        assert (hooks.stats.launches, hooks.stats.waiting) == (1, 4)
         results = hooks.get_results()
         assert (results["head_output_norm"]["count"] == 10).all()
         hooks.reset()
@@ -322,12 +337,13 @@ def test_a_forward_that_fails_does_not_count_and_those_that_wait_do(launches, wh
         torch.testing.assert_close(results[metric]["mean"], again[metric]["mean"], rtol=1e-12, atol=0)
 
 
-def test_what_waits_is_measured_with_the_weights_that_it_had(launches):
+def test_what_waits_is_measured_with_the_weights_that_it_had():
     model = model_on_device()
     sites = fastheads.find_sites(model)
     with fastheads.HookManager(model, backend="triton") as hooks, torch.no_grad():
         for _ in range(4):
             model(input_ids=some(2, 6, 0), use_cache=False)
+        assert hooks.stats.waiting == 3
         sites[2].module.weight.mul_(3.0)  # of the last layer: no other's input changes
         for _ in range(4):
             model(input_ids=some(2, 6, 0), use_cache=False)
@@ -338,7 +354,7 @@ def test_what_waits_is_measured_with_the_weights_that_it_had(launches):
     torch.testing.assert_close(mean, 2 / 3 * after, rtol=1e-6, atol=0)
 
 
-def test_nothing_waits_where_a_model_has_its_inputs_in_the_same_memory_each_time(launches):
+def test_nothing_waits_where_a_model_has_its_inputs_in_the_same_memory_each_time():
     model = model_on_device()
     places = [torch.empty(2, 6, 64, device=DEVICE) for _ in range(3)]
     for layer, place in zip(model.model.layers, places, strict=True):
@@ -356,12 +372,12 @@ def test_nothing_waits_where_a_model_has_its_inputs_in_the_same_memory_each_time
     ):
         for i in range(4):
             model(input_ids=some(2, 6, i), use_cache=False)
+        assert (hooks.stats.launches, hooks.stats.repeated, hooks.stats.deferred) == (4, 3, 0)
         results = hooks.get_results()
-    assert launches == [2]
     assert_results(results, sites, inputs, [None] * 4, "last", RTOL)
 
 
-def test_an_input_that_changes_while_it_waits_is_an_error(launches):
+def test_an_input_that_changes_while_it_waits_is_an_error():
     model = model_on_device()
     held = []
     with fastheads.HookManager(model, backend="triton") as hooks, torch.no_grad():
@@ -371,6 +387,7 @@ def test_an_input_that_changes_while_it_waits_is_an_error(launches):
             lambda _m, args, _o: held.append(args[0])
         )
         model(input_ids=some(2, 6, 3), use_cache=False)
+        assert hooks.stats.waiting == 3
         held[0].zero_()
         with pytest.raises(RuntimeError, match="modified in place"):
             hooks.get_results()
@@ -381,20 +398,24 @@ def test_an_input_that_changes_while_it_waits_is_an_error(launches):
         assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
 
 
-def test_detaching_measures_what_waits_and_a_reset_forgets_it(launches):
+def test_detaching_measures_what_waits_and_a_reset_forgets_it():
     model = model_on_device()
     hooks = fastheads.HookManager(model, backend="triton")
     with torch.no_grad():
         for i in range(4):
             model(input_ids=some(2, 6, i), use_cache=False)
+        assert hooks.stats == LaunchStats(1, 0, 3, 3, 3 * forward_bytes(2, 6))
         hooks.reset()
+        assert hooks.stats == LaunchStats(0, 0, 0, 0, 0)
         for i in range(3):
             model(input_ids=some(2, 6, i), use_cache=False)
+        assert hooks.stats.waiting == 2
     hooks.remove()
+    assert hooks.stats == LaunchStats(3, 2, 2, 0, 0)
     assert (hooks.get_results()["head_output_norm"]["count"] == 6).all()
 
 
-def test_a_change_of_the_inputs_dtype_is_seen_and_weights_that_change_then_are_followed(launches):
+def test_a_change_of_the_inputs_dtype_is_seen_and_weights_that_change_then_are_followed():
     model = model_on_device()
     sites = fastheads.find_sites(model)
     weights = []
@@ -405,8 +426,10 @@ def test_a_change_of_the_inputs_dtype_is_seen_and_weights_that_change_then_are_f
     ):
         for i in range(4):
             model(input_ids=some(2, 6, i), use_cache=False)
+        assert (hooks.stats.launches, hooks.stats.waiting) == (1, 3)
         with torch.autocast(DEVICE, torch.bfloat16):
             model(input_ids=some(2, 6, 4), use_cache=False)
+        assert hooks.stats.launches - hooks.stats.repeated == 2
         mean = hooks.get_results()["head_residual_contribution_norm"]["mean"]
         weights = [s.module.weight.clone() for s in sites]
         sites[2].module.weight.mul_(3.0)
@@ -422,7 +445,7 @@ def test_a_change_of_the_inputs_dtype_is_seen_and_weights_that_change_then_are_f
     assert_results(after, sites, [layer[5:] for layer in inputs], [None], "all", RTOL)
 
 
-def test_nothing_waits_where_weights_change_in_each_step(launches):
+def test_nothing_waits_where_weights_change_in_each_step():
     model = model_on_device()
     weight = fastheads.find_sites(model)[0].module.weight
     with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
@@ -430,20 +453,13 @@ def test_nothing_waits_where_weights_change_in_each_step(launches):
             model(input_ids=some(2, 6, i), use_cache=False)
             weight.mul_(1.01)
         assert (hooks.get_results()["head_output_norm"]["count"] == 16).all()
-    assert len(launches) <= 8 + 1  # one forward waited, and was measured twice
+        assert hooks.stats.deferred <= 1
+        assert hooks.stats.launches <= 8 + 1  # one forward waited, and was measured twice
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # on a GPU; exact products are wanted
 @pytest.mark.parametrize(("token_agg", "padded"), [("all", False), ("last", True)])
-def test_compiled_forwards_repeat_their_launch(monkeypatch, token_agg, padded):
-    seen = []
-    again = CachedLaunch.again_in_graph
-
-    def spy(self, *args):
-        seen.append(again(self, *args))
-        return seen[-1]
-
-    monkeypatch.setattr(CachedLaunch, "again_in_graph", spy)
+def test_compiled_forwards_repeat_their_launch(token_agg, padded):
     model = model_on_device()
     sites = fastheads.find_sites(model)
     masks = [torch.tensor([[1] * n + [0] * (6 - n), [1] * 6], device=DEVICE) for n in (6, 3, 0, 5)]
@@ -454,15 +470,17 @@ def test_compiled_forwards_repeat_their_launch(monkeypatch, token_agg, padded):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
     with fastheads.HookManager(model, token_agg, backend="triton") as hooks, torch.no_grad():
+        launched, seen = Launched(hooks), []
         for i, mask in enumerate(masks):
             compiled(input_ids=some(2, 6, i), attention_mask=mask, use_cache=False)
+            seen.append(launched.since())
         results = hooks.get_results()
-    assert seen == [True] * 3
+    assert seen == [NEW, AGAIN, AGAIN, AGAIN]
     masks = [None if m is None else m.cpu().numpy() for m in masks]
     assert_results(results, sites, inputs, masks, token_agg, RTOL)
 
 
-def test_eager_forwards_wait_again_after_compiled_ones(late):
+def test_eager_forwards_wait_again_after_compiled_ones():
     torch._dynamo.reset()
     model = model_on_device()
     sites = fastheads.find_sites(model)
@@ -476,14 +494,15 @@ def test_eager_forwards_wait_again_after_compiled_ones(late):
         compiled(input_ids=batches[1], use_cache=False)
         for ids in batches[2:]:
             model(input_ids=ids, use_cache=False)
-        before = len(late)
+        launched = Launched(hooks)
+        assert hooks.stats.waiting == 4  # all that came after the first of their form
         results = hooks.get_results()
-    assert len(late) - before == 4  # all that came after the first of their form
+        assert launched.since() == (0, 4)
     assert_results(results, sites, inputs, [None] * 7, "all", RTOL)
     torch._dynamo.reset()
 
 
-def test_what_waits_is_measured_while_a_forward_of_another_thread_is_under_way(late):
+def test_what_waits_is_measured_while_a_forward_of_another_thread_is_under_way():
     """Results are asked for in the middle of it: what waits counts, and what is under way does not yet."""
     model = model_on_device()
     sites = fastheads.find_sites(model)
@@ -507,7 +526,9 @@ def test_what_waits_is_measured_while_a_forward_of_another_thread_is_under_way(l
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(run)
             under_way.wait(timeout=60)
+            assert hooks.stats.waiting == 3
             assert (hooks.get_results()["head_output_norm"]["count"] == 8).all()
+            assert (hooks.stats.waiting, hooks.stats.repeated) == (0, 3)
             model(input_ids=batches[5], use_cache=False)  # beside it
             assert (hooks.get_results()["head_output_norm"]["count"] == 10).all()
             asked.set()
@@ -517,7 +538,6 @@ def test_what_waits_is_measured_while_a_forward_of_another_thread_is_under_way(l
     with captured_inputs([s.module for s in sites]) as inputs, torch.no_grad():
         for ids in batches:
             model(input_ids=ids, use_cache=False)
-    assert late
     assert_results(results, sites, inputs, [None] * 6, "all", RTOL)
 
 
@@ -551,7 +571,7 @@ def use_memory(model, memory, from_forward=0):
         layer.self_attn.o_proj.register_forward_pre_hook(hook_of(i))
 
 
-def test_a_forward_of_another_dtype_does_not_wait_for_weights_that_come_after_it(late):
+def test_a_forward_of_another_dtype_does_not_wait_for_weights_that_come_after_it():
     largest = []
     for group_bytes in (0, 2**26):
         model = model_on_device()
@@ -566,7 +586,7 @@ def test_a_forward_of_another_dtype_does_not_wait_for_weights_that_come_after_it
                 model(input_ids=some(2, 6, 4), use_cache=False)
             weight.mul_(100.0)
             largest.append(hooks.get_results()["head_residual_contribution_norm"]["max"][2])
-    assert late == [None] * 3
+            assert hooks.stats.deferred == (3 if group_bytes else 0)
     torch.testing.assert_close(*largest, rtol=1e-6, atol=0)
 
 
@@ -596,7 +616,7 @@ def test_what_cannot_be_measured_is_refused_in_its_own_forward(fault):
         assert (hooks.get_results()["head_output_norm"]["count"] == 8).all()
 
 
-def test_one_mask_for_all_rows_is_not_taken_for_one_of_each(late):
+def test_one_mask_for_all_rows_is_not_taken_for_one_of_each():
     model = model_on_device()
     sites = fastheads.find_sites(model)
     causal = torch.ones(6, 6, dtype=torch.bool, device=DEVICE).tril()
@@ -609,20 +629,21 @@ def test_one_mask_for_all_rows_is_not_taken_for_one_of_each(late):
         for i in range(4):
             model(input_ids=some(2, 6, i), attention_mask=causal[None, None], use_cache=False)
         results = hooks.get_results()
+        assert (hooks.stats.repeated, hooks.stats.deferred) == (0, 0)
     mask = causal.diagonal().expand(2, 6).cpu().numpy()
     assert_results(results, sites, inputs, [mask] * 4, "all", RTOL)
-    assert late == []
 
 
-def test_results_in_between_do_not_end_the_repeating(launches, late):
+def test_results_in_between_do_not_end_the_repeating():
     model = model_on_device()
     with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
+        launched = Launched(hooks)
         for _ in range(3):
             for i in range(5):
                 model(input_ids=some(2, 6, i), use_cache=False)
             hooks.get_results()
+            assert launched.since() == (1, 4)
         assert (hooks.get_results()["head_output_norm"]["count"] == 30).all()
-    assert (launches, late) == ([2] * 3, [None] * 12)
 
 
 def test_waiting_inputs_that_overlap_are_an_error():
@@ -708,24 +729,43 @@ def test_a_second_call_of_the_decoder_that_overwrites_the_firsts_inputs_is_an_er
         del hooks
 
 
-@pytest.mark.parametrize(("owner", "name"), [(DeferredForwards, "take"), (CachedLaunch, "launch")])
-def test_forwards_that_an_interrupt_loses_are_not_forgotten(monkeypatch, owner, name):
-    method, interrupts = getattr(owner, name), [KeyboardInterrupt]
+class InterruptedWhen:
+    """A context in which Ctrl-C comes once: at the first line of Python of which `happened(hooks.stats)` is true."""
+
+    def __init__(self, hooks, happened):
+        self._hooks, self._happened = hooks, happened
+
+    def _trace(self, frame, event, arg):
+        if frame.f_code.co_filename.startswith(os.path.dirname(fastheads.__file__)):
+            if self._happened(self._hooks.stats):
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return self._trace
+        return None
+
+    def __enter__(self):
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+
+    def __exit__(self, *_):
+        sys.settrace(self._before)
+
+
+@pytest.mark.parametrize(
+    "happened",
+    [
+        pytest.param(lambda stats: stats.waiting == 0, id="taken"),
+        pytest.param(lambda stats: stats.repeated == 1, id="one of four launches made"),
+    ],
+)
+def test_forwards_that_an_interrupt_loses_are_not_forgotten(happened):
     model = model_on_device()
     with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
         for i in range(5):
             model(input_ids=some(2, 6, i), use_cache=False)
-
-        def interrupted(*args):
-            done = method(*args)
-            if interrupts:
-                raise interrupts.pop()
-            return done
-
-        with monkeypatch.context() as patched:
-            patched.setattr(owner, name, interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                hooks.get_results()
+        assert hooks.stats.waiting == 4
+        with pytest.raises(KeyboardInterrupt), InterruptedWhen(hooks, happened):
+            hooks.get_results()
         with pytest.raises(RuntimeError, match="4 forwards that had ended: reset"):
             hooks.get_results()
         hooks.reset()

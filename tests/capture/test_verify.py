@@ -1,7 +1,6 @@
 """The self-check: passes where the model does what is measured, and names the site where it does not."""
 
-import dataclasses
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import families
 import pytest
@@ -14,18 +13,27 @@ from tiny_models import acts_as, build, tokens
 from transformers.modeling_utils import AttentionInterface
 
 import fastheads
-from fastheads.capture import verify
 from fastheads.capture.verify import CHANGED, EXACT, UNSEEN, VerificationError
 from fastheads.models.weights import dense_weight
 
 GET_INTERFACE = getattr(AttentionInterface, "get_interface", None)
-OF_TORCH = [getattr(owner, name) for owner, name in verify.TORCH_ATTENTION]
+# Where torch's attention and softmax are called.
+TORCH_ATTENTION = (
+    (F, "scaled_dot_product_attention"),
+    (F, "softmax"),
+    (torch, "softmax"),
+    (torch.Tensor, "softmax"),
+)
+OF_TORCH = [getattr(owner, name) for owner, name in TORCH_ATTENTION]
 SEEN = EXACT if GET_INTERFACE else UNSEEN  # in the first releases of transformers 5 nobody can listen
 
 
-def run(model, **options):
+def run(model, *, attached_in=None, **options):
+    """The results and the findings of one batch; the hooks are attached within the context `attached_in`."""
     options = {"verify": True, **options}
-    with fastheads.HookManager(model, "all", **options) as hooks, torch.no_grad():
+    with attached_in or nullcontext():
+        hooks = fastheads.HookManager(model, "all", **options)
+    with hooks, torch.no_grad():
         model(input_ids=tokens(2, 6), attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]))
         findings = hooks.findings
         return hooks.get_results(), findings
@@ -33,8 +41,8 @@ def run(model, **options):
 
 def nothing_is_left(model):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert getattr(AttentionInterface, "get_interface", None) is GET_INTERFACE and not verify._watchers
-    assert [getattr(owner, name) for owner, name in verify.TORCH_ATTENTION] == OF_TORCH
+    assert getattr(AttentionInterface, "get_interface", None) is GET_INTERFACE
+    assert [getattr(owner, name) for owner, name in TORCH_ATTENTION] == OF_TORCH
 
 
 @pytest.mark.parametrize(
@@ -104,40 +112,58 @@ def test_autocast():
     assert all(1e-4 < finding.error < 1e-2 for finding in findings.values())
 
 
-def test_only_the_first_batch_is_checked(monkeypatch):
-    model, calls = build(), []
-    monkeypatch.setattr(verify, "_sum_error", lambda site, *_: calls.append(site.layer) or 0.0)
+def test_only_the_first_batch_is_checked():
+    model = build()
+    projection = model.model.layers[1].self_attn.o_proj
+
+    @contextmanager
+    def doubled():
+        handle = projection.register_forward_hook(lambda _m, _a, output: 2 * output, prepend=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     with fastheads.HookManager(model, verify=True) as hooks, torch.no_grad():
-        with hooks.paused():
+        with hooks.paused(), doubled():
             model(input_ids=tokens(1, 4))
-        assert calls == []
-        for _ in range(3):
+        assert hooks.findings == {}
+        with doubled(), pytest.raises(VerificationError):  # this would be seen
             model(input_ids=tokens(1, 4))
-            assert calls == [0, 1, 2]
+        model(input_ids=tokens(1, 4))
+        found = dict(hooks.findings)
+        assert list(found) == [site.name for site in hooks.sites]
+        for _ in range(2):
+            with doubled():
+                model(input_ids=tokens(1, 4))
+            assert hooks.findings == found
+            assert all(hooks.findings[name] is finding for name, finding in found.items())
             assert getattr(AttentionInterface, "get_interface", None) is GET_INTERFACE
 
 
-def wrongly_found(monkeypatch, layer, num_heads):
-    """As if `find_sites` had taken the input of one layer's projection for as many heads."""
-    own = fastheads.capture.manager.find_sites
+@contextmanager
+def said_to_have(attention, number):
+    """A context in which the module says of itself that it has another number of heads than it runs with."""
+    dims = ("head_dim", "key_value_proj_dim", "attention_head_size", "head_size")
+    counts = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+    kv_counts = ("num_key_value_heads", "num_kv_heads")
+    own = {name: vars(attention)[name] for name in (*dims, *counts, *kv_counts) if name in vars(attention)}
+    for name, value in own.items():
+        setattr(attention, name, value * 4 // number if name in dims else value * number // 4)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(attention, name, value)
 
-    def find(model, include=()):
-        return [
-            dataclasses.replace(s, num_heads=num_heads, head_dim=s.num_heads * s.head_dim // num_heads)
-            if s.layer == layer
-            else s
-            for s in own(model, include)
-        ]
 
-    monkeypatch.setattr("fastheads.capture.manager.find_sites", find)
-
-
-def test_a_wrong_number_of_heads_is_named(monkeypatch):
+def test_a_wrong_number_of_heads_is_named():
     if GET_INTERFACE is None:
         pytest.skip("in this release nobody can listen to the attention interface")
     model = build()
-    wrongly_found(monkeypatch, 1, 8)
-    with fastheads.HookManager(model, verify=True) as hooks, torch.no_grad():
+    with said_to_have(model.model.layers[1].self_attn, 8):
+        hooks = fastheads.HookManager(model, verify=True)
+    with hooks, torch.no_grad():
         for _ in range(2):  # and again, for a caller that goes on
             with pytest.raises(
                 VerificationError, match=r"layers\.1\.self_attn\.o_proj.*4 heads of 24.*8 of 12"
@@ -150,16 +176,17 @@ def test_a_wrong_number_of_heads_is_named(monkeypatch):
 @pytest.mark.parametrize("family", ["bloom", "falcon", "gptj", "gpt_neo", "codegen", "mpt", "dbrx", "t5"])
 @pytest.mark.parametrize("number", [2, 8])
 @pytest.mark.filterwarnings("ignore")
-def test_a_wrong_number_of_heads_shows_without_the_interface_too(family, number, monkeypatch):
+def test_a_wrong_number_of_heads_shows_without_the_interface_too(family, number):
     if family == "t5":
         config = tf.T5Config(vocab_size=101, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=4)
         model = tf.T5EncoderModel(config).eval()
     else:
         model = families.build(family)
     run(model)
-    wrongly_found(monkeypatch, 1, number)
+    site = fastheads.find_sites(model)[1]
+    attention = model.get_submodule(site.name.rpartition(".")[0])
     with pytest.raises(VerificationError, match=rf"\.1\..*4 heads.*the site has {number} of"):
-        run(model)
+        run(model, attached_in=said_to_have(attention, number))
     nothing_is_left(model)
 
 
@@ -295,11 +322,11 @@ def test_what_a_batch_does_not_reach_is_checked_later():
         layers = model.model.layers
         model.model.layers = layers[:2]
         model(input_ids=tokens(1, 4))
-        assert hooks._check.unchecked() == ["model.layers.2.self_attn.o_proj"]
+        assert list(hooks.findings) == [f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)]
         hooks.get_results()
         model.model.layers = layers
         model(input_ids=tokens(1, 4))
-        assert hooks._check.unchecked() == []
+        assert list(hooks.findings) == [f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1, 2)]
 
 
 def test_compiled_code_cannot_be_checked_and_says_so():
@@ -321,8 +348,9 @@ def test_an_interrupt_leaves_nothing_behind():
         with pytest.raises(KeyboardInterrupt):
             model(input_ids=tokens(1, 4))
         handle.remove()
+        assert len(hooks.findings) == 2
     nothing_is_left(model)
-    assert isinstance(model, tf.LlamaForCausalLM) and hooks._check is not None
+    assert isinstance(model, tf.LlamaForCausalLM)
 
 
 def gpt2_with_an_adapter():

@@ -10,6 +10,7 @@ from tiny_models import build, tokens
 from torch.nn.utils import parametrizations, prune
 
 import fastheads
+from fastheads.backends import factors
 from fastheads.backends.factors import lower_factor
 from fastheads.models.weights import checksum
 
@@ -71,7 +72,7 @@ def test_a_weight_that_is_not_finite_gives_nan_and_no_crash():
 def test_the_factor_is_built_some_heads_at_a_time(monkeypatch):
     weight = weight_of("rank deficient")
     whole = lower_factor(weight, 3)
-    monkeypatch.setattr("fastheads.backends.factors.CHUNK_ELEMENTS", 96 * 16 * 2)
+    monkeypatch.setattr(factors, "CHUNK_ELEMENTS", 96 * 16 * 2)
     torch.testing.assert_close(lower_factor(weight, 3), whole, rtol=1e-12, atol=1e-14)
 
 
@@ -201,9 +202,7 @@ def test_adapters(backend, targets):
         with captured_inputs([s.module for s in sites]) as captured:
             model(input_ids=tokens(2, 5, seed=seed))
         for row, s in enumerate(sites):
-            handles = hooks._handles  # the identity goes through the module itself, not through the library
-            assert handles
-            with hooks.paused():
+            with hooks.paused():  # the identity goes through the module itself, not through the library
                 w = s.module(eye).double().T.view(64, 4, 24)
             x = captured[row][0].view(-1, 4, 24)
             if len(contributions) <= row:
