@@ -270,7 +270,7 @@ class _Plan:
         for tensor in (valid, last, scale):
             if tensor is not None:
                 addresses |= tensor.data_ptr()
-        # The compiled code may have been made for addresses that are multiples of 16; `_launch_again` sees to those of the inputs.
+        # The compiled code may be for addresses that are multiples of 16; `_launch_again` sees to those of the inputs.
         return (
             not addresses & 15
             and state.dtype == torch.float64
