@@ -20,6 +20,7 @@ from fastheads import HeadProfile, find_sites
 from fastheads.corpus.sources import held_texts, text_file
 from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError, LoadError, OptionError, ProfileInterrupted
+from fastheads.run import terminal
 from fastheads.run.api import profile
 from fastheads.run.batches import WindowFeed
 from fastheads.run.job import Job, RankInfo
@@ -577,39 +578,38 @@ def test_processes_may_have_their_own_copies_of_the_data(model, tokenizer, tmp_p
 
 
 def test_a_profile_begins_a_run_of_the_job_before_it_says_anything(model, tokenizer):
-    said = []
+    """Else the others would take what it says for news of the run before."""
 
-    class Listening(OneOf):
+    class Strict(OneOf):
+        begun = False
+        stages = ()
+
         def begin(self):
-            said.append("begin")
+            self.begun = True
 
         def all_gather_object(self, document):
-            said.append("all_gather_object")
+            assert self.begun
             return [document]
 
         def finish(self, stage):
-            said.append(stage)
+            assert self.begun
+            self.stages += (stage,)
 
-    job = Listening(place=RankInfo(0, 2))
+    job = Strict(place=RankInfo(0, 2))
     for _ in range(2):
+        job.begun, job.stages = False, ()
         profile(model, corpus_of(["abc"], tokenizer), job=job)
-    assert said == ["begin", "all_gather_object", "measured", "all_gather_object", "all_gather_object"] * 2
+        assert job.begun
+        assert job.stages == ("measured",)
 
 
-def test_the_end_of_a_corpus_with_a_limit_is_expected_at_it(model, tokenizer):
-    found = []
-
-    def report(status):
-        found.append(status.expected)
-
-    @contextlib.contextmanager
-    def bar(*_):
-        yield report, lambda line: None
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastheads.run.api._progress", bar)
-        profile(model, corpus_of(some_texts(80), tokenizer, max_tokens=300), batch_tokens=100)
-    assert max(found) == 300
+def test_the_end_of_a_corpus_with_a_limit_is_expected_at_it(model, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "SOON", 0.0)  # a line for each batch
+    monkeypatch.setattr(terminal, "A_MINUTE", 0.0)
+    corpus = corpus_of(some_texts(80), tokenizer, max_tokens=300)
+    profile(model, corpus, batch_tokens=100, progress=True)
+    expected = re.findall(r" of (?:about )?(\d+) tokens", capsys.readouterr().err)
+    assert max(map(int, expected)) == 300
 
 
 @pytest.mark.parametrize(
