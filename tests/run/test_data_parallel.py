@@ -81,17 +81,16 @@ def stores(monkeypatch):
 
 
 @pytest.fixture
-def heartbeats(stores):
-    """Makes the heartbeats of both of two processes in this one, with their threads."""
+def heartbeat_of(stores):
+    """Starts the heartbeat of one of two processes in this one, with its thread."""
     started = []
 
-    def both():
-        for rank in range(2):
-            started.append(distributed.Heartbeat(RankInfo(rank, 2)))
-            started[-1].start()
-        return started[-2:]
+    def start(rank):
+        started.append(distributed.Heartbeat(RankInfo(rank, 2)))
+        started[-1].start()
+        return started[-1]
 
-    yield both
+    yield start
     for heartbeat in started:
         heartbeat.loss_noticed.set()  # else it would end this process
         heartbeat.stop()
@@ -105,8 +104,8 @@ def eventually(condition, seconds=10.0) -> bool:
 
 
 @processes
-def test_what_was_said_of_one_profile_is_no_news_of_the_next(heartbeats):
-    first, second = heartbeats()
+def test_what_was_said_of_one_profile_is_no_news_of_the_next(heartbeat_of):
+    first, second = heartbeat_of(0), heartbeat_of(1)
     for heartbeat in (first, second):
         heartbeat.begin()
         heartbeat.tokens = 100
@@ -134,10 +133,10 @@ def test_what_was_said_of_one_profile_is_no_news_of_the_next(heartbeats):
 
 
 @processes
-def test_the_end_of_the_store_ends_the_wait_of_any_run(heartbeats, stores, monkeypatch):
+def test_the_end_of_the_store_ends_the_wait_of_any_run(heartbeat_of, stores, monkeypatch):
     """The process that has it ends as soon as all have saved."""
     monkeypatch.setattr(distributed, "HEARTBEAT", 0.05)
-    first, second = heartbeats()
+    first, second = heartbeat_of(0), heartbeat_of(1)
     first.begin()
     first.publish("saved", "")
     assert not first.all_reached("saved")
@@ -150,15 +149,14 @@ def test_the_end_of_the_store_ends_the_wait_of_any_run(heartbeats, stores, monke
 
 
 @processes
-def test_what_an_attempt_before_has_left_in_the_store_is_no_news(heartbeats, monkeypatch):
+def test_what_an_attempt_before_has_left_in_the_store_is_no_news(heartbeat_of, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    _, second = heartbeats()
-    second.publish("failed", "it broke")
-    again, _ = heartbeats()
+    heartbeat_of(1).publish("failed", "it broke")
+    again = heartbeat_of(0)
     assert eventually(lambda: again.lost is not None)
     assert again.lost == f"rank 0: rank 1 failed: it broke. {RESUME}"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    afresh, _ = heartbeats()
+    afresh = heartbeat_of(0)
     assert not afresh.all_reached("measured")  # it has looked
     assert afresh.lost is None
 

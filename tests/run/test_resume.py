@@ -293,14 +293,13 @@ def test_a_look_that_is_broken_off_is_made_again(model, tokenizer, tmp_path):
 
 def test_a_look_follows_each_window(model, tokenizer):
     """A rule that needs no more than a number of samples ends the run with the first window that brings them."""
-    texts = some_texts(60)
-    windows = [len(window.sequences) for window in corpus_of(texts, tokenizer).windows()]
-    ends = list(itertools.accumulate(windows))
+    corpus = corpus_of(some_texts(300), tokenizer, window_characters=3000)
+    ends = list(itertools.accumulate(len(window.sequences) for window in corpus.windows()))
     assert len(ends) > 3
-    for before, end in itertools.pairwise(ends):
-        for needed in (before + 1, end):
-            rule = StableRule(tolerance=1e9, min_samples=needed)
-            found = profile(model, corpus_of(texts, tokenizer), batch_tokens=200, until_stable=rule)
+    for before, end in itertools.pairwise((1, *ends)):
+        for needed in {before + 1, end}:
+            rule = StableRule(alpha=0.99, tolerance=1e9, min_samples=needed)
+            found = profile(model, corpus, batch_tokens=800, until_stable=rule)
             assert found.metadata["data"]["sequences"] == end
 
 
