@@ -427,8 +427,19 @@ def test_a_position_in_other_files_is_refused(here):
         list(fewer.windows(resume))
 
 
-def test_a_run_leaves_no_cycle_that_keeps_its_data(model):
-    source = stdin_source(stream=io.BytesIO(b'{"text": "one"}\n'))
+@pytest.fixture
+def source_of(monkeypatch):
+    """The source of such bytes on standard input."""
+
+    def source(content, **options):
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
+        return stdin_source(**options)
+
+    return source
+
+
+def test_a_run_leaves_no_cycle_that_keeps_its_data(model, source_of):
+    source = source_of(b'{"text": "one"}\n')
     path = source.path
     gc.collect()
     gc.disable()
@@ -440,8 +451,8 @@ def test_a_run_leaves_no_cycle_that_keeps_its_data(model):
         gc.enable()
 
 
-def test_standard_input_is_read_once_and_cannot_be_resumed(model, here, monkeypatch):
-    source = stdin_source(stream=io.BytesIO(b'\n{"text": "one"}\n{"text": "two"}\n'))
+def test_standard_input_is_read_once_and_cannot_be_resumed(model, here, source_of):
+    source = source_of(b'\n{"text": "one"}\n{"text": "two"}\n')
     assert list(source.items()) == list(source.items()) == ["one", "two"]
     path = source.path
     assert path.exists()
@@ -452,11 +463,11 @@ def test_standard_input_is_read_once_and_cannot_be_resumed(model, here, monkeypa
     assert_same_numbers(found, profile(model, ["one", "two"], tokenizer=ascii_tokenizer(), seq_len=8))
     del source
     assert not path.exists()
-    text = stdin_source(stream=io.BytesIO(b"[1, 2]\nno object\n"))
+    text = source_of(b"[1, 2]\nno object\n")
     assert (text.kind, list(text.items())) == ("stream", ["[1, 2]\nno object\n"])
-    body = stdin_source(field="body", stream=io.BytesIO(b'{"body": "one"}\n'))
+    body = source_of(b'{"body": "one"}\n', field="body")
     assert list(body.items()) == ["one"]
     with pytest.raises(DataError, match="standard input is empty"):
-        stdin_source(stream=io.BytesIO())
+        source_of(b"")
     with pytest.raises(DataError, match="standard input, line 2 is not JSON"):
-        list(stdin_source(stream=io.BytesIO(b'{"text": "one"}\nno object\n')).items())
+        list(source_of(b'{"text": "one"}\nno object\n').items())
