@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from word_tokenizers import WORDS, chat_tokenizer, special_tokenizer
 
 from fastheads.corpus import hf_datasets as tables
-from fastheads.corpus import readers, token_batches
+from fastheads.corpus import identity, readers, token_batches
 from fastheads.corpus import sources as data
 from fastheads.corpus import windows as corpora
 from fastheads.corpus.identity import tokenizer_fingerprint
@@ -340,7 +340,7 @@ def test_an_extension_type_is_not_unpickled(tmp_path):
 def test_other_data_are_told_where_no_hash_of_all_of_it_does(write, monkeypatch):
     """Though they begin alike, the positions of one are refused by the other."""
     monkeypatch.setattr(data, "HASHED_BYTES", 10)
-    monkeypatch.setattr("fastheads.corpus.identity.HEAD_CHARACTERS", 20)
+    monkeypatch.setattr(identity, "HEAD_CHARACTERS", 20)
     other = [*TEXTS[:-1], TEXTS[-1][::-1] + "!"]
     for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet"):
         found = corpus(write(name))

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from word_tokenizers import chat_tokenizer, special_tokenizer
 
 from fastheads import HeadProfile, profile
+from fastheads.corpus import readers
 from fastheads.corpus.filesets import files_source, stdin_source
 from fastheads.corpus.opening import open_source
 from fastheads.corpus.sources import held_texts, text_file
@@ -357,7 +358,7 @@ WORDS = ["one two three one two three one two three\n" * 3, "four five\n" * 9, "
 
 
 def test_texts_of_several_files_are_a_stream_with_an_eos_between(here, monkeypatch):
-    monkeypatch.setattr("fastheads.corpus.readers.PIECE_BYTES", 32)
+    monkeypatch.setattr(readers, "PIECE_BYTES", 32)
     tokenizer = special_tokenizer()
     for name, text in zip("abc", WORDS, strict=True):
         (here / f"{name}.txt").write_text(text)

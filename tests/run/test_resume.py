@@ -27,6 +27,7 @@ from fastheads.corpus.windows import Corpus
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
 from fastheads.results import files
 from fastheads.results.head_profile import RANKING_METRIC
+from fastheads.run import signals
 from fastheads.run.api import profile
 from fastheads.run.batches import GivenFeed, WindowFeed
 from fastheads.run.checkpoint import Checkpoint
@@ -584,7 +585,7 @@ def test_wherever_a_run_stops_it_goes_on_with_the_batches_that_were_left(tokeniz
 
 def test_a_second_ctrl_c_breaks_into_a_forward(model, tokenizer, tmp_path, monkeypatch):
     """The batch may or may not have counted: no checkpoint is written then, and the one before stays."""
-    monkeypatch.setattr("fastheads.run.signals.AGAIN", -1.0)
+    monkeypatch.setattr(signals, "AGAIN", -1.0)
     path = tmp_path / "c"
     texts = some_texts()
     want = profile(model, corpus_of(texts, tokenizer), batch_tokens=200)

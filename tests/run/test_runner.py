@@ -17,10 +17,11 @@ from whole_profiles import some_texts
 
 import fastheads
 from fastheads import HeadProfile, find_sites
+from fastheads.corpus import sources
 from fastheads.corpus.sources import held_texts, text_file
 from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError, LoadError, OptionError, ProfileInterrupted
-from fastheads.run import terminal
+from fastheads.run import overhead, terminal
 from fastheads.run.api import profile
 from fastheads.run.batches import WindowFeed
 from fastheads.run.job import Job, RankInfo
@@ -324,7 +325,7 @@ def corpus_of(texts, tokenizer, **options):
 
 
 def test_rows_of_about_equal_length_share_a_batch_under_the_budget(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("fastheads.run.overhead.FIRST", 10**6)  # no batch is run twice
+    monkeypatch.setattr(overhead, "FIRST", 10**6)  # no batch is run twice
     shapes = []
     handle = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append((kwargs["input_ids"].shape, "attention_mask" in kwargs)),
@@ -436,8 +437,8 @@ def test_a_sequence_that_does_not_fit_is_an_error(model, tokenizer):
 
 
 def test_what_profiling_costs_is_measured_on_some_batches(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("fastheads.run.overhead.FIRST", 2)
-    monkeypatch.setattr("fastheads.run.overhead.EVERY", 3)
+    monkeypatch.setattr(overhead, "FIRST", 2)
+    monkeypatch.setattr(overhead, "EVERY", 3)
     options = {"tokenizer": tokenizer, "seq_len": 10, "batch_size": 2, "token_agg": "token"}
     forwards = []
     model.model.embed_tokens.register_forward_hook(lambda *_: forwards.append(1))
@@ -554,7 +555,7 @@ def test_processes_with_other_models_data_or_options_are_refused(model, tokenize
 
 def test_processes_may_have_their_own_copies_of_the_data(model, tokenizer, tmp_path, monkeypatch):
     """Each host its own, by another path and with another time; and each process has another shard of it."""
-    monkeypatch.setattr("fastheads.corpus.sources.HASHED_BYTES", 10)
+    monkeypatch.setattr(sources, "HASHED_BYTES", 10)
     first = []
 
     class Both(OneOf):
