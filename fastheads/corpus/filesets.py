@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fastheads.corpus import readers
 from fastheads.corpus.readers import Chat, Item, Reader
@@ -174,7 +174,7 @@ class StdinSource(TextSource):
     once = True
 
 
-def stdin_source(field: str | None = None, chat: Chat = "auto", stream: BinaryIO | None = None) -> Source:
+def stdin_source(field: str | None = None, chat: Chat = "auto") -> Source:
     """All of standard input, kept in a temporary file, since it is read more than once. It is JSON lines where its first line is
     a JSON object, or a field or chats are asked for; else a text.
 
@@ -185,7 +185,7 @@ def stdin_source(field: str | None = None, chat: Chat = "auto", stream: BinaryIO
     # Deleted when nothing refers to it any more, or the process ends.
     file = tempfile.NamedTemporaryFile(prefix="fastheads-stdin-")  # noqa: SIM115
     try:
-        shutil.copyfileobj(sys.stdin.buffer if stream is None else stream, file, SPOOLED_BYTES)
+        shutil.copyfileobj(sys.stdin.buffer, file, SPOOLED_BYTES)
         file.flush()
     except OSError as error:
         raise DataError(f"cannot read {STDIN}: {error.strerror}") from error

@@ -97,7 +97,7 @@ class Job:
         self._group: Any = None  # of all processes, for tensors on the CPU
         self._tp_group: Any = None
         self._mesh: Any = None
-        self._heartbeat: _Heartbeat | None = None
+        self._heartbeat: Heartbeat | None = None
 
     def __enter__(self) -> Self:
         if self.place.world == 1:
@@ -106,7 +106,7 @@ class Job:
 
         if not dist.is_available():
             raise JobError("this torch cannot run several processes together: it has no distributed package")
-        self._heartbeat = _Heartbeat(self.place)
+        self._heartbeat = Heartbeat(self.place)
         on_gpu = self.device.startswith("cuda")
         if on_gpu:
             torch.cuda.set_device(self.device)
@@ -281,7 +281,7 @@ class Job:
             ) from error
 
 
-class _Heartbeat:
+class Heartbeat:
     """The heartbeats of all ranks: a thread writes this one's to the store and reads the others'."""
 
     def __init__(self, rank_info: RankInfo) -> None:

@@ -5,7 +5,6 @@ Installed as `fastheads.kernels`. Importing it imports triton; `import fastheads
 
 from .config import Config
 from .factor import KernelFactor
-from .launch import prepare, repeater, token_norms, unsupported
-from .op import head_stats
+from .launch import head_stats, prepare, repeater, token_norms, unsupported
 
 __all__ = ["Config", "KernelFactor", "head_stats", "prepare", "repeater", "token_norms", "unsupported"]

@@ -419,7 +419,6 @@ def stream_tokens(
     HEAD_DIM: tl.constexpr,
     PIECES: tl.constexpr,
     COUNT: tl.constexpr,
-    BLOCKS: tl.constexpr,
     BT: tl.constexpr,
     PASSES: tl.constexpr,
     PARTS: tl.constexpr,
@@ -629,7 +628,7 @@ def head_stats_kernel(
             p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, chunks,
             i_h, i_p,
-            MODE, MASKED, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 1, PARTS, False, TOGETHER,
+            MODE, MASKED, HEAD_DIM, PIECES, COUNT, BT, 1, PARTS, False, TOGETHER,
             TMA, Z_PARTS, UPCAST, STAGES,
         )  # fmt: skip
     else:
@@ -637,7 +636,7 @@ def head_stats_kernel(
             p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, chunks,
             i_h, i_p,
-            MODE, MASKED, HEAD_DIM, PIECES, COUNT, BLOCKS, BT, 2, PARTS, SIDE_BY_SIDE, TOGETHER,
+            MODE, MASKED, HEAD_DIM, PIECES, COUNT, BT, 2, PARTS, SIDE_BY_SIDE, TOGETHER,
             TMA, Z_PARTS, UPCAST, EXACT_STAGES,
         )  # fmt: skip
 

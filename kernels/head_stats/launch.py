@@ -29,7 +29,7 @@ _TL_DTYPE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 # Layers in one launch; each size is one compilation, a larger group is several launches.
 _TABLE_SIZES = (1, 8, 16, 32)
 # The norms of token mode between its two kernels: small enough to stay in the L2 of a data-centre GPU.
-_WORKSPACE_BYTES = 32 << 20
+WORKSPACE_BYTES = 32 << 20
 # Tiles that one program takes at most: it adds up the norms of a row in float32.
 _MOST_TILES = 256
 # Rows times heads in a block of the merge, a warp: one a thread, of four metrics, or it sets the registers of the kernel.
@@ -113,7 +113,7 @@ def prepare(L: Tensor, dtype: torch.dtype, precision: str, *, config: Config | N
     return new_factor(L, dtype, precision, config)
 
 
-def launch(
+def head_stats(
     inputs: Sequence[Tensor],
     factors: Sequence[KernelFactor],
     state: Tensor,
@@ -121,13 +121,30 @@ def launch(
     *,
     token_agg: str,
     valid: Tensor | None = None,
-    last: Tensor | None = None,
     skip_first: int = 0,
     scale: Tensor | None = None,
     alike: bool = False,
 ) -> None:
-    """`head_stats` without the operator boundary."""
-    valid, last = _as_kernel_reads(valid, last, token_agg)
+    """Merge the samples of a group of layers into `state`, in place, without waiting for the GPU.
+
+    Args:
+        inputs: x `[batch, seq, heads * head_dim]` of each layer; one shape, dtype (bfloat16, float16, float32) and device.
+            Rows may be slices of wider ones; what 16-byte loads cannot read is copied.
+        factors: from `prepare`, one an input.
+        state: float64 `[6, 4, rows, max_heads]`, the buffer of `fastheads.stats.moments.RunningMoments`.
+        rows: the row of the state of each input, all different.
+        token_agg: "all", "last" or "token": what one sample is.
+        valid: bool `[batch, seq]`, the valid tokens, less the `skip_first` first of each sequence; None where all are.
+        skip_first: tokens at the start of each row that are left out; counts only where `valid` is None.
+        scale: `[batch, seq]`, or `[layers, batch, seq]` with one for each input, multiplied into the norms of the contributions
+            |W z| (not of |z|), token by token.
+        alike: the caller has seen that all inputs have the first one's shape, strides, dtype and device: they are not looked at
+            again.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or names that do not fit together.
+    """
+    valid, last = _as_kernel_reads(valid, token_agg)
     if scale is not None:
         scale = scale.to(torch.float32).expand(len(inputs), *inputs[0].shape[:2]).contiguous()
     key = _plan_key(factors, state, rows, token_agg, skip_first)
@@ -169,7 +186,7 @@ def repeater(
     be made again.
     """
     plans = factors[0].plans.get(_plan_key(factors, state, rows, token_agg, skip_first))
-    mask, last = _as_kernel_reads(valid, None, token_agg)
+    mask, last = _as_kernel_reads(valid, token_agg)
     if plans is None or not all(plan.serves(inputs[plan.part], state, mask, last, None) for plan in plans):
         return None
     size, device = max(plan.partial for plan in plans), state.device
@@ -184,7 +201,7 @@ def repeater(
         partial = scratch() if kept is None else kept
         mask = last = None
         if real is not None:
-            mask, last = _as_kernel_reads(real, None, token_agg)
+            mask, last = _as_kernel_reads(real, token_agg)
         if any([tensor is not None and tensor.data_ptr() & 15 for tensor in (moments, mask, last)]):
             return False
         for run, part, padding, tables, numbers in launches:
@@ -202,16 +219,12 @@ def _last_of(valid: Tensor) -> Tensor:
     return torch.where(valid, positions, 0).amax(1) - 1
 
 
-def _as_kernel_reads(
-    valid: Tensor | None, last: Tensor | None, token_agg: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """The mask in bytes, and the last valid tokens in int64 where they are the samples."""
-    if valid is not None and last is None and token_agg == "last":
-        last = _last_of(valid)
-    return (
-        None if valid is None else valid.contiguous().view(torch.uint8),
-        None if last is None else last.to(torch.int64).contiguous(),
-    )
+def _as_kernel_reads(valid: Tensor | None, token_agg: str) -> tuple[Tensor | None, Tensor | None]:
+    """The mask in bytes, and the last valid token of each row, int64 `[batch]`, where it is the sample."""
+    if valid is None:
+        return None, None
+    last = _last_of(valid) if token_agg == "last" else None
+    return valid.contiguous().view(torch.uint8), last
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -257,7 +270,7 @@ class _Plan:
         for tensor in (valid, last, scale):
             if tensor is not None:
                 addresses |= tensor.data_ptr()
-        # The compiled code may have been made for addresses that are multiples of 16; `launch` sees to those of the inputs.
+        # The compiled code may be for addresses that are multiples of 16; `_launch_again` sees to those of the inputs.
         return (
             not addresses & 15
             and state.dtype == torch.float64
@@ -563,7 +576,7 @@ def _launch_tokens(
     """Token mode: norms into a workspace, then moments of them; a window of tokens at a time."""
     batch, seq, _ = xs[0].shape
     heads = factors[0].heads
-    window = max(1, _WORKSPACE_BYTES // (8 * heads * len(xs)))
+    window = max(1, WORKSPACE_BYTES // (8 * heads * len(xs)))
     rows_at_once, tokens_at_once = max(1, window // seq), min(seq, window)
     most = min(batch, rows_at_once) * tokens_at_once
     norms = torch.empty(len(xs) * 2 * heads * most, dtype=torch.float32, device=state.device)

@@ -32,7 +32,7 @@ COUNT, NONFINITE, MEAN, M2, MIN, MAX = range(6)
 PLANES = 6
 
 if INTERPRETED or torch.cuda.is_available():
-    from fastheads.kernels import KernelFactor, head_stats, prepare, unsupported
+    from fastheads.kernels import KernelFactor, head_stats, prepare, token_norms, unsupported
     from fastheads.kernels import launch as launcher
 
 
@@ -204,17 +204,12 @@ def test_padding_is_selected_away_even_where_it_is_nan(token_agg: str) -> None:
     valid[1, :7] = False  # left padding
     valid[2] = False  # no valid token
     valid[3, 4:8] = False  # a hole
-    last = torch.tensor([11, 18, -1, 18, 18], device=DEVICE)
     samples = true_samples(true_norms(x, weights), valid, token_agg)
     assert len(samples) == (int(valid.sum()) if token_agg == "token" else 4)
     x[~valid] = math.nan
     state = new_state(1, 3)
-    head_stats([x], [factor], state, [0], token_agg=token_agg, valid=valid, last=last)
+    head_stats([x], [factor], state, [0], token_agg=token_agg, valid=valid)
     check(state, 0, samples, tolerance)
-    if token_agg == "last":  # the index can also be found from the mask
-        state = new_state(1, 3)
-        head_stats([x], [factor], state, [0], token_agg=token_agg, valid=valid)
-        check(state, 0, samples, tolerance)
 
 
 @pytest.mark.parametrize("token_agg", AGGS)
@@ -344,12 +339,11 @@ def test_two_runs_are_bit_identical(token_agg: str, precision: str) -> None:
     assert torch.equal(*(state.view(torch.int64) for state in states))
 
 
-def token_norms(x: Tensor, factor: "KernelFactor") -> Tensor:
-    """|z| and |W z| of every token as the kernel has them, `[2, batch, seq, heads]`."""
+def norms_of(x: Tensor, factor: "KernelFactor") -> Tensor:
+    """|z| and |W z| of every token as the kernel has them, float64 `[2, batch, seq, heads]`."""
     batch, seq, _ = x.shape
-    norms = torch.full((2, factor.heads, batch, seq), math.nan, dtype=torch.float32, device=DEVICE)
-    launcher._launch_one([x], [factor], new_state(1, factor.heads), [0], "token", None, None, 0, None, norms)
-    return norms.permute(0, 2, 3, 1).double()
+    norms = token_norms([x], [factor])[0]  # [2, heads, batch * seq]
+    return norms.unflatten(-1, (batch, seq)).permute(0, 2, 3, 1).double()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -358,7 +352,7 @@ def test_exact_to_5e6_a_token(dtype: torch.dtype, kappa: float) -> None:
     torch.manual_seed(0)
     weights = random_weights(2, 128, 1024, dtype, kappa)
     x = torch.randn(1, 100, 256).to(DEVICE, dtype)
-    got, want = token_norms(x, factor_of(weights, dtype)), true_norms(x, weights)
+    got, want = norms_of(x, factor_of(weights, dtype)), true_norms(x, weights)
     assert ((got - want).abs() / want).max() <= EXACT
 
 
@@ -369,7 +363,7 @@ def test_exact_in_small_heads_whose_tokens_may_miss_what_is_large(head_dim: int,
     torch.manual_seed(0)
     weights = random_weights(2, head_dim, 1024, dtype, 1e4)
     x = torch.randn(1, 400, 2 * head_dim).to(DEVICE, dtype)
-    got, want = token_norms(x, factor_of(weights, dtype)), true_norms(x, weights)
+    got, want = norms_of(x, factor_of(weights, dtype)), true_norms(x, weights)
     assert ((got - want).abs() / want).max() <= 1e-6
 
 
@@ -391,7 +385,7 @@ def test_exact_to_1e3_in_the_weakest_directions(dtype: torch.dtype) -> None:
     weights = random_weights(1, 128, 1024, dtype, 1e4)
     weakest = torch.linalg.svd(weights[:, 0])[2][-16:]
     x = (torch.randn(1, 100, 16, dtype=torch.float64, device=DEVICE) @ weakest).to(dtype)
-    got, want = token_norms(x, factor_of(weights, dtype)), true_norms(x, weights)
+    got, want = norms_of(x, factor_of(weights, dtype)), true_norms(x, weights)
     assert ((got - want).abs() / want).max() <= 1e-3
 
 
@@ -402,13 +396,13 @@ def test_fast_to_2e3_a_token_and_unbiased(dtype: torch.dtype, kappa: float) -> N
     weights = random_weights(2, 128, 1024, dtype, kappa)
     x = torch.randn(1, 200, 256).to(DEVICE, dtype)
     factor = factor_of(weights, dtype, "fast")
-    got, want = token_norms(x, factor), true_norms(x, weights)
+    got, want = norms_of(x, factor), true_norms(x, weights)
     assert ((got - want).abs() / want).max() <= FAST
     assert (got.mean((1, 2)) / want.mean((1, 2)) - 1).abs().max() <= 2e-4
     # And for tokens that bring out the worst: those along the weakest directions of W.
     weakest = torch.linalg.svd(weights[:, 0])[2][-16:]
     x = (torch.randn(1, 100, 16, dtype=torch.float64, device=DEVICE) @ weakest).repeat(1, 1, 2).to(dtype)
-    got, want = token_norms(x, factor)[..., :1], true_norms(x, weights)[..., :1]
+    got, want = norms_of(x, factor)[..., :1], true_norms(x, weights)[..., :1]
     assert ((got - want).abs() / want).max() <= FAST
 
 
@@ -505,8 +499,7 @@ def test_more_than_2_to_the_31_elements() -> None:
     expected = true_norms(x[-1:, -50:], weights)
     for token_agg in AGGS:
         state = new_state(1, 32)
-        last = torch.tensor([-1] * 8 + [65535], device=DEVICE)
-        head_stats([x], [factor], state, [0], token_agg=token_agg, valid=valid, last=last)
+        head_stats([x], [factor], state, [0], token_agg=token_agg, valid=valid)
         check(state, 0, true_samples(expected, valid[-1:, -50:], token_agg), EXACT)
 
 
@@ -514,7 +507,7 @@ def test_the_workspace_of_token_mode_is_bounded(monkeypatch: pytest.MonkeyPatch)
     """Windows of rows, and of parts of rows, give the moments of one window."""
     for tokens in (7, 40):
         x, weights, factor, tolerance = case("token", batch=3, seq=19)
-        monkeypatch.setattr(launcher, "_WORKSPACE_BYTES", tokens * 8 * 3)
+        monkeypatch.setattr(launcher, "WORKSPACE_BYTES", tokens * 8 * 3)
         valid = all_real(x)
         valid[1, 3:] = False
         for mask, skip in ((None, 9), (valid, 0)):
@@ -533,7 +526,7 @@ def test_norms_of_every_token(scaled: bool) -> None:
     inputs = [torch.randn(2, 5, 32, device=DEVICE) for _ in range(34)]
     inputs += [torch.randn(2, 5, 64, device=DEVICE)[..., :32] for _ in range(2)]
     scale = torch.rand(36, 2, 5, device=DEVICE) if scaled else None
-    norms = launcher.token_norms(inputs, [factors[i % 3] for i in range(36)], scale=scale)
+    norms = token_norms(inputs, [factors[i % 3] for i in range(36)], scale=scale)
     for i, x in enumerate(inputs):
         truth = true_norms(x, weights[i % 3])
         if scale is not None:
@@ -541,9 +534,9 @@ def test_norms_of_every_token(scaled: bool) -> None:
         torch.testing.assert_close(
             norms[i].double(), truth.flatten(1, 2).transpose(1, 2), rtol=EXACT, atol=1e-12
         )
-    assert launcher.token_norms([x[:0] for x in inputs[:2]], factors[:2]).shape == (2, 2, 2, 0)
+    assert token_norms([x[:0] for x in inputs[:2]], factors[:2]).shape == (2, 2, 2, 0)
     with pytest.raises(ValueError, match="expected inputs"):
-        launcher.token_norms([inputs[0], inputs[1][:, :4]], factors[:2])
+        token_norms([inputs[0], inputs[1][:, :4]], factors[:2])
 
 
 def test_empty_inputs_give_no_sample() -> None:
@@ -577,21 +570,3 @@ def test_what_does_not_fit_is_refused() -> None:
     assert "20" in str(unsupported(DEVICE, torch.bfloat16, 20))
     with pytest.raises(ValueError, match="precision"):
         prepare(torch.eye(32, dtype=torch.float64, device=DEVICE)[None], torch.bfloat16, "approximate")
-
-
-@pytest.mark.parametrize("token_agg", AGGS)
-def test_the_operator_under_torch_compile(token_agg: str) -> None:
-    x, weights, factor, tolerance = case(token_agg)
-    state = new_state(1, 3)
-
-    @torch.compile(fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
-    def step(x: Tensor) -> Tensor:
-        head_stats([x * 1], [factor], state, [0], token_agg=token_agg)
-        return x + 1
-
-    step(x)
-    check(state, 0, true_samples(true_norms(x, weights), all_real(x), token_agg), tolerance)
-    step(x)
-    assert state[COUNT, 0, 0, 0].cpu().view(torch.int64) == 2 * len(
-        true_samples(true_norms(x, weights), all_real(x), token_agg)
-    )

@@ -649,12 +649,23 @@ def test_ctrl_c_while_loading_leaves_nothing(here, model):
     assert files(here) == {"text.txt"}
 
 
-def test_ctrl_c_while_starting_leaves_nothing(run, here, model, monkeypatch):
-    def interrupt(**_):
+class Interrupted(io.RawIOBase):
+    """A stream at which Ctrl-C comes, whatever is read or written."""
+
+    encoding = "utf-8"
+
+    def readinto(self, into):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastheads.cli.commands._check_options", interrupt)
-    code, out, err = run("profile", model, "--data", "text.txt")
+    def write(self, content):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_starting_leaves_nothing(run, here, model, monkeypatch):
+    stdin = Stdin(b"")
+    stdin.buffer = Interrupted()
+    monkeypatch.setattr(sys, "stdin", stdin)
+    code, out, err = run("profile", model, "--data", "-")
     assert (code, out) == (130, "")
     assert err.splitlines() == ["fastheads: interrupted before anything was measured; nothing is saved"]
     assert files(here) == {"text.txt"}
@@ -680,10 +691,7 @@ def test_ctrl_c_in_the_first_batch_saves_nothing(run, here, model, monkeypatch):
 
 
 def test_ctrl_c_while_the_table_is_printed_says_where_the_profile_is(run, here, model, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("fastheads.cli.commands._show", interrupt)
+    monkeypatch.setattr(sys, "stdout", Interrupted())
     code, out, err = run("profile", model, "--data", "text.txt", "-o", "p.safetensors")
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "fastheads: interrupted; the profile is saved in p.safetensors"
@@ -691,14 +699,34 @@ def test_ctrl_c_while_the_table_is_printed_says_where_the_profile_is(run, here, 
 
 
 def test_ctrl_c_twice_does_not_say_that_nothing_is_saved_where_a_checkpoint_is(run, here, model, monkeypatch):
-    def interrupt(**_):
-        (here / "p.safetensors.checkpoint").touch()
-        raise KeyboardInterrupt
+    """The second comes while the profile is saved; the first, and any while the checkpoint is written, are heeded in order."""
+    load_model, sync = loading.load_model, os.fsync
+    stopped = False
 
-    monkeypatch.setattr("fastheads.run.api.profile", interrupt)
-    code, out, err = run("profile", model, "--data", "text.txt", "-o", "p.safetensors")
+    def load(*arguments, **options):
+        loaded = load_model(*arguments, **options)
+
+        def stop(*_):
+            nonlocal stopped
+            if not stopped:
+                stopped = True
+                os.kill(os.getpid(), signal.SIGINT)
+
+        loaded.model.layers[1].register_forward_pre_hook(stop)
+        return loaded
+
+    def impatient(descriptor):
+        if stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+        sync(descriptor)
+
+    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(os, "fsync", impatient)
+    arguments = ["--data", "text.txt", "--seq-len", "8", "--batch-tokens", "24"]
+    code, out, err = run("profile", model, *arguments, "-o", "p.safetensors")
     assert (code, out) == (130, "")
     assert err.splitlines()[-1] == "fastheads: interrupted; --resume goes on from p.safetensors.checkpoint"
+    assert files(here) == {"text.txt", "p.safetensors.checkpoint"}
 
 
 def test_an_error_of_the_system_is_told_without_its_number(run, here, monkeypatch):
@@ -846,10 +874,12 @@ def test_torchrun_shares_the_data_out(run, here, model):
 def test_of_several_processes_the_first_alone_tries_whether_the_file_can_be_written(
     run, here, model, monkeypatch
 ):
-    tried = []
-    monkeypatch.setattr("fastheads.cli.commands._check_files", lambda *files: tried.append(files))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, times in (("1", 0), ("0", 1)):
+    for rank, says in (
+        ("1", "cannot read the data file none.txt"),
+        ("0", "cannot write to the folder text.txt: it is a file"),
+    ):
         monkeypatch.setenv("RANK", rank)
-        assert run("profile", model, "--data", "none.txt")[0] == 1
-        assert len(tried) == times
+        code, _, err = run("profile", model, "--data", "none.txt", "-o", "text.txt/p.safetensors")
+        assert code == 1
+        assert says in err

@@ -13,6 +13,7 @@ import threading
 import time
 import tracemalloc
 import weakref
+from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -27,9 +28,8 @@ from transformers import PreTrainedTokenizerFast
 from word_tokenizers import WORDS, chat_tokenizer, special_tokenizer
 
 from fastheads.corpus import hf_datasets as tables
-from fastheads.corpus import readers, token_batches
+from fastheads.corpus import identity, readers, token_batches
 from fastheads.corpus import sources as data
-from fastheads.corpus import tokenizer_worker as encoding
 from fastheads.corpus import windows as corpora
 from fastheads.corpus.identity import tokenizer_fingerprint
 from fastheads.corpus.opening import open_source
@@ -228,14 +228,19 @@ def assert_resumes(found: Corpus, windows: list[Window]) -> None:
     assert list(found.windows(windows[-1].after)) == []
 
 
-def test_a_window_that_is_resumed_is_not_read_from_the_start(write, monkeypatch):
-    found = corpus(write("a.jsonl"))
+def test_a_window_that_is_resumed_is_not_read_from_the_start(write):
+    path = write("a.jsonl")
+    found = corpus(path)
     windows = list(found.windows())
-    seen = []
-    original = json.loads
-    monkeypatch.setattr(readers.json, "loads", lambda line: seen.append(line) or original(line))
-    assert len(list(found.windows(windows[-1].resume))) == 1
-    assert 0 < len(seen) <= windows[-1].documents
+    assert len(windows) > 2
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number in range(windows[-2].after["documents"]):
+        lines[number] = b"x" * (len(lines[number]) - 1) + b"\n"
+    path.write_bytes(b"".join(lines))
+    (again,) = found.windows(windows[-1].resume)
+    assert ids(again) == ids(windows[-1])
+    with pytest.raises(DataError):
+        list(found.windows())
 
 
 @pytest.mark.parametrize(
@@ -335,7 +340,7 @@ def test_an_extension_type_is_not_unpickled(tmp_path):
 def test_other_data_are_told_where_no_hash_of_all_of_it_does(write, monkeypatch):
     """Though they begin alike, the positions of one are refused by the other."""
     monkeypatch.setattr(data, "HASHED_BYTES", 10)
-    monkeypatch.setattr("fastheads.corpus.identity.HEAD_CHARACTERS", 20)
+    monkeypatch.setattr(identity, "HEAD_CHARACTERS", 20)
     other = [*TEXTS[:-1], TEXTS[-1][::-1] + "!"]
     for name in ("a.txt", "a.jsonl", "a.csv", "a.parquet"):
         found = corpus(write(name))
@@ -609,7 +614,9 @@ def test_windows_follow_the_size_of_the_corpus():
     sizes = [corpus(["one " * n], window_characters=None, max_tokens=m).window_characters
              for n, m in ((10, None), (2**21, None), (2**21, 2**20), (10, 100))]  # fmt: skip
     assert sizes == [2**16, 2**18, 2**17, 2**16]
-    assert corpora._window_characters(None) == corpora._window_characters(2**40) == 2**22
+    for size in (2**40, None):  # None: nobody knows
+        source = replace(data.held_texts(["one"]), size=size)
+        assert corpus(source, window_characters=None).window_characters == 2**22
 
 
 def test_no_more_windows_are_read_ahead_than_wanted():
@@ -703,11 +710,20 @@ def test_the_fingerprint_is_of_the_tokenizer_and_not_of_who_used_it():
 
 
 def test_a_tokenizer_that_cuts_or_pads_is_used_whole():
-    tokenizer = special_tokenizer()
+    """Its backend alone, which is faster: the tokenizer is asked for nothing but the probe, before the windows."""
+    asked = []
+
+    class Watched(PreTrainedTokenizerFast):
+        def __call__(self, text, **options):
+            asked.append(text)
+            return super().__call__(text, **options)
+
+    tokenizer = Watched(tokenizer_object=special_tokenizer().backend_tokenizer)
     tokenizer("one two three four", truncation=True, max_length=2)
     found = corpus(["one two three four"], tokenizer)
-    assert found._encoder.backend is not None
+    asked.clear()
     assert all_ids(found.windows()) == [[1, 3, 4, 5, 6]]
+    assert asked == []
 
 
 def test_a_tokenizer_whose_backend_is_not_all_of_it_is_asked_itself():
@@ -792,10 +808,17 @@ def test_a_process_that_dies_is_an_error_that_says_so(monkeypatch):
 
 
 def test_a_tokenizer_that_fails_in_a_process_is_an_error_of_one_line():
-    found = corpus(TEXTS, workers=1)
-    found._encoder = encoding.Encoder(None, "{}")
-    with pytest.raises(RuntimeError, match=r"^the tokenizer failed in a process of its own: .+$"):
-        list(found.windows())
+    class Broken:
+        """Arrives in the other process as `int("no number")`, which fails there."""
+
+        def __call__(self, text, **_):
+            return {"input_ids": [1]}
+
+        def __reduce__(self):
+            return int, ("no number",)
+
+    with pytest.raises(RuntimeError, match=r"^the tokenizer failed in a process of its own: .*no number.*$"):
+        list(corpus(TEXTS, Broken(), workers=1).windows())
 
 
 def test_a_tokenizer_that_cannot_be_given_away_is_refused_for_processes():

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from word_tokenizers import chat_tokenizer, special_tokenizer
 
 from fastheads import HeadProfile, profile
+from fastheads.corpus import readers
 from fastheads.corpus.filesets import files_source, stdin_source
 from fastheads.corpus.opening import open_source
 from fastheads.corpus.sources import held_texts, text_file
@@ -357,7 +358,7 @@ WORDS = ["one two three one two three one two three\n" * 3, "four five\n" * 9, "
 
 
 def test_texts_of_several_files_are_a_stream_with_an_eos_between(here, monkeypatch):
-    monkeypatch.setattr("fastheads.corpus.readers.PIECE_BYTES", 32)
+    monkeypatch.setattr(readers, "PIECE_BYTES", 32)
     tokenizer = special_tokenizer()
     for name, text in zip("abc", WORDS, strict=True):
         (here / f"{name}.txt").write_text(text)
@@ -427,8 +428,19 @@ def test_a_position_in_other_files_is_refused(here):
         list(fewer.windows(resume))
 
 
-def test_a_run_leaves_no_cycle_that_keeps_its_data(model):
-    source = stdin_source(stream=io.BytesIO(b'{"text": "one"}\n'))
+@pytest.fixture
+def source_of(monkeypatch):
+    """The source of such bytes on standard input."""
+
+    def source(content, **options):
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(content)))
+        return stdin_source(**options)
+
+    return source
+
+
+def test_a_run_leaves_no_cycle_that_keeps_its_data(model, source_of):
+    source = source_of(b'{"text": "one"}\n')
     path = source.path
     gc.collect()
     gc.disable()
@@ -440,8 +452,8 @@ def test_a_run_leaves_no_cycle_that_keeps_its_data(model):
         gc.enable()
 
 
-def test_standard_input_is_read_once_and_cannot_be_resumed(model, here, monkeypatch):
-    source = stdin_source(stream=io.BytesIO(b'\n{"text": "one"}\n{"text": "two"}\n'))
+def test_standard_input_is_read_once_and_cannot_be_resumed(model, here, source_of):
+    source = source_of(b'\n{"text": "one"}\n{"text": "two"}\n')
     assert list(source.items()) == list(source.items()) == ["one", "two"]
     path = source.path
     assert path.exists()
@@ -452,11 +464,11 @@ def test_standard_input_is_read_once_and_cannot_be_resumed(model, here, monkeypa
     assert_same_numbers(found, profile(model, ["one", "two"], tokenizer=ascii_tokenizer(), seq_len=8))
     del source
     assert not path.exists()
-    text = stdin_source(stream=io.BytesIO(b"[1, 2]\nno object\n"))
+    text = source_of(b"[1, 2]\nno object\n")
     assert (text.kind, list(text.items())) == ("stream", ["[1, 2]\nno object\n"])
-    body = stdin_source(field="body", stream=io.BytesIO(b'{"body": "one"}\n'))
+    body = source_of(b'{"body": "one"}\n', field="body")
     assert list(body.items()) == ["one"]
     with pytest.raises(DataError, match="standard input is empty"):
-        stdin_source(stream=io.BytesIO())
+        source_of(b"")
     with pytest.raises(DataError, match="standard input, line 2 is not JSON"):
-        list(stdin_source(stream=io.BytesIO(b'{"text": "one"}\nno object\n')).items())
+        list(source_of(b'{"text": "one"}\nno object\n').items())

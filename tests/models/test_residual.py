@@ -390,16 +390,30 @@ def test_an_infinite_output_is_no_sample():
             assert (results[METRIC]["nonfinite"][1] > 0).all() and (results[METRIC]["count"][1] == 0).all()
 
 
+@pytest.fixture
+def one_rank():
+    """A mesh of this process alone."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 @pytest.mark.filterwarnings("ignore")
-def test_what_ranks_have_in_part_is_no_norm(monkeypatch):
+def test_what_ranks_have_in_part_is_no_norm(one_rank):
     """Of tensor parallelism that leaves each rank a part of the output, or of the gain: no plan of transformers does."""
+    dtensor = pytest.importorskip("torch.distributed.tensor")
     model = families.build("gemma2")
     sites = dict(enumerate(fastheads.find_sites(model)))
     parts = SimpleNamespace(whole_output=lambda row: row > 0)
     updates = Updates(model, sites, parts)
     assert updates.unknown == {0: "the norm needs the sum over ranks, and each has a part of it"}
     assert set(updates.normed) == set(sites) - {0}
-    monkeypatch.setattr("fastheads.models.residual.is_dtensor", lambda parameter: parameter.dim() == 1)
+    for module in model.modules():
+        if type(module).__name__ == "Gemma2RMSNorm":
+            whole = dtensor.distribute_tensor(module.weight.detach(), one_rank, [dtensor.Replicate()])
+            module.weight = torch.nn.Parameter(whole)
     assert set(Updates(model, sites).unknown.values()) == {"Gemma2RMSNorm is spread over ranks"}
 
 

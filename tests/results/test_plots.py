@@ -188,21 +188,23 @@ def test_every_line_fits_and_every_head_is_there(wide, width):
     )  # its means grow with the head
 
 
+FIVES = "".join(f"{head:<5}" for head in range(0, 96, 5))[:96]
+
+
 @pytest.mark.parametrize(
-    ("block", "cell", "line"),
+    ("heads", "width", "lines"),
     [
-        (range(0, 3), 4, "0   1   2"),
-        (range(0, 12), 2, "0 2 4 6 8 10"),
-        (range(0, 12), 1, "0    5    10"),
-        (range(96, 104), 1, "    100 "),
-        (range(96, 102), 1, "    10"),
+        (3, 18, ["0   1   2"]),  # four columns a head
+        (12, 30, ["0   2   4   6   8   10"]),  # two
+        (12, 18, ["0    5    10"]),  # one
+        (104, 102, [FIVES, "    100"]),  # eight more in a block of their own
+        (102, 102, [FIVES, "    10"]),  # where the last number does not fit
     ],
 )
-def test_ticks_stand_above_their_heads(block, cell, line):
-    found = terminal._ticks(block, cell)
-    assert len(found) <= len(block) * cell
-    for number in found.split()[:-1]:
-        assert found.index(number) == (int(number) - block[0]) * cell
+def test_ticks_stand_above_their_heads(heads, width, lines):
+    shown = printed(make([[float(head) for head in range(heads)]]), console(width=width))
+    found = [line.removeprefix(" head ") for line in shown.splitlines() if line.startswith(" head ")]
+    assert [line.rstrip() for line in found] == lines
 
 
 def test_the_summary_says_what_was_measured():

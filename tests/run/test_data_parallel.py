@@ -1,6 +1,6 @@
 """Two processes share a corpus out: the same result as one; where one of them dies the other says so, and both go on later."""
 
-import threading
+import time
 
 import pytest
 import torch
@@ -71,29 +71,41 @@ def test_an_error_of_one_is_told_by_the_other(happened):
 
 
 @pytest.fixture
-def heartbeats(monkeypatch):
-    """Makes the signs of life of both of two processes, in this one; no threads."""
-    import torch.distributed as dist
+def stores(monkeypatch):
+    """The store that processes share, as torchrun has it. Alone in this list: taken out, it ends."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return [store]
 
-    store = dist.HashStore()
-    monkeypatch.setattr(distributed, "_connection", lambda: (store, True))
-    monkeypatch.setattr(
-        distributed._Heartbeat, "_read_now", lambda heartbeat: heartbeat._read() or heartbeat._beats.values()
-    )
 
-    def both():
-        made = [distributed._Heartbeat(RankInfo(rank, 2)) for rank in range(2)]
-        for heartbeat in made:
-            heartbeat._thread = threading.Thread(target=int)
-            heartbeat.start()
-        return made
+@pytest.fixture
+def heartbeat_of(stores):
+    """Starts the heartbeat of one of two processes in this one, with its thread."""
+    started = []
 
-    return both
+    def start(rank):
+        started.append(distributed.Heartbeat(RankInfo(rank, 2)))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for heartbeat in started:
+        heartbeat.loss_noticed.set()  # else it would end this process
+        heartbeat.stop()
+
+
+def eventually(condition, seconds=10.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
 
 
 @processes
-def test_what_was_said_of_one_profile_is_no_news_of_the_next(heartbeats):
-    first, second = heartbeats()
+def test_what_was_said_of_one_profile_is_no_news_of_the_next(heartbeat_of):
+    first, second = heartbeat_of(0), heartbeat_of(1)
     for heartbeat in (first, second):
         heartbeat.begin()
         heartbeat.tokens = 100
@@ -121,31 +133,31 @@ def test_what_was_said_of_one_profile_is_no_news_of_the_next(heartbeats):
 
 
 @processes
-def test_the_end_of_the_store_ends_the_wait_of_any_run(heartbeats, monkeypatch):
-    """The first process, which has it, ends as soon as all have saved."""
-    first, _ = heartbeats()
-    monkeypatch.setattr(distributed._Heartbeat, "_read_now", lambda heartbeat: heartbeat._beats.values())
+def test_the_end_of_the_store_ends_the_wait_of_any_run(heartbeat_of, stores, monkeypatch):
+    """The process that has it ends as soon as all have saved."""
+    monkeypatch.setattr(distributed, "HEARTBEAT", 0.05)
+    first, second = heartbeat_of(0), heartbeat_of(1)
     first.begin()
     first.publish("saved", "")
-    first._store = None
-    monkeypatch.setattr(first, "_write", lambda: torch.empty(1).view(2))  # any RuntimeError
     assert not first.all_reached("saved")
-    first._run_thread()
+    stores.clear()
+    assert eventually(lambda: first.all_reached("saved"))
     assert first.lost is None
-    assert first.all_reached("saved")
+    # The other was at work still: to it that is a loss.
+    assert eventually(lambda: second.lost is not None)
+    assert "rank 1: the store that the ranks share cannot be reached" in second.lost
 
 
 @processes
-def test_what_an_attempt_before_has_left_in_the_store_is_no_news(heartbeats, monkeypatch):
+def test_what_an_attempt_before_has_left_in_the_store_is_no_news(heartbeat_of, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    _, second = heartbeats()
-    second.publish("failed", "it broke")
-    again, _ = heartbeats()
-    again._read()
+    heartbeat_of(1).publish("failed", "it broke")
+    again = heartbeat_of(0)
+    assert eventually(lambda: again.lost is not None)
     assert again.lost == f"rank 0: rank 1 failed: it broke. {RESUME}"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    afresh, _ = heartbeats()
-    afresh._read()
+    afresh = heartbeat_of(0)
+    assert not afresh.all_reached("measured")  # it has looked
     assert afresh.lost is None
 
 

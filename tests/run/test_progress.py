@@ -12,7 +12,6 @@ from fastheads.corpus.sources import held_texts
 from fastheads.corpus.windows import Corpus
 from fastheads.run import terminal
 from fastheads.run.api import profile
-from fastheads.run.loop import Run
 from fastheads.run.progress import Status
 
 
@@ -56,21 +55,26 @@ def test_a_bar_on_a_terminal(width):
     assert ("2.1% padding, profiling -0.2%" in last) == (width >= terminal.NOTES_FROM)
 
 
-def test_the_number_of_tokens_is_expected_from_what_was_read(monkeypatch):
+def number(text):
+    return int(text.replace(",", ""))
+
+
+def test_the_number_of_tokens_is_expected_from_what_was_read(monkeypatch, capsys):
     """Of each shard, also of the first, which is a window ahead of the others."""
     texts = some_texts(400)
-    statuses = []
-    tell = Run._tell
-    monkeypatch.setattr(
-        Run, "_tell", lambda run: (tell(run), statuses.append((run.tokens, run.feed.expected)))
-    )
+    monkeypatch.setattr(terminal, "SOON", 0.0)  # a line for each batch
+    monkeypatch.setattr(terminal, "A_MINUTE", 0.0)
     model, tokenizer = tiny_llama(), ascii_tokenizer()
     for i in range(3):
-        statuses.clear()
+        capsys.readouterr()
         corpus = Corpus(
             held_texts(texts), tokenizer, seq_len=48, shard=(i, 3), window_characters=500, workers=0
         )
-        found = profile(model, corpus, batch_tokens=400)
-        tokens = found.metadata["data"]["tokens"]
-        assert statuses[-1][0] == tokens
-        assert all(expected == pytest.approx(tokens, rel=0.25) for _, expected in statuses)
+        data = profile(model, corpus, batch_tokens=400, progress=True).metadata["data"]
+        lines = re.findall(
+            r"^([\d,]+) of (?:about )?([\d,]+) tokens, ", capsys.readouterr().err, re.MULTILINE
+        )
+        told = [(number(done), number(expected)) for done, expected in lines]
+        assert len(told) > 3
+        assert told[-1][0] == data["tokens"]
+        assert all(expected == pytest.approx(data["tokens"], rel=0.25) for _, expected in told)

@@ -26,6 +26,8 @@ from fastheads.corpus.token_batches import as_batch
 from fastheads.corpus.windows import Corpus
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
 from fastheads.results import files
+from fastheads.results.head_profile import RANKING_METRIC
+from fastheads.run import signals
 from fastheads.run.api import profile
 from fastheads.run.batches import GivenFeed, WindowFeed
 from fastheads.run.checkpoint import Checkpoint
@@ -269,43 +271,40 @@ def test_a_run_until_stable_ends_at_the_same_window(model, tokenizer, tmp_path):
         profile(model, texts, tokenizer=tokenizer, token_agg="token", until_stable=True)
 
 
-def test_a_look_that_is_broken_off_is_made_again(model, tokenizer, tmp_path, monkeypatch):
+def test_a_look_that_is_broken_off_is_made_again(model, tokenizer, tmp_path):
     path = tmp_path / "c"
     texts = some_texts(400)
     options = {"batch_tokens": 400, "until_stable": StableRule(tolerance=0.3)}
     want = profile(model, corpus_of(texts, tokenizer), **options)
 
-    def broken_off(moments, rule):
-        found = judge(moments, rule)
-        if found.settled:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return found
+    class Stopping(Job):
+        """Stopped while the samples of all are merged for the look that settles it."""
 
-    with monkeypatch.context() as patch, pytest.raises(ProfileInterrupted):
-        patch.setattr("fastheads.run.stability.judge", broken_off)
-        profile(model, corpus_of(texts, tokenizer), checkpoint=path, **options)
+        def merged(self, moments):
+            if judge(moments[RANKING_METRIC], options["until_stable"]).settled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().merged(moments)
+
+    with pytest.raises(ProfileInterrupted) as interrupted:
+        profile(model, corpus_of(texts, tokenizer), checkpoint=path, job=Stopping(), **options)
+    assert not interrupted.value.profile.metadata["data"]["until_stable"]["settled"]
     found = profile(model, corpus_of(texts, tokenizer), checkpoint=path, resume=True, **options)
     assert_same(found, want)
 
 
-def test_a_look_follows_each_window(model, tokenizer, monkeypatch):
-    seen = []
-
-    def look(moments, rule):
-        seen.append(int(moments.count.max()))
-        return judge(moments, rule)
-
-    monkeypatch.setattr("fastheads.run.stability.judge", look)
-    texts = some_texts(60)
-    never = {"batch_tokens": 200, "until_stable": StableRule(tolerance=0.0)}
-    with pytest.warns(RuntimeWarning, match="has not settled"):
-        profile(model, corpus_of(texts, tokenizer), **never)
-    windows = [len(window.sequences) for window in corpus_of(texts, tokenizer).windows()]
-    assert len(windows) > 3
-    assert seen == list(itertools.accumulate(windows))
+def test_a_look_follows_each_window(model, tokenizer):
+    """A rule that needs no more than a number of samples ends the run with the first window that brings them."""
+    corpus = corpus_of(some_texts(300), tokenizer, window_characters=3000)
+    ends = list(itertools.accumulate(len(window.sequences) for window in corpus.windows()))
+    assert len(ends) > 3
+    for before, end in itertools.pairwise((1, *ends)):
+        for needed in {before + 1, end}:
+            rule = StableRule(alpha=0.99, tolerance=1e9, min_samples=needed)
+            found = profile(model, corpus, batch_tokens=800, until_stable=rule)
+            assert found.metadata["data"]["sequences"] == end
 
 
-def test_what_other_processes_found_before_a_stop_is_not_asked_again(model, tokenizer, monkeypatch):
+def test_what_other_processes_found_before_a_stop_is_not_asked_again(model, tokenizer):
     """One was stopped before it heard that the ranking had settled with the second look."""
 
     class Behind(Job):
@@ -318,7 +317,9 @@ def test_what_other_processes_found_before_a_stop_is_not_asked_again(model, toke
         def all_gather(self, tensor):
             return [tensor]
 
-    monkeypatch.setattr("fastheads.run.stability.judge", None)
+        def barrier(self, number):
+            pytest.fail("it waits for the others, who have looked already")
+
     texts = some_texts(60)
     options = {"batch_tokens": 200, "until_stable": True}
     found = profile(model, corpus_of(texts, tokenizer), job=Behind(place=RankInfo(0, 2)), **options)
@@ -584,7 +585,7 @@ def test_wherever_a_run_stops_it_goes_on_with_the_batches_that_were_left(tokeniz
 
 def test_a_second_ctrl_c_breaks_into_a_forward(model, tokenizer, tmp_path, monkeypatch):
     """The batch may or may not have counted: no checkpoint is written then, and the one before stays."""
-    monkeypatch.setattr("fastheads.run.signals.AGAIN", -1.0)
+    monkeypatch.setattr(signals, "AGAIN", -1.0)
     path = tmp_path / "c"
     texts = some_texts()
     want = profile(model, corpus_of(texts, tokenizer), batch_tokens=200)

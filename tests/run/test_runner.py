@@ -17,9 +17,11 @@ from whole_profiles import some_texts
 
 import fastheads
 from fastheads import HeadProfile, find_sites
+from fastheads.corpus import sources
 from fastheads.corpus.sources import held_texts, text_file
 from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError, LoadError, OptionError, ProfileInterrupted
+from fastheads.run import overhead, terminal
 from fastheads.run.api import profile
 from fastheads.run.batches import WindowFeed
 from fastheads.run.job import Job, RankInfo
@@ -323,7 +325,7 @@ def corpus_of(texts, tokenizer, **options):
 
 
 def test_rows_of_about_equal_length_share_a_batch_under_the_budget(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("fastheads.run.overhead.FIRST", 10**6)  # no batch is run twice
+    monkeypatch.setattr(overhead, "FIRST", 10**6)  # no batch is run twice
     shapes = []
     handle = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append((kwargs["input_ids"].shape, "attention_mask" in kwargs)),
@@ -435,8 +437,8 @@ def test_a_sequence_that_does_not_fit_is_an_error(model, tokenizer):
 
 
 def test_what_profiling_costs_is_measured_on_some_batches(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("fastheads.run.overhead.FIRST", 2)
-    monkeypatch.setattr("fastheads.run.overhead.EVERY", 3)
+    monkeypatch.setattr(overhead, "FIRST", 2)
+    monkeypatch.setattr(overhead, "EVERY", 3)
     options = {"tokenizer": tokenizer, "seq_len": 10, "batch_size": 2, "token_agg": "token"}
     forwards = []
     model.model.embed_tokens.register_forward_hook(lambda *_: forwards.append(1))
@@ -553,7 +555,7 @@ def test_processes_with_other_models_data_or_options_are_refused(model, tokenize
 
 def test_processes_may_have_their_own_copies_of_the_data(model, tokenizer, tmp_path, monkeypatch):
     """Each host its own, by another path and with another time; and each process has another shard of it."""
-    monkeypatch.setattr("fastheads.corpus.sources.HASHED_BYTES", 10)
+    monkeypatch.setattr(sources, "HASHED_BYTES", 10)
     first = []
 
     class Both(OneOf):
@@ -577,39 +579,39 @@ def test_processes_may_have_their_own_copies_of_the_data(model, tokenizer, tmp_p
 
 
 def test_a_profile_begins_a_run_of_the_job_before_it_says_anything(model, tokenizer):
-    said = []
+    """Else the others would take what it says for news of the run before."""
 
-    class Listening(OneOf):
+    class Strict(OneOf):
+        begun = False
+        stages = ()
+
         def begin(self):
-            said.append("begin")
+            self.begun = True
 
         def all_gather_object(self, document):
-            said.append("all_gather_object")
+            assert self.begun
             return [document]
 
         def finish(self, stage):
-            said.append(stage)
+            assert self.begun
+            self.stages += (stage,)
 
-    job = Listening(place=RankInfo(0, 2))
+    job = Strict(place=RankInfo(0, 2))
     for _ in range(2):
+        job.begun, job.stages = False, ()
         profile(model, corpus_of(["abc"], tokenizer), job=job)
-    assert said == ["begin", "all_gather_object", "measured", "all_gather_object", "all_gather_object"] * 2
+        assert job.begun
+        assert job.stages == ("measured",)
 
 
-def test_the_end_of_a_corpus_with_a_limit_is_expected_at_it(model, tokenizer):
-    found = []
-
-    def report(status):
-        found.append(status.expected)
-
-    @contextlib.contextmanager
-    def bar(*_):
-        yield report, lambda line: None
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastheads.run.api._progress", bar)
-        profile(model, corpus_of(some_texts(80), tokenizer, max_tokens=300), batch_tokens=100)
-    assert max(found) == 300
+def test_the_end_of_a_corpus_with_a_limit_is_expected_at_it(model, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(terminal, "SOON", 0.0)  # a line for each batch
+    monkeypatch.setattr(terminal, "A_MINUTE", 0.0)
+    corpus = corpus_of(some_texts(400), tokenizer, max_tokens=2000)
+    profile(model, corpus, batch_tokens=100, progress=True)
+    expected = re.findall(r" of (?:about )?([\d,]+) tokens", capsys.readouterr().err)
+    assert len(expected) > 10
+    assert set(expected) == {"2,000"}
 
 
 @pytest.mark.parametrize(
