@@ -260,11 +260,11 @@ def profile(
             if "" in names:  # as of a variable that is not set
                 raise OptionError("--data is empty: name a file, or leave --data out")
             kind: bool | Literal["auto"] = "auto" if chat is None else chat
-            of_hub = any(map(sources.names_a_data_set, names))
+            of_hub = any(map(sources.is_hub_name, names))
             for option in () if of_hub else ("split", "streaming"):
                 if _is_given(context, option):
                     raise OptionError(f"--{option} is for data sets of the Hub, owner/name")
-            alone = next((name for name in names if name == "-" or sources.names_a_data_set(name)), None)
+            alone = next((name for name in names if name == "-" or sources.is_hub_name(name)), None)
             if alone is not None and len(names) > 1:
                 raise OptionError(f"--data {alone} must be the only one: profile it by itself, and merge")
             if alone == "-":

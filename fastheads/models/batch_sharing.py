@@ -2,7 +2,7 @@
 
 In most models the rows of a batch know nothing of each other. Some have one rotary table for a whole batch, which depends on its
 width: "longrope" (Phi-3 and others) takes another one beyond the original length, "dynamic" NTK makes one for each length beyond
-it, and keeps it for the forwards that follow. Some quantised layers scale, or split, their input by what all rows hold.
+it, and keeps it for the forwards that follow. Some quantized layers scale, or split, their input by what all rows hold.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -40,11 +40,11 @@ _STEP_BYTES = {"cpu": 64 * _ROW_BYTES, "cuda": 2048 * _ROW_BYTES}
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return what tells the weights of `model` from others: a checksum of its parameters, of the buffers that a checkpoint
-    holds, and of what its quantised layers keep beside them.
+    holds, and of what its quantized layers keep beside them.
 
     The same on every device and in every process, wherever the weights were loaded from. A change of any one number always
     shows, any other change unless it was made to escape. What the configuration alone decides (rotary frequencies, a window) is
-    not seen. Quantised weights are taken as they are in memory: codes and scales.
+    not seen. Quantized weights are taken as they are in memory: codes and scales.
 
     Not seen but for name, shape and dtype: weights on the meta device, unless accelerate holds them in the CPU's memory;
     shards of a DTensor, FSDP or ZeRO-3, of which a rank has only its own; sparse tensors and those of torch.ao.
@@ -114,13 +114,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, _Found]]:
 
 
 def _beside(module: nn.Module) -> list[Tensor]:
-    """What a quantised layer's weight depends on that is neither a parameter nor a buffer: scales, mostly."""
+    """What a quantized layer's weight depends on that is neither a parameter nor a buffer: scales, mostly."""
     form = MODULES.get(qualified_name(type(module)))
     if form is None:
         return []
     try:
         parts = form.parts(module)
-    except (NotDenseError, AttributeError):  # not quantised yet, or offloaded: there is nothing beside
+    except (NotDenseError, AttributeError):  # not quantized yet, or offloaded: there is nothing beside
         return []
     own = [*module._parameters.values(), *module._buffers.values()]
     return [part for part in _flat(parts) if not any(part is tensor for tensor in own)]

@@ -94,9 +94,9 @@ def _quant_state(module: Any) -> Any:
     state = getattr(weight, "quant_state", None)
     state = getattr(module, "quant_state", None) if state is None else state
     if state is None or weight.device.type == "meta":
-        raise NotDenseError("is not quantised yet, or offloaded")
+        raise NotDenseError("is not quantized yet, or offloaded")
     if state.quant_type not in ("nf4", "fp4") or len(state.shape) != 2:
-        raise NotDenseError(f"has a weight quantised as {state.quant_type}")
+        raise NotDenseError(f"has a weight quantized as {state.quant_type}")
     return state
 
 
@@ -126,10 +126,10 @@ def _codes_and_scales(module: Any) -> tuple[Tensor, Tensor]:
     """Of LLM.int8(): they move from the weight to the module's state as it first runs."""
     weight, state = module.weight, module.state
     if state.has_fp16_weights:
-        raise NotDenseError("quantises its weight anew in each forward (has_fp16_weights)")
+        raise NotDenseError("quantizes its weight anew in each forward (has_fp16_weights)")
     codes, scales = (weight.CB, weight.SCB) if weight.CB is not None else (state.CB, state.SCB)
     if codes is None or scales is None or codes.device.type == "meta" or codes.dtype != torch.int8:
-        raise NotDenseError("is not quantised yet, or offloaded")
+        raise NotDenseError("is not quantized yet, or offloaded")
     return codes, scales
 
 
@@ -174,7 +174,7 @@ def _read_gguf(module: Any) -> Tensor:
 
 def _read_bitnet(module: Any) -> Tensor:
     if module.rms_norm is not None:
-        raise NotDenseError("normalises its input over all heads first")
+        raise NotDenseError("normalizes its input over all heads first")
     packed = module.weight.detach()
     ternary = torch.cat([(packed >> shift) & 3 for shift in (0, 2, 4, 6)]).float() - 1
     return ternary / module.weight_scale.detach().float()
@@ -182,7 +182,7 @@ def _read_bitnet(module: Any) -> Tensor:
 
 def _read_auto_bitnet(module: Any) -> Tensor:
     if module.rms_norm is not None:
-        raise NotDenseError("normalises its input over all heads first")
+        raise NotDenseError("normalizes its input over all heads first")
     weight = module.weight.detach()
     if not module.online_quant:
         return weight.float() * module.weight_scale.detach().float()
@@ -198,7 +198,7 @@ def _read_gemma(module: Any) -> Tensor:
 
 
 def _read_quanto(module: Any) -> Tensor:
-    _refuse_quantised_input(module)
+    _refuse_quantized_input(module)
     weight = module.qweight
     if weight is None:
         return module.weight.detach()  # type: ignore[no-any-return]
@@ -206,18 +206,18 @@ def _read_quanto(module: Any) -> Tensor:
 
 
 def _parts_of_quanto(module: Any) -> Parts:
-    _refuse_quantised_input(module)
+    _refuse_quantized_input(module)
     return (module.weight,)
 
 
-def _refuse_quantised_input(module: Any) -> None:
+def _refuse_quantized_input(module: Any) -> None:
     if module.activation_qtype is not None:
-        raise NotDenseError("quantises its input before a hook sees it")
+        raise NotDenseError("quantizes its input before a hook sees it")
 
 
 def _parts_of_hqq(module: Any) -> Parts:
     if not module.ready:
-        raise NotDenseError("is not quantised yet")
+        raise NotDenseError("is not quantized yet")
     return (module.W_q, *_values(module.meta))
 
 

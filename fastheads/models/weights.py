@@ -55,7 +55,7 @@ LORA = frozenset(
 def dense_weight(site: HeadSite) -> Tensor:
     """The weight `[out_features, num_heads * head_dim]` with which the projection now acts on its input.
 
-    A quantised weight is dequantised, an offloaded one is fetched to where it acts, and LoRA that is not merged is added. Of a
+    A quantized weight is dequantized, an offloaded one is fetched to where it acts, and LoRA that is not merged is added. Of a
     tensor-parallel one these are the columns that act on this rank: of a site that counts this rank's heads.
 
     Raises UnsupportedWeightError, naming the site, for a projection of a type that is not known, or whose weight is sharded
@@ -103,7 +103,7 @@ def key_reader(site: HeadSite) -> Callable[[], Parts]:
         def read() -> Parts:
             with (
                 torch._C.DisableTorchFunctionSubclass()
-            ):  # quantised tensors take microseconds to say where they are
+            ):  # quantized tensors take microseconds to say where they are
                 try:
                     return _key(parts())
                 except NotDenseError:
@@ -300,7 +300,7 @@ def _unmerged(module: Any, base: nn.Module, weight: Tensor) -> Tensor:
     form = _form(base)
     if module.merged_adapters and form.read is not _read_plain:
         raise NotDenseError(
-            "has disabled adapters merged into a weight that is not plainly dense, which the layer will quantise anew as "
+            "has disabled adapters merged into a weight that is not plainly dense, which the layer will quantize anew as "
             "it takes them off: call unmerge_adapter() first"
         )
     with torch.no_grad():

@@ -214,7 +214,7 @@ def _quantized_arguments(source: ModelSource) -> dict[str, Any]:
     if not AutoHfQuantizer.supports_quant_method(quantized):
         method, known = quantized.get("quant_method"), ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
         raise LoadError(
-            f"{source.name} is quantised by {method!r}, which transformers does not know: {known}"
+            f"{source.name} is quantized by {method!r}, which transformers does not know: {known}"
         )
     if quantized.get("quant_method") == "compressed-tensors":
         # Else its layers run a forward of their own, from which the weight cannot be had.

@@ -259,7 +259,7 @@ def test_several_files_patterns_and_folders_are_one_corpus(run, here, model):
         (["no*.jsonl"], 1, "no data file matches 'no\\*.jsonl'"),
         (["text.txt", "./text.txt"], 1, "the data file text.txt is given twice: .*"),
         (["text.txt", "t*.txt"], 1, "the data file text.txt is given twice: .*"),
-        (["text.txt", "d.jsonl"], 2, "text.txt \\+ d.jsonl: some are texts, .*cut='documents'.*"),
+        (["text.txt", "d.jsonl"], 2, "text.txt \\+ d.jsonl: text files .*cut='documents'.*"),
         (["text.txt", "-"], 2, "--data - must be the only one: .*"),
         (["owner/name", "text.txt"], 2, "--data owner/name must be the only one: .*"),
         (["empty"], 1, "the data folder empty holds no files"),

@@ -374,7 +374,7 @@ def test_what_is_cached_acts_until_the_cache_is_left(backend):
 # ---------------------------------------------------------------- properties, hooks, adapters
 
 
-class Quantising(nn.Linear):
+class Quantizing(nn.Linear):
     """A weight that is a property over the parameter."""
 
     @property
@@ -398,7 +398,7 @@ def as_kind(kind):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_weight_that_is_a_property(backend):
-    model = with_weights(as_kind(Quantising))
+    model = with_weights(as_kind(Quantizing))
     weights = [torch.round(m._parameters["weight"].detach() * 8) / 8 for m in projections(model)]
     with (
         torch.no_grad(),
