@@ -460,7 +460,7 @@ def _sharing(model: nn.Module, corpus: Any) -> Sharing:
     except OptionError:
         if isinstance(corpus, Corpus):
             raise
-        return Sharing(alone="the batches before matter")
+        return Sharing(alone="earlier batches matter")
 
 
 def _is_out_of_memory(error: Exception) -> bool:

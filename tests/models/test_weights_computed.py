@@ -161,7 +161,7 @@ STATEFUL = {
     "a dictionary": (by(lambda: Stepping("dict")), "changes table"),
     "its own parameter": (by(Overwriting, unsafe=True), "changes original"),
     "one after a pure one": (lambda m: (weight_norm(m), by(Counting)(m)), "_WeightNorm, Counting"),
-    "something outside": (by(GlobalState), "gives another one each time"),
+    "something outside": (by(GlobalState), "differs each time"),
 }
 
 
