@@ -390,7 +390,7 @@ def _valid(mask: Any, given: dict[str, Any], cache: Any, past: int | Tensor | No
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         form = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
         raise TokensError(
-            f"the attention mask must have 2 or 4 dimensions to show the valid tokens, not {form}"
+            f"an attention mask of 2 or 4 dimensions is needed to find the valid tokens, got {form}"
         )
     queries = _num_queries(given, mask)
     if mask.dim() == 4:
@@ -448,5 +448,5 @@ def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
     if diagonal.dtype == torch.bool:
         return diagonal
     if not diagonal.is_floating_point():
-        raise TokensError(f"a 4D attention mask must be bool or floating point, not {diagonal.dtype}")
+        raise TokensError(f"a 4D attention mask must be in bool or in floating point, not {diagonal.dtype}")
     return diagonal > FORBIDDEN

@@ -60,9 +60,9 @@ def test_the_number_of_tokens_is_expected_from_what_was_read(monkeypatch):
     """Of each shard, also of the first, which is a window ahead of the others."""
     texts = some_texts(400)
     statuses = []
-    tell = Run._tell
+    tell = Run._report
     monkeypatch.setattr(
-        Run, "_tell", lambda run: (tell(run), statuses.append((run.tokens, run.feed.expected)))
+        Run, "_report", lambda run: (tell(run), statuses.append((run.tokens, run.feed.expected)))
     )
     model, tokenizer = tiny_llama(), ascii_tokenizer()
     for i in range(3):
