@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             code = fail(message(error), ERROR)
         except Exception as error:
-            # The parser's errors (click's, by whatever name typer has them); anything else is a bug, with its traceback.
+            # Errors of the parser, click or typer's copy of it; anything else is a bug, shown with its traceback.
             if not hasattr(error, "format_message"):
                 raise
             code = fail(error.format_message(), USAGE)

@@ -155,8 +155,8 @@ def _folder_files(folder: Path) -> list[Path]:
     strange = [path for path in files if not has_data_suffix(path)]
     if strange and len({readers.plain_suffix(path) for path in files}) > 1:
         raise DataError(
-            f"the data folder {folder} holds {strange[0].relative_to(folder)} beside other kinds of files: name those that are "
-            f"data, as in '{folder}/*.jsonl'"
+            f"the data folder {folder} holds {strange[0].relative_to(folder)} beside other kinds of files: name the data "
+            f"files, as in '{folder}/*.jsonl'"
         )
     return files
 

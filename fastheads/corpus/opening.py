@@ -1,4 +1,4 @@
-"""Open whatever a caller passes as data as a source of documents."""
+"""Open a caller's data, of any supported kind, as a source of documents."""
 
 import os
 import sys

@@ -132,8 +132,8 @@ def _kinds(parts: nn.Module) -> str:
 def _parts_reader(module: nn.Module, *, attributes: bool) -> Callable[[nn.Module], Parts]:
     """Return a function that returns all that the module's weight may depend on.
 
-    These are tensors, modes and children of the module and its submodules, with `attributes` also plain attributes; and whether
-    parametrized weights are cached, since a cached weight may be older than its tensors.
+    These are tensors, modes and children of the module and its submodules, with `attributes` also plain attributes; and the state
+    of parametrize's cache, since a cached weight may be older than its tensors.
     """
     # Listed once, since that takes most of the time; a new submodule shows among the children.
     inner = list(module.modules())

@@ -29,7 +29,7 @@ class Rule:
 
     norm: str | None = None
     multiplier: str | None = None
-    attention: str | None = None  # None: whatever its name
+    attention: str | None = None  # None: any name
 
 
 # By patterns of the decoder layer's class. Other layers of transformers without SCALES add the output unchanged.
@@ -82,7 +82,7 @@ class UnknownUpdateError(UnsupportedWeightError):
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What one decoder layer does to its attention's output; read from the layer each time, since it may change."""
+    """The norm and multiplier that a decoder layer applies to its attention's output; read each time, since they may change."""
 
     layer: Any = None
     rule: Rule = Rule()
@@ -230,7 +230,7 @@ def update_of(model: nn.Module, site: HeadSite) -> Update:
         above: Any = unwrapped(model.get_submodule(".".join(parts[:depth])))
         kind = type(above).__name__
         if layer is model and not type(above).__module__.startswith(KNOWN_PACKAGES):
-            raise UnknownUpdateError(f"what a {kind}, which is none of transformers, does to it is not known")
+            raise UnknownUpdateError(f"what a {kind}, which is not of transformers, does to it is not known")
         for pattern, why in UNKNOWN.items():
             if re.search(pattern, kind):
                 raise UnknownUpdateError(f"what a {kind} adds to the residual stream is not known: {why}")

@@ -43,13 +43,13 @@ CROSS_ATTENTION = re.compile(r"\b(encoder_attn|crossattention|EncDecAttention)\b
 
 # Attention that cannot be profiled: a pattern of the class name, and the reason.
 REFUSED = {
-    r"^Blt": "its layers run over bytes and over patches of them, so that valid tokens cannot be told",
-    r"^CpmAnt": "it puts a prompt of its own before the tokens, so that valid tokens cannot be told",
+    r"^Blt": "its layers run over bytes and over patches of them, so that valid tokens are unknown",
+    r"^CpmAnt": "it puts a prompt of its own before the tokens, so that valid tokens are unknown",
     r"^DeepseekV4": "its output projection is in two steps, and the input of o_b_proj is not the heads'",
     r"^JetMoe": "its output projections are experts, chosen for each token",
     r"^MultiheadAttention$": "torch.nn.MultiheadAttention never calls its output projection",
-    r"^ProphetNet": "its n-gram streams share the output projection, so that valid tokens cannot be told",
-    r"^Reformer": "it pads sequences to its chunks, so that valid tokens cannot be told",
+    r"^ProphetNet": "its n-gram streams share the output projection, so that valid tokens are unknown",
+    r"^Reformer": "it pads sequences to its chunks, so that valid tokens are unknown",
     r"^Rwkv": "it is a linear recurrence without heads",
     r"^XLNet": "its output projection is a bare parameter and no module",
 }

@@ -34,7 +34,7 @@ Parts = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How to read the weight of one type of projection.
+    """Functions that read the weight of one type of projection.
 
     `read` returns the dense weight of a module (or of a tensor, in TENSORS), `[out_features, in_features]`, or `[in_features,
     out_features]` if `transposed`; `parts` returns everything that the weight depends on. Both may raise NotDenseError.

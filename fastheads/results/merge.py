@@ -99,7 +99,7 @@ def _difference_of_weights(one: Any, two: Any) -> str | None:
     if one.get("layout") != two.get("layout"):
         kinds = [_dtypes(weights) for weights in (one, two)]
         return (
-            f"weights: those of one are {kinds[0]}, of the other {kinds[1]}"
+            f"weights: one has {kinds[0]}, the other {kinds[1]}"
             if kinds[0] != kinds[1]
             else ("weights: they have other names or shapes")
         )
@@ -128,12 +128,12 @@ def _difference_of_sites(one: list[Metadata], two: list[Metadata]) -> str:
 
 def _updates(profile: Profile) -> list[str]:
     """Return `residual_update` of each row with samples of that metric; "" for the others."""
-    told = _by_row(profile)
+    texts = _by_row(profile)
     moments = profile.arrays.get(UPDATE_METRIC)
     if moments is None:
-        return [""] * len(told)
-    some = np.any(moments.count > 0, axis=1)
-    return [text if there else "" for text, there in zip(told, some, strict=True)]
+        return [""] * len(texts)
+    measured = np.any(moments.count > 0, axis=1)
+    return [text if has_samples else "" for text, has_samples in zip(texts, measured, strict=True)]
 
 
 def _by_row(profile: Profile) -> list[str]:

@@ -429,7 +429,7 @@ def _share_read(corpus: Corpus, window: Window) -> float | None:
     read = position.get("byte", window.after["characters"] if "item" in position else None)
     if not read:
         return None
-    # Correct for this shard's windows, of which a larger share is done than of all windows.
+    # Convert to this shard, which has done a larger share of its windows than all shards together.
     shards = corpus.shard[1]
     whole = (window.index // shards + 1) * shards / (window.index + 1)
     return min(read / size, 1.0) * whole

@@ -1,4 +1,4 @@
-"""A context for exact float32 products, whatever modes the caller has set."""
+"""A context for exact float32 products, independent of the caller's modes."""
 
 import threading
 from collections.abc import Iterator
