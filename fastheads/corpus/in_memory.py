@@ -1,6 +1,7 @@
 """Turn objects in memory into documents or token batches.
 
-Objects are recognized by type, never just iterated over: iterating a table gives column names, and iterating bytes gives numbers. Optional libraries are looked up in `sys.modules`: none of their objects exists before they are imported.
+Objects are recognized by type, never just iterated over: iterating a table gives column names, and iterating bytes gives
+numbers. Optional libraries are looked up in `sys.modules`: none of their objects exists before they are imported.
 """
 
 import io
