@@ -1,7 +1,7 @@
 """The basic HookManager: a hook on each o_proj, a Python loop over heads, scalar Welford.
 
-It is the plain statement of what is measured, in float64 and without a trick, and the oracle of the tests. Use
-`fastheads.HookManager`, which gives the same results from the same calls, for anything larger than a test.
+It is the readable reference of what is measured, in float64. `fastheads.HookManager` gives the same results from the same calls,
+fast.
 """
 
 import math
@@ -46,10 +46,10 @@ class Welford:
 
 
 class HookManager:
-    """Profiles every attention head of `model` while it runs, one head at a time.
+    """Profile every attention head of `model` while it runs, one head at a time.
 
-    token_agg: "last" (a sample is a sequence's value at its last valid token), "all" (its mean over the valid tokens) or "token"
-    (each valid token is a sample). Raises NoSitesError where the model has no o_proj to profile.
+    token_agg: a sample is, for "last", the value at a sequence's last valid token; for "all", the mean over its valid tokens; for
+    "token", the value at a valid token. Raises NoSitesError if the model has no o_proj to profile.
     """
 
     def __init__(self, model: nn.Module, token_agg: str = "last") -> None:
@@ -61,7 +61,7 @@ class HookManager:
         self._updates = Updates(self.model, dict(enumerate(self.sites)))
         self._decoder = decoder_of(self.model)
         self._arguments = DecoderArguments(self._decoder)
-        self._real: TokenLayout | None = None  # the valid tokens of the running call of the decoder
+        self._layout: TokenLayout | None = None  # the valid tokens of the decoder's running call
         self._paused = False
         self._handles: list[Any] = []
         self.reset()
@@ -82,45 +82,45 @@ class HookManager:
             )
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._real = None if self._paused else self._arguments.token_layout(args, kwargs, skip_first=0)
+        self._layout = None if self._paused else self._arguments.token_layout(args, kwargs, skip_first=0)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._real = None
+        self._layout = None
 
     def _make_o_proj_hook(self, row: int, site: HeadSite) -> Callable[..., None]:
         @torch.no_grad()
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self._real is None:
+            if self._layout is None:
                 return
             x = args[0].double()  # o_proj's input: [batch, seq, num_heads * head_dim]
             batch, seq, _ = x.shape
             head_outputs = x.reshape(batch * seq, site.num_heads, site.head_dim)
-            mask = self._real.mask(x)
-            # As the layer will run: by this bitsandbytes repacks its weight, or not.
+            mask = self._layout.mask(x)
+            # In the layer's gradient mode, by which bitsandbytes decides to repack its weight.
             with torch.set_grad_enabled(args[0].requires_grad):
                 weight = dense_weight(site).double()  # [hidden, num_heads * head_dim]
-            reaching, scale = self._reaching(row, weight, output.double())
+            update_weight, scale = self._update_weight(row, weight, output.double())
             scale = scale.reshape(batch * seq)
-            cu_seqlens = self._real.cu_seqlens
+            cu_seqlens = self._layout.cu_seqlens
             if cu_seqlens is None:  # each row is a sequence
                 cu_seqlens = torch.arange(batch + 1) * seq
             for start, stop in pairwise(cu_seqlens.tolist()):
-                real, of_tokens = (
-                    head_outputs[start:stop],
-                    scale[start:stop],
-                )  # [tokens, heads, head_dim], [tokens]
+                valid = head_outputs[start:stop]  # [tokens, heads, head_dim]
+                scale_valid = scale[start:stop]  # [tokens]
                 if mask is not None:
-                    here = mask.flatten()[start:stop]
-                    real, of_tokens = real[here], of_tokens[here]
+                    keep = mask.flatten()[start:stop]
+                    valid, scale_valid = valid[keep], scale_valid[keep]
                 if self.token_agg == "last":
-                    real, of_tokens = real[-1:], of_tokens[-1:]
-                if len(real):
-                    self._update(row, site, real, weight=weight, reaching=reaching, scale=of_tokens)
+                    valid, scale_valid = valid[-1:], scale_valid[-1:]
+                if len(valid):
+                    self._update(
+                        row, site, valid, weight=weight, update_weight=update_weight, scale=scale_valid
+                    )
 
         return hook
 
-    def _reaching(self, row: int, weight: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer adds of a head with the output z is scale * (reaching @ z): a weight, and a number of each token."""
+    def _update_weight(self, row: int, weight: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a weight and a number for each token: the layer adds scale * (update_weight @ z) for a head's output z."""
         update, ones = self._updates.known.get(row), torch.ones_like(output[..., 0])
         if update is None:
             return weight, ones * torch.nan
@@ -138,16 +138,16 @@ class HookManager:
         head_outputs: Tensor,
         *,
         weight: Tensor,
-        reaching: Tensor,
+        update_weight: Tensor,
         scale: Tensor,
     ) -> None:
-        """Take the samples of one sequence: `head_outputs` `[tokens, num_heads, head_dim]`, `scale` `[tokens]`."""
+        """Add the samples of one sequence: `head_outputs` `[tokens, num_heads, head_dim]`, `scale` `[tokens]`."""
         per_head = []
         for h in range(site.num_heads):
             head_out = head_outputs[:, h]  # [tokens, head_dim]
             columns = slice(h * site.head_dim, (h + 1) * site.head_dim)
             contrib = head_out @ weight[:, columns].T  # [tokens, hidden]
-            added = scale[:, None] * (head_out @ reaching[:, columns].T)
+            added = scale[:, None] * (head_out @ update_weight[:, columns].T)
             of_tokens = torch.stack([v.norm(dim=1) for v in (head_out, contrib, added)])  # [3, tokens]
             per_head.append(of_tokens.mean(dim=1, keepdim=True) if self.token_agg == "all" else of_tokens)
         norms = torch.stack(per_head, dim=-1)  # [3, samples, num_heads]
@@ -161,7 +161,7 @@ class HookManager:
                     self._stats[row][metric][h].update(value)
 
     def to_profile(self) -> HeadProfile:
-        """What was measured so far, as a HeadProfile."""
+        """Return the results so far as a HeadProfile."""
         heads = max(site.num_heads for site in self.sites)
         empty = Welford()
 
@@ -182,27 +182,27 @@ class HookManager:
             for m, name in enumerate((*METRICS, UPDATE_METRIC))
         }
         options = {"token_agg": self.token_agg, "skip_first": 0, "backend": "basic", "precision": "exact"}
-        told = self._updates.describe(range(len(self.sites)))
+        updates = self._updates.describe(range(len(self.sites)))
         about = describe(
-            self.model, self.sites, **options, layers=None, residual_update=told, weights=self._weights
+            self.model, self.sites, **options, layers=None, residual_update=updates, weights=self._weights
         )
         return HeadProfile(moments, about)
 
     def get_results(self) -> dict[str, Any]:
-        """`{metric: {statistic: tensor [num_layers, num_heads]}, ..., "metadata": {...}}`, as the fast manager gives it."""
+        """Return `{metric: {statistic: tensor [num_layers, num_heads]}, ..., "metadata": {...}}`, as the fast manager does."""
         found = self.to_profile()
         warn_where_empty(found)
         return found.results()
 
     def remove(self) -> None:
-        """Take every hook off the model."""
+        """Remove every hook from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """A context in which nothing is counted."""
+        """In this context, count nothing."""
         self._paused, before = True, self._paused
         try:
             yield
@@ -210,7 +210,7 @@ class HookManager:
             self._paused = before
 
     def token_mask(self, mask: TokenMask) -> AbstractContextManager[None]:
-        """A context in which `mask`, bool `[batch, seq]`, says which tokens of a call are real, as in the fast manager."""
+        """In this context, `mask`, bool `[batch, seq]`, sets the valid tokens of a call, as in the fast manager."""
         return self._arguments.overridden(mask)
 
     def __enter__(self) -> Self:

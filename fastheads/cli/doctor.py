@@ -1,4 +1,4 @@
-"""What `fastheads doctor` shows: the sites of a model, how each would be measured, and what one batch says of them."""
+"""`fastheads doctor`: list the sites of a model and how each would be measured, and check them on one batch."""
 
 import re
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ ROWS, TOKENS = 2, 32  # of the batch; the last half of its last row is padding
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What there is to say of one site."""
+    """The diagnosis of one site."""
 
     site: HeadSite
     weight: str = "-"
@@ -31,7 +31,7 @@ class Diagnosis:
     problem: Exception | None = None
 
     def looks(self) -> tuple[Any, ...]:
-        """What neighbours must share to stand in one row."""
+        """The values that sites must share to be listed in one row."""
         geometry = None if self.finding is None else self.finding.geometry
         return self.site.num_heads, self.site.head_dim, self.weight, self.backend, geometry, str(self.problem)
 
@@ -39,10 +39,10 @@ class Diagnosis:
 def diagnose(
     model: nn.Module, *, include: str | Iterable[str] = (), backend: str = "auto"
 ) -> tuple[list[Diagnosis], Exception | None]:
-    """Every site of `model`, and the first problem, if there is one.
+    """Diagnose every site of `model`; return the diagnoses and the first problem, or None.
 
-    Runs one batch of random tokens under `HookManager(model, verify=True)`, unless a weight or a backend stands against it.
-    Raises as `find_sites` does: then there is nothing to show.
+    Runs one batch of random tokens under `HookManager(model, verify=True)`, unless a weight or the backend is unsupported. Raises
+    as `find_sites`.
     """
     sites = find_sites(model, include)
     found = [_weight_and_backend(site, backend) for site in sites]
@@ -56,7 +56,7 @@ def diagnose(
             with torch.inference_mode():
                 decoder_of(model)(**_batch(model))
             hooks.get_results()
-    except Exception as error:  # whatever the model's own code says too: the table is worth showing
+    except Exception as error:  # also from the model's own code: the table is still worth showing
         problem = error
     return [Diagnosis(d.site, d.weight, d.backend, findings.get(d.site.name)) for d in found], problem
 
@@ -82,7 +82,7 @@ def _batch(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def show(model: nn.Module, found: list[Diagnosis], console: Console) -> None:
-    """Print the sites, those alike in one row, and what the words of the last column mean."""
+    """Print the sites, equal ones in one row, and the meaning of the last column's words."""
     heads = sum(d.site.num_heads for d in found)
     console.print(f"{type(model).__name__}: {len(found)} sites, {heads} heads", soft_wrap=True)
     by_name: dict[str, dict[tuple[Any, ...], list[Diagnosis]]] = {}
@@ -110,13 +110,13 @@ def show(model: nn.Module, found: list[Diagnosis], console: Console) -> None:
                 "-" if finding is None else finding.geometry,
             )
         console.print(table)
-    console.print("sum: the relative error of heads + bias against what the projection gave", soft_wrap=True)
+    console.print("sum: the relative error of heads + bias against the projection's output", soft_wrap=True)
     for geometry in sorted({d.finding.geometry for d in found if d.finding is not None}):
         console.print(f"{geometry}: {GEOMETRY[geometry]}", soft_wrap=True)
 
 
 def _ranges(numbers: Iterable[int]) -> str:
-    """Numbers as in 0-3,5."""
+    """Format numbers as in 0-3,5."""
     runs: list[list[int]] = []
     for n in sorted(set(numbers)):
         if runs and n == runs[-1][1] + 1:

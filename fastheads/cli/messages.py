@@ -1,4 +1,4 @@
-"""What the command line says on stderr: notes, what takes a while, warnings and errors."""
+"""Messages of the command line on stderr: notes, progress, warnings and errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +12,11 @@ from fastheads.errors import one_line
 
 
 def tell_of_replaced(output: Path, checkpoint: Path | None = None) -> None:
-    """Say which earlier results a run will replace."""
+    """Print which earlier results a run will replace."""
     if checkpoint is not None and checkpoint.parent.is_dir():
         left = [path.name for path in checkpoint.parent.iterdir() if path.name.startswith(checkpoint.name)]
         if left:
-            note(
-                f"an earlier run left {min(left)}: it is replaced, for --resume, which goes on from it, is not given"
-            )
+            note(f"replacing {min(left)} of an earlier run (--resume would continue it)")
     if output.exists():
         note(f"{output} exists: it is replaced")
 
@@ -29,7 +27,7 @@ def note(line: str) -> None:
 
 @contextmanager
 def doing(what: str, terminal: Console) -> Iterator[None]:
-    """Say what takes a while: with a spinner on a terminal, as a line elsewhere."""
+    """Print what takes a while: with a spinner on a terminal, else as a line."""
     if terminal.is_terminal:
         from rich.markup import escape
 
@@ -41,18 +39,18 @@ def doing(what: str, terminal: Console) -> Iterator[None]:
 
 
 def fail(line: str, code: int) -> int:
-    """Say why the program ends, and return the status that it ends with."""
+    """Print why the program ends, and return its exit status."""
     note(line)
     return code
 
 
 def message(error: Exception) -> str:
-    """One line; of an OSError, what happened to which file."""
+    """Format an error as one line; an OSError with the file's name and the reason."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return one_line(error)
 
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A warning as a line of its own, without the place in the source."""
+    """Print a warning as one line, without its location in the source."""
     typer.echo(f"fastheads: warning: {message}", err=True)

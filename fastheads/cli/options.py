@@ -1,4 +1,4 @@
-"""The options of the command line that several commands have, and the values that options take."""
+"""Options that several commands share, and the values of options."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 
 def number_or_all(text: str | int) -> int | None:
-    """What N|all stands for: None for all."""
+    """Parse N|all to an int; None for all."""
     if str(text).strip().lower() == "all":
         return None
     try:
@@ -20,8 +20,8 @@ def number_or_all(text: str | int) -> int | None:
 Include = Annotated[
     list[str] | None,
     typer.Option(
-        help="Profile these attention modules too, though they are left out by default: a pattern for their names, "
-        "such as '*.linear_attn'. May be given several times.",
+        help="Also profile attention modules that are left out by default: a pattern for their names, such as "
+        "'*.linear_attn'. May be repeated.",
         show_default=False,
     ),
 ]
@@ -34,7 +34,7 @@ TrustRemoteCode = Annotated[
 Metric = Annotated[
     str | None,
     typer.Option(
-        help="Which metric of those in the file, such as head_output_norm.",
+        help="A metric of the profile, such as head_output_norm.",
         show_default="relative_head_residual_contribution_norm",
     ),
 ]
@@ -43,7 +43,7 @@ Heads = Annotated[
     typer.Option(
         parser=number_or_all,
         metavar="N|all",
-        help="So many of the highest heads, and of the lowest; all: the whole ranking.",
+        help="List the N highest and the N lowest heads; all: the whole ranking.",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""From files and data sets to windows of token sequences."""
+"""Read files and data sets, and cut them into windows of token sequences."""
 
 from importlib import import_module
 from typing import Any

@@ -1,4 +1,4 @@
-"""Several files as one source: lists of paths, patterns, folders; and standard input."""
+"""Open several files as one source (lists of paths, glob patterns, folders), and standard input."""
 
 import glob
 import hashlib
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from fastheads.corpus import readers
-from fastheads.corpus.readers import Chat, Item, Reader
-from fastheads.corpus.sources import Cut, Source, TextSource, names_a_file, text_file
+from fastheads.corpus.readers import Chat, Document, Reader
+from fastheads.corpus.sources import Cut, Source, TextSource, has_data_suffix, text_file
 from fastheads.errors import DataError
 
 STDIN = "standard input"
-SPOOLED_BYTES = 2**20  # copied at a time
+COPY_BYTES = 2**20  # size of the copy buffer
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,21 @@ class FilesSource(Source):
 
     name: str
     kind: Cut
-    sha256: str | None  # of the files' own hashes; None where that of one is not known
+    sha256: str | None  # of the files' hashes; None if one of them is unknown
     size: int | None
     parts: tuple[Source, ...]
     version: tuple[tuple[str, Any], ...] = ()
 
     @property
     def mixed(self) -> bool:
-        """True if some are streams of text and some are documents."""
+        """True if some parts are streams of text and some are documents."""
         return len({part.kind for part in self.parts}) > 1
 
     def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
         return FilesReader(self.parts, cut, position)
 
     def bytes_before(self, position: Mapping[str, Any]) -> int | None:
-        """How many bytes lie before a position; None where that cannot be told."""
+        """Count the bytes before a position; None if unknown, as in compressed files."""
         sizes = [part.size for part in self.parts]
         plain = all(
             getattr(part, "path", None) is not None and part.path.suffix.lower() not in readers.OPENERS  # type: ignore[attr-defined]
@@ -53,7 +53,7 @@ class FilesSource(Source):
 
 
 class FilesReader:
-    """Reads one file after another. `begins`: the document that was given last is the first of a file."""
+    """Read one file after another. `begins` is True if the last document returned was the first of its file."""
 
     def __init__(
         self, parts: tuple[Source, ...], cut: Cut | None, position: Mapping[str, Any] | None
@@ -63,11 +63,11 @@ class FilesReader:
         rest = dict(position or {})
         self._file = int(rest.pop("file", 0))
         if not 0 <= self._file < len(parts):
-            raise DataError("this is no position in these files")
+            raise DataError("the position to resume from is not one in these files")
         self._fresh = not rest
         self._reader = parts[self._file].read(cut, rest or None)
 
-    def __next__(self) -> Item:
+    def __next__(self) -> Document:
         while (item := next(self._reader, None)) is None:  # type: ignore[call-overload]
             if self._file + 1 == len(self._parts):
                 raise StopIteration
@@ -88,22 +88,21 @@ class FilesReader:
 def files_source(
     names: Iterable[str | os.PathLike[str]], field: str | None = None, chat: Chat = "auto"
 ) -> Source:
-    """The documents of files, in the order of `names`: paths of files, patterns ("data/*.jsonl"), folders.
+    """Open the files in `names`, in order: paths, glob patterns ("data/*.jsonl") and folders.
 
-    What a pattern matches, or a folder holds at any depth, comes in the order of the names. A single file is what `text_file`
-    gives.
+    Files that match a pattern, or lie in a folder at any depth, are sorted by name. For a single file, return `text_file` of it.
 
     Raises:
-        DataError: if there is no such file, one comes twice, a folder holds files of unlike kinds, or one cannot be read.
+        DataError: there is no such file, one occurs twice, a folder holds files of unlike kinds, or one cannot be read.
         MissingExtraError, OptionError: as `text_file`.
     """
-    paths = [path for name in names for path in _paths_of(name)]
+    paths = [path for name in names for path in _expand(name)]
     seen: set[str] = set()
     for path in paths:
-        real = os.path.realpath(path)
-        if real in seen:
+        resolved = os.path.realpath(path)
+        if resolved in seen:
             raise DataError(f"the data file {path} is given twice: its documents would count twice")
-        seen.add(real)
+        seen.add(resolved)
     parts = tuple(text_file(path, field, chat) for path in paths)
     if len(parts) == 1:
         return parts[0]
@@ -124,17 +123,17 @@ def files_source(
 
 
 def is_pattern(name: str) -> bool:
-    """True if `name` has the signs of a pattern for names of files, and can be one."""
+    """True if `name` is a glob pattern."""
     return glob.has_magic(name) and "\n" not in name and "\0" not in name
 
 
-def _paths_of(name: str | os.PathLike[str]) -> list[Path]:
+def _expand(name: str | os.PathLike[str]) -> list[Path]:
     text = os.fspath(name)
     if not text:
         raise DataError("the name of a data file is empty")
     path = Path(text)
     if path.is_dir():
-        return _of_folder(path)
+        return _folder_files(path)
     if not path.exists() and is_pattern(text):
         found = sorted(Path(match) for match in glob.glob(text, recursive=True) if os.path.isfile(match))
         if not found:
@@ -143,8 +142,8 @@ def _paths_of(name: str | os.PathLike[str]) -> list[Path]:
     return [path]
 
 
-def _of_folder(folder: Path) -> list[Path]:
-    """The files of a folder, without hidden ones, if they are of kinds that are data, or all of one kind."""
+def _folder_files(folder: Path) -> list[Path]:
+    """List the files of a folder, without hidden ones; raise DataError unless all are data files, or all of one suffix."""
     inside = sorted(folder.rglob("*"))
     files = [
         path
@@ -153,11 +152,11 @@ def _of_folder(folder: Path) -> list[Path]:
     ]
     if not files:
         raise DataError(f"the data folder {folder} holds no files")
-    strange = [path for path in files if not names_a_file(path)]
+    strange = [path for path in files if not has_data_suffix(path)]
     if strange and len({readers.plain_suffix(path) for path in files}) > 1:
         raise DataError(
-            f"the data folder {folder} holds {strange[0].relative_to(folder)} beside other kinds of files: name those that are "
-            f"data, as in '{folder}/*.jsonl'"
+            f"the data folder {folder} holds {strange[0].relative_to(folder)} beside other kinds of files: name the data "
+            f"files, as in '{folder}/*.jsonl'"
         )
     return files
 
@@ -169,23 +168,24 @@ def _name(parts: tuple[Source, ...]) -> str:
 
 
 class StdinSource(TextSource):
-    """What came in on standard input, in a file that is deleted with this object."""
+    """A copy of standard input, in a temporary file that is deleted with this object."""
 
     once = True
 
 
 def stdin_source(field: str | None = None, chat: Chat = "auto") -> Source:
-    """All of standard input, kept in a temporary file, since it is read more than once. It is JSON lines where its first line is
-    a JSON object, or a field or chats are asked for; else a text.
+    """Copy standard input to a temporary file, since it is read more than once, and open that.
+
+    It is read as JSON lines if its first line is a JSON object, or `field` or `chat` is given; else as plain text.
 
     Raises:
-        DataError: if it is empty, or cannot be read.
+        DataError: it is empty, or cannot be read.
         OptionError: as `text_file`.
     """
-    # Deleted when nothing refers to it any more, or the process ends.
+    # Deleted when the object is collected, or the process ends.
     file = tempfile.NamedTemporaryFile(prefix="fastheads-stdin-")  # noqa: SIM115
     try:
-        shutil.copyfileobj(sys.stdin.buffer, file, SPOOLED_BYTES)
+        shutil.copyfileobj(sys.stdin.buffer, file, COPY_BYTES)
         file.flush()
     except OSError as error:
         raise DataError(f"cannot read {STDIN}: {error.strerror}") from error
@@ -206,9 +206,9 @@ def _digest(path: Path) -> str:
 
 
 def _begins_with_object(path: Path) -> bool:
-    """Whether the first line that is not blank is a JSON object."""
+    """True if the first line that is not blank is a JSON object."""
     with path.open("rb") as file:
-        line = next((line for line in iter(lambda: file.readline(SPOOLED_BYTES), b"") if line.strip()), b"")
+        line = next((line for line in iter(lambda: file.readline(COPY_BYTES), b"") if line.strip()), b"")
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):

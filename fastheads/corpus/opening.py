@@ -1,4 +1,4 @@
-"""From whatever a caller calls data to a source of documents."""
+"""Open a caller's data, of any supported kind, as a source of documents."""
 
 import os
 import sys
@@ -10,10 +10,10 @@ from fastheads.corpus.readers import Chat
 from fastheads.corpus.sources import (
     Source,
     TableSource,
-    check_is_read,
     default_text,
     exists,
-    names_a_data_set,
+    is_hub_name,
+    refuse_field_options,
 )
 from fastheads.errors import DataError
 
@@ -26,25 +26,28 @@ def open_source(
     split: str = "train",
     streaming: bool = False,
 ) -> Source | None:
-    """The source that `data` is; None if it is none (token batches, say).
+    """Open `data` as a source of documents; return None if it holds token batches instead.
 
     Args:
-        data: None (the text of every Python); a path, by its name's end: .jsonl, .ndjson or .json (JSON lines),
-            .csv, .tsv, .parquet, anything else a text, all but Parquet also compressed (.gz, .bz2, .xz);
-            a pattern for such names (`data/*.jsonl`), a folder, or a list of `pathlib.Path` (`filesets.files_source`); "-",
-            standard input;
-            a data set of the Hub as `owner/name` or `owner/name:configuration`; a `datasets.Dataset` or
-            `IterableDataset`; a list or tuple of texts, of records (dicts with a field for the documents) or of chats; a
-            table of pandas, polars or pyarrow, or a dict of columns.
+        data: one of
+            None: the text that comes with Python (`sources.default_text`);
+            a path, whose suffix gives the format: .jsonl, .ndjson or .json (JSON lines), .csv, .tsv, .parquet, anything
+            else plain text; all but Parquet also compressed (.gz, .bz2, .xz);
+            a glob pattern (`data/*.jsonl`), a folder, or a list of `pathlib.Path` (`filesets.files_source`);
+            "-": standard input;
+            a data set of the Hub as `owner/name` or `owner/name:configuration`;
+            a `datasets.Dataset` or `IterableDataset`;
+            a list or tuple of texts, of records (dicts with a field for the documents) or of chats;
+            a table of pandas, polars or pyarrow, or a dict of columns.
         field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
-        chat: whether the documents are chats, lists of messages with `role` and `content`, which the tokenizer's
-            template makes texts of. "auto": those that are such lists.
-        split: of a data set of the Hub.
-        streaming: read a data set of the Hub as it arrives, instead of keeping it in the cache.
+        chat: True if the documents are chats: lists of messages with `role` and `content`, to which the tokenizer's
+            chat template is applied. "auto": a document is a chat if it is such a list.
+        split: the split of a data set of the Hub.
+        streaming: stream a data set of the Hub instead of downloading it to the cache.
 
     Raises:
         DataError: the data cannot be read; most faults show here, before a model is loaded.
-        OptionError: `field` or `chat` is given for data that have neither.
+        OptionError: `field` or `chat` is given for data without fields or chats.
         MissingExtraError: `datasets` is needed and not installed.
     """
     source = named_source(data, field=field, chat=chat, split=split, streaming=streaming)
@@ -64,9 +67,9 @@ def named_source(
     split: str = "train",
     streaming: bool = False,
 ) -> Source | None:
-    """The source where `data` is None, a source, a name, or of the library `datasets`; else None. As `open_source`."""
+    """Open `data` as `open_source` does if it is None, a source, a name or an object of `datasets`; else return None."""
     if data is None:
-        check_is_read("the text of Python", field, chat)
+        refuse_field_options("the text of Python", field, chat)
         return default_text()
     if isinstance(data, Source):
         return data
@@ -75,7 +78,7 @@ def named_source(
             return filesets.stdin_source(field, chat)
         if not isinstance(data, str) or ("\n" not in data and exists(data)) or filesets.is_pattern(data):
             return filesets.files_source([data], field, chat)
-        if names_a_data_set(data):
+        if is_hub_name(data):
             table = hf_datasets.hub_table(data, field, chat, split=split, streaming=streaming)
             return TableSource(table.name, None, None, table, version=table.version)
         raise DataError(
@@ -92,5 +95,5 @@ def named_source(
 
 
 def _has_tokens(data: Any) -> bool:
-    """Whether a data set of `datasets` has token ids rather than documents."""
+    """True if a data set of `datasets` has token ids rather than documents."""
     return "input_ids" in (getattr(data, "column_names", None) or ())

@@ -1,4 +1,4 @@
-"""Read an iterator in a thread, ahead of its use."""
+"""Read an iterator ahead, in a thread."""
 
 import queue
 import threading
@@ -11,9 +11,10 @@ T = TypeVar("T")
 
 @contextmanager
 def prefetched(items: Iterator[T], count: int) -> Iterator[Iterator[T]]:
-    """Iterate over `items`, none of which is None, with a thread that reads up to `count` of them ahead.
+    """Iterate over `items` (none of them None) while a thread reads up to `count` of them ahead.
 
-    An error of `items` is raised in its place. Leaving the context stops the thread, which closes `items`.
+    An error of `items` is raised at the point where the item would have come. Leaving the context stops the thread, which
+    closes `items`.
     """
     ready: queue.SimpleQueue[T | BaseException | None] = queue.SimpleQueue()
     room = threading.Semaphore(count)
@@ -28,7 +29,7 @@ def prefetched(items: Iterator[T], count: int) -> Iterator[Iterator[T]]:
                 if item is None:
                     return
                 room.acquire()
-        except BaseException as error:  # raised below, in its place
+        except BaseException as error:  # raised by taken()
             ready.put(error)
         finally:
             items.close()  # type: ignore[attr-defined]
@@ -40,7 +41,7 @@ def prefetched(items: Iterator[T], count: int) -> Iterator[Iterator[T]]:
             room.release()
             yield item
 
-    # A daemon: one that waits for the network would hold up the end of the program.
+    # A daemon, since a thread that waits for the network would keep the program from exiting.
     thread = threading.Thread(target=read, name="fastheads-reading", daemon=True)
     thread.start()
     try:

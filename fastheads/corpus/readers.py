@@ -1,4 +1,4 @@
-"""The documents of files and of what is in memory, one after another, from any position that was noted before.
+"""Read the documents of a file, or of a list in memory, in order, starting anywhere a reader stopped before.
 
 A document is a text, or a chat: a list of messages `{"role": ..., "content": ...}`.
 """
@@ -17,38 +17,38 @@ from typing import Any, Literal, Protocol
 
 from fastheads.errors import DataError
 
-Item = str | list[dict[str, str]]
+Document = str | list[dict[str, str]]
 Chat = Literal["auto"] | bool
 
 CHAT_FIELDS = ("messages", "conversations")
-# As chats in ShareGPT's format call who speaks.
+# ShareGPT's names of the roles.
 ROLES = {"human": "user", "gpt": "assistant"}
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
 
-# A stream is tokenized in pieces of as many bytes or up to twice as many.
-PIECE_BYTES = 2**16
+# A stream is tokenized in chunks of one to two times as many bytes.
+CHUNK_BYTES = 2**16
 
 
 class Reader(Protocol):
-    """An iterator over documents that can say where it is."""
+    """An iterator over documents that knows its position."""
 
-    def __next__(self) -> Item: ...
+    def __next__(self) -> Document: ...
 
     def position(self) -> dict[str, Any]:
-        """Where it is, as JSON: a reader that starts there gives what this one gives next."""
+        """Return the current position as JSON values: a reader started there continues with this reader's next document."""
 
     def close(self) -> None: ...
 
 
 class FileReader:
-    """What the readers of bytes have in common; `position` is where another one stood."""
+    """Base of the readers of files; `position`, if given, is one that such a reader returned."""
 
     def __init__(self, raw: Any, name: str, position: Mapping[str, Any] | None) -> None:
         self.file, self.name = io.BufferedReader(raw), name
         if position:
             self._try(self.file.seek, position["byte"])
-        elif self._try(self.file.peek, 3)[:3] == b"\xef\xbb\xbf":  # a byte-order mark is no text
+        elif self._try(self.file.peek, 3)[:3] == b"\xef\xbb\xbf":  # skip the byte-order mark
             self.file.seek(3)
 
     def _try(self, read: Callable[..., Any], *arguments: Any) -> Any:
@@ -74,42 +74,42 @@ class FileReader:
             raise DataError(f"{self.name} is not UTF-8 text: {error.reason}") from error
 
 
-class Pieces(FileReader):
-    """A stream in pieces of one to two times `PIECE_BYTES`, that end where tokenizers split in any case.
+class TextChunks(FileReader):
+    """The chunks of a text, of one to two times `CHUNK_BYTES` each.
 
-    That is between two lines, best where neither blank lines nor indentation stand between them, so that the pieces
-    have the tokens that the whole would have. In a line without end it is before a space.
+    A chunk ends where tokenizers split anyway, so that the chunks have the tokens that the whole text would have: after a
+    newline, preferably one with no blank line or indentation beside it; in very long lines, before a space.
     """
 
-    SEAMS = tuple(map(re.compile, (rb"\S\n(?=\S)", rb"\n(?=\S)", rb"(?= )")))
+    BREAKS = tuple(map(re.compile, (rb"\S\n(?=\S)", rb"\n(?=\S)", rb"(?= )")))
 
     def __init__(self, raw: Any, name: str, position: Mapping[str, Any] | None) -> None:
         super().__init__(raw, name, position)
-        self.ahead = b""  # read, and not yet given
+        self.ahead = b""  # read, not yet returned
 
     def position(self) -> dict[str, Any]:
         return {"byte": self.file.tell() - len(self.ahead)}
 
     def __next__(self) -> str:
-        self.ahead += self._try(self.file.read, 2 * PIECE_BYTES - len(self.ahead))
+        self.ahead += self._try(self.file.read, 2 * CHUNK_BYTES - len(self.ahead))
         end = len(self.ahead)
         if not end:
             raise StopIteration
-        if end == 2 * PIECE_BYTES:
-            found = (seam.search(self.ahead, PIECE_BYTES) for seam in self.SEAMS)
+        if end == 2 * CHUNK_BYTES:
+            found = (pattern.search(self.ahead, CHUNK_BYTES) for pattern in self.BREAKS)
             end = next((match.end() for match in found if match), 0) or _whole_characters(self.ahead)
-        piece, self.ahead = self.ahead[:end], self.ahead[end:]
-        return self.text(piece)
+        chunk, self.ahead = self.ahead[:end], self.ahead[end:]
+        return self.text(chunk)
 
 
-def _whole_characters(piece: bytes) -> int:
-    """Where the last character of a UTF-8 text starts; all of it where that is no UTF-8."""
-    starts = (i for i in range(len(piece) - 1, 0, -1) if piece[i] & 0xC0 != 0x80)
-    return next(starts, len(piece))
+def _whole_characters(chunk: bytes) -> int:
+    """Return the byte at which the last UTF-8 character starts; the length if there is no such byte."""
+    starts = (i for i in range(len(chunk) - 1, 0, -1) if chunk[i] & 0xC0 != 0x80)
+    return next(starts, len(chunk))
 
 
-class Lines(FileReader):
-    """The lines of a text, each a document, without their ends."""
+class LineReader(FileReader):
+    """The lines of a text, each a document, without the newline."""
 
     def __next__(self) -> str:
         line = self.line_of_bytes()
@@ -118,8 +118,8 @@ class Lines(FileReader):
         return self.text(line).rstrip("\r\n")
 
 
-class JsonLines(FileReader):
-    """The documents of JSON lines; blank lines are passed over. `field` None: `choose_field` of the first."""
+class JsonLinesReader(FileReader):
+    """The documents of a JSON lines file, without blank lines. `field` None: `choose_field` from the first line."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class JsonLines(FileReader):
         return super().position() | {"line": self.line}
 
     def record(self) -> Mapping[str, Any]:
-        """The next line's object."""
+        """Return the object on the next line that is not blank."""
         while content := self.line_of_bytes():
             self.line += 1
             if not (line := self.text(content)).strip():
@@ -159,27 +159,26 @@ class JsonLines(FileReader):
     def where(self) -> str:
         return f"{self.name}, line {self.line}"
 
-    def __next__(self) -> Item:
+    def __next__(self) -> Document:
         record = self.record()
         if self.field is None:
             self.field = choose_field(list(record), None, self.chat, self.where)
         if self.field not in record:
             choose_field(list(record), self.field, self.chat, self.where)
-        return as_item(record[self.field], self.field, self.chat, self.where)
+        return as_document(record[self.field], self.field, self.chat, self.where)
 
 
-class Cells(FileReader):
-    """The cells in one column of a CSV file with a header, as they stand. `field` None: `choose_field`.
+class CsvReader(FileReader):
+    """The cells of one column of a CSV file with a header, as unconverted text. `field` None: `choose_field`.
 
-    Python's own reader rather than pandas', which takes "NA" for nothing and shifts the cells of a line that has
-    too many.
+    Uses the csv module rather than pandas, which reads "NA" as missing and shifts the cells of lines that have too many.
     """
 
     def __init__(
         self, raw: Any, name: str, position: Mapping[str, Any] | None, field: str | None, delimiter: str
     ) -> None:
         super().__init__(raw, name, None)
-        # For the whole process, for it cannot be set otherwise; documents are longer than its 128 KiB.
+        # Documents exceed the default of 128 KiB. The limit can be set only for the whole process.
         csv.field_size_limit(2**31 - 1)
         self.line = 0
         self.rows = csv.reader(self._lines(), delimiter=delimiter, strict=True)
@@ -206,7 +205,7 @@ class Cells(FileReader):
         return row[self.column]
 
     def _row(self) -> list[str] | None:
-        """The next row that is not blank."""
+        """Return the next row that is not blank; None at the end."""
         try:
             return next((row for row in self.rows if row), None)
         except csv.Error as error:
@@ -218,13 +217,13 @@ class Cells(FileReader):
             yield self.text(content)
 
 
-class Held:
+class InMemoryReader:
     """Documents in memory."""
 
-    def __init__(self, items: Sequence[Item], position: Mapping[str, Any] | None) -> None:
+    def __init__(self, items: Sequence[Document], position: Mapping[str, Any] | None) -> None:
         self.items, self.next = items, position["item"] if position else 0
 
-    def __next__(self) -> Item:
+    def __next__(self) -> Document:
         if self.next >= len(self.items):
             raise StopIteration
         self.next += 1
@@ -238,12 +237,12 @@ class Held:
 
 
 def plain_suffix(path: Path) -> str:
-    """The end of the name in small letters, without that of a compression."""
+    """Return the suffix in lower case, ignoring that of a compression: ".csv" for "a.CSV.gz"."""
     return (path.with_suffix("") if path.suffix.lower() in OPENERS else path).suffix.lower()
 
 
 def open_bytes(path: Path) -> Any:
-    """The file's bytes, unpacked, for the readers of this module; DataError where it cannot be opened."""
+    """Open a file for reading, decompressed; raise DataError if it cannot be opened."""
     try:
         return OPENERS.get(path.suffix.lower(), io.FileIO)(path)
     except OSError as error:
@@ -251,10 +250,10 @@ def open_bytes(path: Path) -> Any:
 
 
 def choose_field(fields: Sequence[str], field: str | None, chat: Chat, where: str) -> str:
-    """`field`, or which of `fields` holds the documents: 'text', or else what chats are usually called.
+    """Return the field that holds the documents: `field` if given, else the first of 'text' and `CHAT_FIELDS` in `fields`.
 
     Raises:
-        DataError: if there is none; it names those there are.
+        DataError: there is no such field; the message lists `fields`.
     """
     usual = (*(() if chat is True else ("text",)), *(() if chat is False else CHAT_FIELDS))
     for wanted in usual if field is None else (field,):
@@ -267,8 +266,8 @@ def choose_field(fields: Sequence[str], field: str | None, chat: Chat, where: st
     )
 
 
-def as_item(value: Any, field: str, chat: Chat, where: str) -> Item:
-    """A document, if `value` is one; else DataError."""
+def as_document(value: Any, field: str, chat: Chat, where: str) -> Document:
+    """Return `value` as a document; raise DataError if it is none."""
     if isinstance(value, str) and chat is not True and is_unicode(value):
         return value
     if isinstance(value, list) and chat is not False:
@@ -280,24 +279,24 @@ def as_item(value: Any, field: str, chat: Chat, where: str) -> Item:
 
 
 def _message(message: Any) -> dict[str, str] | None:
-    """A message of a chat with its role and content alone; None if it is none."""
+    """Reduce a chat message to its role and content; None if it is no message."""
     if not isinstance(message, Mapping):
         return None
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    content = "" if content is None else content  # as where an assistant only calls a tool
+    content = "" if content is None else content  # null where the assistant only calls a tool
     if not (isinstance(role, str) and isinstance(content, str) and is_unicode(role + content)):
         return None
     return {"role": ROLES.get(role, role), "content": content}
 
 
-def characters(item: Item) -> int:
-    """The length of a document; of a chat, of what is said in it."""
+def characters(item: Document) -> int:
+    """Count the characters of a document; of a chat, those of its messages' contents."""
     return len(item) if isinstance(item, str) else sum(len(message["content"]) for message in item)
 
 
 def is_unicode(text: str) -> bool:
-    """False for a lone surrogate, which JSON can spell and no tokenizer takes."""
+    """False if the text has a lone surrogate, which JSON can express and no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:

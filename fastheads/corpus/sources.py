@@ -1,9 +1,8 @@
 """Sources of documents: text files, JSON lines, CSV, tables and texts in memory.
 
-A *stream* (a text file, the default text) is one text, cut to contiguous blocks of `seq_len` tokens; only the
-last block can be shorter. *Documents* (JSON lines, texts in a list) are sequences of their own, cut at `seq_len`.
-Both are tokenized with the tokenizer's defaults: where it begins a text with a BOS token, a stream has one at its
-start, and every document has its own.
+A *stream* (a text file, the default text) is one text, cut into contiguous blocks of `seq_len` tokens; only the last block
+can be shorter. *Documents* (JSON lines, texts in a list) are tokenized one by one, and split where they exceed `seq_len`.
+Special tokens are the tokenizer's defaults: if it adds a BOS token, a stream has one at its start and every document its own.
 """
 
 import hashlib
@@ -18,36 +17,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastheads.corpus import hf_datasets as tables
-from fastheads.corpus import readers
-from fastheads.corpus.readers import Chat, Item, Reader
+from fastheads.corpus import hf_datasets, readers
+from fastheads.corpus.readers import Chat, Document, Reader
 from fastheads.errors import DataError, OptionError
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
-CELLS = {".csv": ",", ".tsv": "\t"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 PARQUET = ".parquet"
 Cut = Literal["documents", "stream"]
 
-# Reading a larger file once more for its hash would take long.
+# Larger files are not hashed: reading them an extra time would take long.
 HASHED_BYTES = 2**30
 
 
 class Source(ABC):
-    """Documents that can be read as often as wanted, and from any position that a reader gave."""
+    """Documents that can be read repeatedly, and from any position that a reader returned."""
 
-    name: str  # a path, or what else says where the documents come from
-    kind: Cut  # how it is cut where nothing is said
-    sha256: str | None  # of the file's bytes, or of the texts as UTF-8; None where that would take long
-    size: int | None  # in bytes, where it is known
-    version: tuple[tuple[str, Any], ...] = ()  # what else tells other contents, where there is no hash
+    name: str  # a path, or another description of where the documents come from
+    kind: Cut  # the default cut
+    sha256: str | None  # of the file's bytes, or of the texts as UTF-8; None for files above HASHED_BYTES
+    size: int | None  # in bytes; None if unknown
+    version: tuple[tuple[str, Any], ...] = ()  # identifies the contents further, e.g. where there is no hash
     once = False  # True: a later process cannot read it again
 
     @abstractmethod
     def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
-        """The documents; for the cut `stream` of a text, its pieces."""
+        """Return a reader of the documents from `position` on; of the chunks of a text that is cut as a stream."""
 
-    def items(self, cut: Cut | None = None) -> Iterator[Item]:
-        """All that `read` gives."""
+    def items(self, cut: Cut | None = None) -> Iterator[Document]:
+        """Yield all documents, or chunks, from the start."""
         reader = self.read(cut)
         try:
             while (item := next(reader, None)) is not None:  # type: ignore[call-overload]
@@ -65,14 +63,14 @@ class TextSource(Source):
     sha256: str | None
     size: int
     path: Path | None = None
-    field: str | None = None  # of JSON lines and CSV; None: `readers.choose_field`
+    field: str | None = None  # for JSON lines and CSV; None: `readers.choose_field`
     chat: Chat = "auto"
-    held: tuple[Item, ...] = ()  # the documents, where there is no file
+    held: tuple[Document, ...] = ()  # the documents, if there is no file
     version: tuple[tuple[str, Any], ...] = ()
 
     def read(self, cut: Cut | None = None, position: Mapping[str, Any] | None = None) -> Reader:
         if self.path is None and self.kind == "documents":
-            return readers.Held(self.held, position)
+            return readers.InMemoryReader(self.held, position)
         raw = io.BytesIO(str(self.held[0]).encode()) if self.path is None else readers.open_bytes(self.path)
         try:
             return self._reader(raw, cut, position)
@@ -82,22 +80,24 @@ class TextSource(Source):
 
     def _reader(self, raw: Any, cut: Cut | None, position: Mapping[str, Any] | None) -> Reader:
         if self.kind == "stream":
-            return (readers.Lines if cut == "documents" else readers.Pieces)(raw, self.name, position)
+            return (readers.LineReader if cut == "documents" else readers.TextChunks)(
+                raw, self.name, position
+            )
         assert self.path is not None
-        delimiter = CELLS.get(readers.plain_suffix(self.path))
+        delimiter = DELIMITERS.get(readers.plain_suffix(self.path))
         if delimiter is not None:
-            return readers.Cells(raw, self.name, position, self.field, delimiter)
-        return readers.JsonLines(raw, self.name, position, self.field, self.chat)
+            return readers.CsvReader(raw, self.name, position, self.field, delimiter)
+        return readers.JsonLinesReader(raw, self.name, position, self.field, self.chat)
 
 
 @dataclass(frozen=True)
 class TableSource(Source):
-    """What Hugging Face `datasets` reads."""
+    """Documents that Hugging Face `datasets` reads."""
 
     name: str
     sha256: str | None
     size: int | None
-    table: tables.Table
+    table: hf_datasets.Table
     kind: Cut = "documents"
     version: tuple[tuple[str, Any], ...] = ()
 
@@ -105,42 +105,42 @@ class TableSource(Source):
         return self.table.read(position)
 
 
-def names_a_data_set(name: str) -> bool:
-    """Whether this is the name of a data set of the Hub: there is no such file, and it does not look like a file's name."""
+def is_hub_name(name: str) -> bool:
+    """True if `name` has the form `owner/name[:configuration]`, no such file exists, and the suffix is no data file's."""
     return (
         re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", name) is not None
         and not exists(name)
-        and not names_a_file(Path(name))
+        and not has_data_suffix(Path(name))
     )
 
 
-def check_is_read(what: str, field: str | None, chat: Chat) -> None:
-    """Raise OptionError for options that would be passed over, for data without fields."""
+def refuse_field_options(what: str, field: str | None, chat: Chat) -> None:
+    """Raise OptionError if `field` or `chat` is given; for data without fields, where they would have no effect."""
     for option, given in (("field", field is not None), ("chat", chat is True)):
         if given:
             raise OptionError(f"{option} is for JSON lines, tables and data sets: {what} has no fields")
 
 
 def exists(name: str) -> bool:
-    """True if there is a file or folder of that name."""
+    """True if there is a file or folder of this name."""
     try:
         return Path(name).exists()
     except (OSError, ValueError):  # too long for a name, or with a zero byte
         return False
 
 
-def names_a_file(path: Path) -> bool:
-    """True if the name ends as those of data files do."""
-    return readers.plain_suffix(path) in (".txt", PARQUET, *JSON_LINES_SUFFIXES, *CELLS)
+def has_data_suffix(path: Path) -> bool:
+    """True if the name has the suffix of a data file, compressed or not."""
+    return readers.plain_suffix(path) in (".txt", PARQUET, *JSON_LINES_SUFFIXES, *DELIMITERS)
 
 
 def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat = "auto") -> Source:
-    """A file as the source that its name's end says (`open_source`): a text is a stream, all else documents.
+    """Open a file in the format of its suffix (`open_source`): plain text is a stream, all else documents.
 
     Raises:
-        DataError: if there is no such file, it cannot be read, is empty or starts with no text.
-        MissingExtraError: if reading it needs `datasets` and that is not installed.
-        OptionError: if it has no fields, or no chats, and one is asked for.
+        DataError: there is no such file, it is empty, or its first document cannot be read.
+        MissingExtraError: reading it needs `datasets`, which is not installed.
+        OptionError: `field` or `chat` is given for a format without fields or chats.
     """
     path = Path(path)
     if path.is_dir():
@@ -161,10 +161,10 @@ def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat
     suffix = readers.plain_suffix(path)
     if path.suffix.lower() == PARQUET:
         source = TableSource(
-            str(path), sha256, size, tables.parquet_table(path, field, chat), version=version
+            str(path), sha256, size, hf_datasets.parquet_table(path, field, chat), version=version
         )
-    elif suffix in JSON_LINES_SUFFIXES or suffix in CELLS:
-        if suffix in CELLS and chat is True:
+    elif suffix in JSON_LINES_SUFFIXES or suffix in DELIMITERS:
+        if suffix in DELIMITERS and chat is True:
             raise OptionError(f"chat is for JSON lines, Parquet and data sets: the cells of {path} are texts")
         if suffix in JSON_LINES_SUFFIXES:
             field = field or _first_field(path, chat)
@@ -172,15 +172,15 @@ def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat
             str(path), "documents", sha256, size, path=path, field=field, chat=chat, version=version
         )
     else:
-        check_is_read(f"the text {path}", field, chat)
+        refuse_field_options(f"the text {path}", field, chat)
         source = TextSource(str(path), "stream", sha256, size, path=path, version=version)
     next(source.items(), None)  # most faults show at once, before a model is loaded
     return source
 
 
 def _first_field(path: Path, chat: Chat) -> str | None:
-    """Which field of the first of JSON lines holds the documents; None where there is no line."""
-    lines = readers.JsonLines(readers.open_bytes(path), str(path), None, None, chat)
+    """Choose the field that holds the documents from the first line of a JSON lines file; None if it has no lines."""
+    lines = readers.JsonLinesReader(readers.open_bytes(path), str(path), None, None, chat)
     try:
         return readers.choose_field(list(lines.record()), None, chat, lines.where)
     except StopIteration:
@@ -190,20 +190,20 @@ def _first_field(path: Path, chat: Chat) -> str | None:
 
 
 def held_texts(texts: Iterable[str]) -> TextSource:
-    """Texts in memory, each a document. The hash is that of all of them, each followed by a zero byte.
+    """Return a source of texts in memory, one document each. Its hash covers all of them, each followed by a zero byte.
 
     Raises:
-        DataError: if one of them is no text.
+        DataError: an item is not a str, or not valid Unicode.
     """
     held = tuple(texts)
     for number, text in enumerate(held):
         if not isinstance(text, str) or not readers.is_unicode(text):
             raise DataError(f"text {number} of the data is not a text: {str(text)[:40]!a}")
-    return held_items(held)
+    return in_memory_source(held)
 
 
-def held_items(items: Iterable[Item]) -> TextSource:
-    """Texts and chats in memory, as `held_texts`; of a chat, the hash is that of its JSON. They are taken as they are."""
+def in_memory_source(items: Iterable[Document]) -> TextSource:
+    """As `held_texts`, for texts and chats, which are not checked. A chat is hashed as JSON."""
     held = tuple(items)
     digest, size = hashlib.sha256(), 0
     for item in held:
@@ -214,9 +214,9 @@ def held_items(items: Iterable[Item]) -> TextSource:
 
 
 def default_text() -> TextSource:
-    """The English text that every CPython carries: the topics of `pydoc_data`, sorted, blank lines between.
+    """Return the English text that comes with CPython: the topics of `pydoc_data`, sorted, joined by blank lines.
 
-    About 465,000 characters. It differs between Python versions: its name and its hash say which one it was.
+    About 465,000 characters. It differs between Python versions; the source's name and hash tell which one it is.
     """
     from pydoc_data.topics import topics
 

@@ -1,4 +1,4 @@
-"""Model arguments made of token ids: rows of a corpus padded to a batch, and the token batches of a caller checked and cut."""
+"""Make the model's arguments from token ids: pad rows of a corpus to batches; check and truncate a caller's own batches."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,41 +10,41 @@ from torch import Tensor
 
 from fastheads.errors import DataError, OptionError
 
-PADDING = 0.045  # a little below the most that is wanted, 5 %
+MAX_PADDING = 0.045  # share of a batch; a little below the 5 % that is promised
 
 
 def plan(lengths: Sequence[int], budget: int, max_rows: int | None = None) -> list[list[int]]:
-    """The rows of each batch: longest first, rows × longest ≤ `budget` and rows ≤ `max_rows`, but one at least.
+    """Group rows into batches of at least one row, with rows × longest ≤ `budget` and rows ≤ `max_rows`.
 
-    The longest come first: what does not fit into the memory shows at once. Equal lengths keep their order.
-    Where full batches would be padded by more than `PADDING`, they end earlier, when they come to hold that much
-    padding of their own: from a half, a quarter, … a sixteenth of the budget on, whatever it takes.
+    Rows are sorted by length, longest first, so that running out of memory shows at once; equal lengths keep their order.
+    If filling every batch would pad them by more than `MAX_PADDING` in all, a batch ends once its own padding exceeds that
+    and it holds at least half the budget; if that does not suffice, a quarter, … down to a sixteenth.
     """
     if budget < 1 or (max_rows is not None and max_rows < 1):
         raise OptionError(f"a batch needs room: budget {budget} tokens, max_rows {max_rows}")
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     batches: list[list[int]] = []
     for least in (budget, budget // 2, budget // 4, budget // 8, budget // 16):
-        batches, width, real = [], 0, 0
+        batches, width, valid = [], 0, 0
         for row in order:
             rows = len(batches[-1]) + 1 if batches else 0
             full = not batches or rows * width > budget or rows - 1 == max_rows
-            loose = real + lengths[row] < (1 - PADDING) * rows * width and (rows - 1) * width >= least
-            if full or loose:
+            padded = valid + lengths[row] < (1 - MAX_PADDING) * rows * width and (rows - 1) * width >= least
+            if full or padded:
                 batches.append([])
-                width, real = lengths[row], 0
+                width, valid = lengths[row], 0
             batches[-1].append(row)
-            real += lengths[row]
-        if sum(lengths) >= (1 - PADDING) * sum(len(batch) * lengths[batch[0]] for batch in batches):
+            valid += lengths[row]
+        if sum(lengths) >= (1 - MAX_PADDING) * sum(len(batch) * lengths[batch[0]] for batch in batches):
             break
     return batches
 
 
 def collate(rows: Sequence[Tensor], pad_token_id: int = 0, *, pin_memory: bool = False) -> dict[str, Tensor]:
-    """Arguments for the model: `input_ids` int64 `[rows, tokens]`.
+    """Make the model's arguments: `input_ids` int64 `[rows, tokens]`, padded on the right.
 
-    Where the rows are unequal they are padded on the right, and `attention_mask`, of the same shape, says so.
-    `pin_memory` puts them into page-locked memory, from where `.to("cuda", non_blocking=True)` does not wait.
+    If the rows are of unequal length, `attention_mask`, of the same shape, marks the padding with 0. `pin_memory` allocates
+    page-locked memory, from which `.to("cuda", non_blocking=True)` does not wait.
     """
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())
@@ -59,18 +59,19 @@ def collate(rows: Sequence[Tensor], pad_token_id: int = 0, *, pin_memory: bool =
 
 
 def as_batch(item: Any) -> dict[str, Any]:
-    """The arguments that a token batch stands for: token ids `[rows, tokens]` or `[tokens]`, or a mapping with `input_ids`. Lists
-    and numpy arrays of whole numbers become tensors.
+    """Make the model's arguments of a token batch: token ids `[rows, tokens]` or `[tokens]`, or a mapping with `input_ids`.
+
+    Lists and numpy arrays of integers become tensors.
 
     Raises:
-        DataError: for anything else, and for a mapping without `input_ids`.
+        DataError: the item is anything else, or a mapping without `input_ids`.
     """
-    item = as_numbers(item)
+    item = as_int_tensor(item)
     if isinstance(item, Tensor):
         item = {"input_ids": item}
     if not isinstance(item, Mapping):
         raise DataError(f"a token batch is a tensor or a mapping with input_ids, not {type(item).__name__}")
-    batch = {key: as_numbers(value) for key, value in item.items()}
+    batch = {key: as_int_tensor(value) for key, value in item.items()}
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() not in (1, 2) or ids.is_floating_point() or ids.is_complex():
         raise DataError("input_ids of a token batch must be a tensor of whole numbers [rows, tokens]")
@@ -87,8 +88,8 @@ def as_batch(item: Any) -> dict[str, Any]:
     return batch
 
 
-def as_numbers(value: Any) -> Any:
-    """Lists of whole numbers, rows of equal length, and arrays of them, as an int64 tensor; anything else as it is."""
+def as_int_tensor(value: Any) -> Any:
+    """Convert integer lists `[tokens]` or `[rows, tokens]` and integer arrays to an int64 tensor; return all else unchanged."""
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.ndarray):
         return torch.from_numpy(value.astype("int64")) if value.dtype.kind in "iu" and value.ndim else value
@@ -105,14 +106,14 @@ def as_numbers(value: Any) -> Any:
 
 
 def tokens_by_row(batch: Mapping[str, Any]) -> Tensor:
-    """The number of valid tokens of each row, int64 `[rows]`."""
+    """Count the valid tokens of each row, int64 `[rows]`."""
     ids: Tensor = batch["input_ids"]
     mask = batch.get("attention_mask")
     return torch.full((ids.shape[0],), ids.shape[1]) if mask is None else (mask != 0).sum(1).cpu()
 
 
 def truncate(batch: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-    """`batch` up to its first `max_tokens` valid tokens: later rows are dropped, later tokens masked."""
+    """Cut `batch` after its first `max_tokens` valid tokens: drop later rows, mask later tokens."""
     ids: Tensor = batch["input_ids"]
     before = tokens_by_row(batch).cumsum(0) - tokens_by_row(batch)  # valid tokens in the rows above
     keep = int((before < max_tokens).sum())

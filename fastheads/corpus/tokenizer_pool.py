@@ -1,8 +1,8 @@
-"""Tokenizing ahead of the model, in processes of our own or in a thread.
+"""Tokenize ahead of the model, in worker processes or in a thread.
 
-The processes are plain ones that talk over pipes. Those of multiprocessing would run the caller's script once more
-(started by spawn or forkserver) or copy a process that uses a GPU (by fork), and its pools leave theirs behind when
-the parent is killed. Ours end with the pipe, and Ctrl-C on the terminal does not reach them.
+The workers are plain subprocesses that communicate over pipes. multiprocessing would run the caller's script again (spawn,
+forkserver) or copy a process that uses a GPU (fork), and its pools leave orphans when the parent is killed. These workers end
+when the pipe closes, and Ctrl-C on the terminal does not reach them.
 """
 
 import json
@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastheads.corpus.readers import Item
+from fastheads.corpus.readers import Document
 from fastheads.corpus.tokenizer_worker import Encoder, load_backend, receive, send, token_ids
 from fastheads.errors import DataError, OptionError, TokenizerError
 
 PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from fastheads.corpus.tokenizer_worker import serve; serve()"
 
 
-def encoder_of(tokenizer: Any, probe: str, chat: bool) -> Encoder:
-    """The encoder of `tokenizer`: its backend alone if that gives the same for `probe` and there are no chats."""
+def make_encoder(tokenizer: Any, probe: str, chat: bool) -> Encoder:
+    """Make an encoder of `tokenizer`: its backend alone, if there are no chats and that gives the same tokens for `probe`."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or chat or not hasattr(backend, "encode_batch_fast"):
         return Encoder(tokenizer)
@@ -41,17 +41,17 @@ def encoder_of(tokenizer: Any, probe: str, chat: bool) -> Encoder:
 
 
 class TokenizerPool:
-    """`submit` documents, get futures of their ids; `workers` processes do the work, or one thread where it is 0."""
+    """Tokenize submitted documents in `workers` processes, or in one thread if that is 0."""
 
     def __init__(self, encoder: Encoder, workers: int) -> None:
         self._encoder, self._workers = encoder, workers
-        self._packed = b""
+        self._serialized = b""
         if workers:
             try:
-                self._packed = encoder.packed()
+                self._serialized = encoder.serialize()
             except Exception as error:
                 raise OptionError(
-                    f"this tokenizer cannot be given to other processes ({error}): use workers=0"
+                    f"the tokenizer cannot be sent to other processes ({error}): use workers=0"
                 ) from error
         self._threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="fastheads-tokenizing")
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
@@ -59,28 +59,28 @@ class TokenizerPool:
         self._lock = threading.Lock()
         self._closed = False
 
-    def submit(self, items: Sequence[Item], special: bool, first: int = 0) -> "Future[list[Tensor]]":
-        """The ids of each document, int32 `[tokens]`; the arguments are those of `Encoder`."""
+    def submit(self, items: Sequence[Document], special: bool, first: int = 0) -> "Future[list[Tensor]]":
+        """Return a future of each document's ids, int32 `[tokens]`; the arguments are those of `Encoder.__call__`."""
         return self._threads.submit(self._run, items, special, first)
 
-    def _run(self, items: Sequence[Item], special: bool, first: int) -> list[Tensor]:
+    def _run(self, items: Sequence[Document], special: bool, first: int) -> list[Tensor]:
         if not self._workers:
             return [_tensor(ids) for ids in self._encoder(items, special, first)]
         try:
             process = self._idle.get_nowait()
-        except queue.Empty:  # there are as many threads as processes are wanted
+        except queue.Empty:  # one process per thread, started when first needed
             with self._lock:
                 if self._closed:
-                    raise TokenizerError("tokenising has been closed") from None
+                    raise TokenizerError("the tokenizer pool is closed: open the windows again") from None
                 process = _Process()
                 self._all.append(process)
-            process.ask(self._packed)
+            process.ask(self._serialized)
         found = process.ask(json.dumps({"items": items, "special": special, "first": first}).encode())
         self._idle.put(process)
         return found
 
     def close(self) -> None:
-        """End the processes and forget what was submitted. Does not wait for a thread's present work."""
+        """Kill the processes and cancel what is queued, without waiting for a thread's current work."""
         with self._lock:
             self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -89,11 +89,11 @@ class TokenizerPool:
 
 
 class _Process:
-    """A process that encodes."""
+    """A worker process (`tokenizer_worker.serve`)."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", PROGRAM, json.dumps(sys.path)]
-        # One core each, and the libraries' talk of forks and threads stays away.
+        # One core each; this also silences the libraries' warnings about forks and threads.
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command,
@@ -105,10 +105,10 @@ class _Process:
         )
 
     def ask(self, content: bytes) -> list[Tensor]:
-        """The ids of what `content` asks for.
+        """Send a request and return the ids of its documents.
 
         Raises:
-            DataError: a document cannot be made tokens of.
+            DataError: a document cannot be tokenized.
             TokenizerError: the tokenizer failed, or the process has ended.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -117,15 +117,17 @@ class _Process:
             send(self.process.stdin, content)  # type: ignore[arg-type]
             head = receive(self.process.stdout)  # type: ignore[arg-type]
             ids = receive(self.process.stdout)  # type: ignore[arg-type]
-        except (OSError, ValueError):  # a broken pipe, or one that close() has shut
+        except (OSError, ValueError):  # a broken pipe, or one closed by close()
             pass
         if head is None or ids is None:
-            raise TokenizerError(f"a tokenising process {self._end()}; with workers=0 there is none")
+            raise TokenizerError(
+                f"a tokenizing process {self._end()}: workers=0 tokenizes in this process instead"
+            )
         found = json.loads(head)
         if "error" in found:
             if found["data"]:
                 raise DataError(found["error"])
-            raise TokenizerError(f"the tokenizer failed in a process of its own: {found['error']}")
+            raise TokenizerError(f"the tokenizer failed in its worker process: {found['error']}")
         whole = array("i", ids)
         return list(_tensor(whole).split(found["lengths"])) if found["lengths"] else []
 
@@ -146,10 +148,10 @@ class _Process:
             try:
                 if stream is not None:
                     stream.close()
-            except (OSError, ValueError):  # what was being written has nobody to go to
+            except (OSError, ValueError):  # unsent bytes have no reader any more
                 pass
 
 
 def _tensor(ids: array) -> Tensor:
-    # Over the array's own memory, which the tensor keeps.
+    # Shares the array's memory, and keeps it alive.
     return torch.frombuffer(ids, dtype=torch.int32) if ids else torch.empty(0, dtype=torch.int32)

@@ -1,6 +1,6 @@
-"""From documents to token ids; run as a process, from its standard input to its standard output.
+"""Encode documents to token ids; `serve` is the main function of a worker process.
 
-Such a process imports the tokenizers library alone, unless the tokenizer is one that only transformers can run.
+A worker imports only the tokenizers library, unless the tokenizer needs transformers.
 """
 
 import json
@@ -12,24 +12,24 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
-from fastheads.corpus.readers import Item
+from fastheads.corpus.readers import Document
 from fastheads.errors import DataError, FastheadsError, one_line
 
 
 class Encoder:
-    """Token ids as the tokenizer gives them: of texts by its backend alone, where that gives the same."""
+    """Encode documents to the ids that the tokenizer gives, with its backend alone where that gives the same."""
 
     def __init__(
         self, tokenizer: Any, backend: str | None = None, split_special: bool = False, loaded: Any = None
     ) -> None:
-        """`backend`: the JSON of a `tokenizers.Tokenizer` that does what `tokenizer` would; `loaded`: it itself."""
+        """`backend`: JSON of a `tokenizers.Tokenizer` equivalent to `tokenizer`; `loaded`: that object, if loaded already."""
         self.tokenizer, self.backend, self.split_special = tokenizer, backend, split_special
         self._fast = loaded
 
-    def __call__(self, items: Sequence[Item], special: bool, first: int = 0) -> list[array]:
-        """The ids of each document; `first` is the number of the first of them, for messages.
+    def __call__(self, items: Sequence[Document], special: bool, first: int = 0) -> list[array]:
+        """Return the ids of each document.
 
-        `special`: with what the tokenizer adds to a text, such as a BOS token.
+        `special`: add special tokens, such as BOS. `first`: number of the first document, for error messages.
         """
         texts = [
             item if isinstance(item, str) else self._rendered(item, number)
@@ -41,7 +41,7 @@ class Encoder:
             found = self._fast.encode_batch_fast(texts, add_special_tokens=special)
             return [array("i", one.ids) for one in found]
         return [
-            # A template writes BOS and the like itself.
+            # A chat template writes BOS itself.
             array("i", token_ids(self.tokenizer, text, special and isinstance(item, str)))
             for item, text in zip(items, texts, strict=True)
         ]
@@ -51,7 +51,7 @@ class Encoder:
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
         except (ValueError, TypeError, AttributeError) as error:
             raise DataError(
-                f"the tokenizer makes no text of document {number}: {one_line(error, 300)}"
+                f"the tokenizer cannot make a text of document {number}: {one_line(error, 300)}"
             ) from error
         except Exception as error:
             if type(error).__module__.split(".")[0] != "jinja2":
@@ -61,28 +61,28 @@ class Encoder:
             ) from error
         return str(text)
 
-    def packed(self) -> bytes:
-        """What a process of our own makes the same encoder of."""
+    def serialize(self) -> bytes:
+        """Serialize the encoder for a worker process."""
         if self.backend is not None:
             return json.dumps({"backend": self.backend, "split_special": self.split_special}).encode()
         return pickle.dumps(self.tokenizer)
 
     @classmethod
-    def unpacked(cls, content: bytes) -> "Encoder":
+    def deserialize(cls, content: bytes) -> "Encoder":
         if content.startswith(b"{"):
             return cls(None, **json.loads(content))
         return cls(pickle.loads(content))
 
 
 def token_ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    """What the tokenizer itself gives."""
-    # verbose: else a text longer than the model's window draws a warning, and every stream is.
+    """Return the ids that the tokenizer gives."""
+    # verbose=False: else a text longer than the model's context, as any stream is, draws a warning.
     ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
 
 
 def load_backend(backend: str, split_special: bool) -> Any:
-    """The `tokenizers.Tokenizer` of that JSON, that neither cuts nor pads."""
+    """Load a `tokenizers.Tokenizer` from JSON, without truncation or padding."""
     from tokenizers import Tokenizer
 
     loaded = Tokenizer.from_str(backend)
@@ -99,7 +99,7 @@ def send(stream: BinaryIO, content: bytes) -> None:
 
 
 def receive(stream: BinaryIO) -> bytes | None:
-    """What the other end sent; None if it has ended."""
+    """Receive a message; None if the other end has closed."""
     head = stream.read(8)
     if len(head) < 8:
         return None
@@ -109,17 +109,17 @@ def receive(stream: BinaryIO) -> bytes | None:
 
 
 def serve() -> None:
-    """Encode what comes in until the other end closes, which it does when it ends, however it ends."""
+    """Answer requests on standard input until it closes, as it does when the parent ends, even if killed."""
     incoming = sys.stdin.buffer
     outgoing = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nobody's print() shall come between
+    os.dup2(2, 1)  # keep prints of libraries out of the answers
     encoder: Encoder | None = None
     while (content := receive(incoming)) is not None:
         ids: list[array] = []
         head: dict[str, Any]
         try:
             if encoder is None:
-                encoder = Encoder.unpacked(content)
+                encoder = Encoder.deserialize(content)
                 head = {"lengths": []}
             else:
                 ids = encoder(**json.loads(content))
@@ -131,5 +131,5 @@ def serve() -> None:
             send(outgoing, b"".join(map(array.tobytes, ids)))
         except BrokenPipeError:
             break
-    # The stream's own closing would complain of a reader that has gone.
+    # A normal exit would flush to a closed pipe, and print an error.
     os._exit(0)

@@ -1,1 +1,1 @@
-"""What a model is made of: attention sites, heads, dense weights, residual updates, fingerprints."""
+"""Inspect a model: attention sites, heads, dense weights, residual updates, fingerprints."""

@@ -1,8 +1,8 @@
-"""Which sequences may share a forward, so that the numbers of each are those that it has alone.
+"""Decide which sequences may share a batch, so that each gets the numbers that it would get alone.
 
-In most models the rows of a batch know nothing of each other. Some have one rotary table for a whole batch, which depends on its
-width: "longrope" (Phi-3 and others) takes another one beyond the original length, "dynamic" NTK makes one for each length beyond
-it, and keeps it for the forwards that follow. Some quantised layers scale, or split, their input by what all rows hold.
+In most models the rows of a batch are independent. Some use one rotary table for the whole batch, which depends on its width:
+"longrope" (Phi-3 and others) switches to another table beyond the original length, "dynamic" NTK makes one for each length
+beyond it, and keeps it for later forwards. Some quantized layers scale, or split, their input by the values of all rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +17,11 @@ from fastheads.models.sites import decoder_of
 
 @dataclass(frozen=True)
 class Sharing:
-    """The rule for the rows of a batch; the default has none.
+    """The rule for which rows may share a batch; by default all.
 
-    bounds: lengths; a row of at most so many tokens and a longer one share no batch.
-    equal_beyond: rows longer than this share a batch only with rows of their own length.
-    alone: why no two rows may share a batch; None where they may.
+    bounds: lengths in tokens; rows up to a bound and longer rows do not share a batch.
+    equal_beyond: rows longer than this share a batch only with rows of equal length.
+    alone: the reason why no two rows may share a batch; None if they may.
     """
 
     bounds: tuple[int, ...] = ()
@@ -34,7 +34,7 @@ class Sharing:
         return bool(self.bounds) or self.equal_beyond is not None
 
     def groups(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The rows, by their index, that may share batches with one another; those of the longest first."""
+        """Group the indices of rows that may share batches with one another; longest rows first."""
         found: dict[tuple[int, int], list[int]] = {}
         for row, length in enumerate(lengths):
             above = sum(length > bound for bound in self.bounds)
@@ -43,15 +43,15 @@ class Sharing:
         return [found[key] for key in sorted(found, reverse=True)]
 
     def described(self) -> dict[str, Any] | None:
-        """The rule as JSON; None where there is none."""
+        """Return the rule as JSON values; None for the default."""
         return None if self == Sharing() else asdict(self) | {"bounds": list(self.bounds)}
 
 
 def sharing_of(model: nn.Module) -> Sharing:
-    """The rule of `model`, by its configuration and its layers.
+    """Derive the rule for `model` from its configuration and its layers.
 
     Raises:
-        OptionError: if its numbers depend on the forwards before, in a way that cannot be undone.
+        OptionError: its numbers depend on earlier forwards, in a way that cannot be undone.
     """
     decoder = decoder_of(model)
     bounds: set[int] = set()
@@ -72,7 +72,7 @@ def sharing_of(model: nn.Module) -> Sharing:
             module, "set_attention_type"
         ):
             raise OptionError(
-                "block-sparse attention depends on the batches before: call "
+                "block-sparse attention depends on earlier batches: call "
                 "model.set_attention_type('original_full') first"
             )
     return Sharing(
@@ -83,7 +83,7 @@ def sharing_of(model: nn.Module) -> Sharing:
 
 
 def grows_with_length(model: nn.Module) -> bool:
-    """True if the model's rotary tables are made for any length, so that `max_position_embeddings` is no limit."""
+    """True if the model's rotary tables extend to any length, so that `max_position_embeddings` is no limit."""
     ropes = (rope for config in _configs(decoder_of(model)) for rope in _ropes(config))
     return any("dynamic" in str(rope.get("rope_type", rope.get("type"))) for rope in ropes)
 
@@ -91,12 +91,12 @@ def grows_with_length(model: nn.Module) -> bool:
 class RotaryState:
     """The tables that "dynamic" rotary embeddings keep from one forward to the next.
 
-    `reset()` before a forward makes it independent of those before. `restore()` puts back what was there at the start.
+    `reset()` makes the next forward independent of earlier ones; `restore()` puts back the tables found at construction.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._fresh: list[Callable[[], None]] = []
-        self._before: list[Callable[[], None]] = []
+        self._resets: list[Callable[[], None]] = []
+        self._restores: list[Callable[[], None]] = []
         for module in decoder_of(model).modules():
             kinds = getattr(module, "rope_type", None)
             named = kinds.items() if isinstance(kinds, Mapping) else [(None, kinds)]
@@ -121,20 +121,20 @@ class RotaryState:
             else:
                 setattr(module, longest, own)
 
-        self._fresh.append(reset)
-        self._before.append(restore)
+        self._resets.append(reset)
+        self._restores.append(restore)
 
     def reset(self) -> None:
-        for reset in self._fresh:
+        for reset in self._resets:
             reset()
 
     def restore(self) -> None:
-        for restore in self._before:
+        for restore in self._restores:
             restore()
 
 
 def _configs(decoder: nn.Module) -> list[Any]:
-    """The decoder's configuration, and those of its parts that have rotary tables; each once."""
+    """Return the configurations of the decoder and of its modules with rotary tables, each once."""
     modules = (m for m in decoder.modules() if m is decoder or hasattr(m, "rope_type"))
     found: list[Any] = []
     for module in modules:
@@ -147,7 +147,7 @@ def _configs(decoder: nn.Module) -> list[Any]:
 
 
 def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
-    """The rotary settings; where layers differ, those of each kind of layer."""
+    """Yield the rotary settings; if layer types differ, those of each type."""
     rope = _setting(config, "rope_parameters") or _setting(config, "rope_scaling")
     if not isinstance(rope, Mapping):
         return
@@ -158,15 +158,15 @@ def _ropes(config: Any) -> Iterator[Mapping[str, Any]]:
 def _setting(config: Any, name: str) -> Any:
     try:
         return getattr(config, name, None)
-    except Exception:  # of one whose layers differ: each name is asked by layer there
+    except Exception:  # a configuration that differs by layer raises for such names
         return None
 
 
 def _mixes_rows(module: nn.Module) -> str | None:
-    """Why the rows of one input of the layer affect each other; None where they do not."""
+    """Return the reason why the rows of a layer's input affect each other; None if they do not."""
     state = getattr(module, "state", None)
     if type(module).__name__ == "Linear8bitLt" and getattr(state, "threshold", 0.0) > 0:
-        return "LLM.int8() takes features out of the whole batch where one token has an outlier"
+        return "LLM.int8() splits off features of the whole batch if one token has an outlier there"
     weight = getattr(module, "weight", None)
     if _is_per_tensor(getattr(weight, "act_quant_kwargs", None)):
         return "its layers scale the activations of the whole batch by one number"
@@ -178,7 +178,7 @@ def _mixes_rows(module: nn.Module) -> str | None:
 
 
 def _is_per_tensor(options: Any) -> bool:
-    """Whether torchao scales an input by one number that it finds in each forward."""
+    """True if torchao scales an input by one number, computed in each forward."""
     return type(getattr(options, "granularity", None)).__name__ == "PerTensor"
 
 

@@ -1,7 +1,7 @@
-"""Weights that a module computes each time: read without leaving a trace, and only where they are the same each time.
+"""Read weights that a module computes in each forward, without changing the model.
 
-What computes a weight may move a power iteration, count its calls or draw random numbers. Then to read it changes the model, and
-what was read is not what acts: such a weight is refused.
+Computing a weight may advance a power iteration, count calls or draw random numbers. Then reading it changes the model, and the
+weight read is not the one that acts: such weights are refused.
 """
 
 import random
@@ -14,34 +14,36 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from fastheads.models.weight_formats import Form, NotDenseError, Parts, qualified_name
+from fastheads.models.weight_formats import NotDenseError, Parts, WeightFormat, qualified_name
 
 PARAMETRIZATIONS = "torch.nn.utils.parametrizations"
-# What is known to be a function of its parameters and buffers alone; of others it is tried out.
+# Parametrizations known to depend on their parameters and buffers alone; others are tested.
 PURE = (
     f"{PARAMETRIZATIONS}._WeightNorm",
     f"{PARAMETRIZATIONS}._Orthogonal",
     f"{PARAMETRIZATIONS}._SpectralNorm",
 )
-POWER_ITERATION = f"{PARAMETRIZATIONS}._SpectralNorm"  # moves in training
+POWER_ITERATION = f"{PARAMETRIZATIONS}._SpectralNorm"  # advances in training
 
-WAY_OUT = "model.eval(), or make it an ordinary one (torch.nn.utils.parametrize.remove_parametrizations)"
+REMEDY = "model.eval(), or make it an ordinary one (torch.nn.utils.parametrize.remove_parametrizations)"
 
 
-def form_of_computed(module: Any) -> Form:
-    """How a module without a parameter `weight`, or with one that something else is put in front of, keeps it."""
+def format_of_computed(module: Any) -> WeightFormat:
+    """Return the format of a weight that is no plain parameter: set by a hook, parametrized, or a property."""
     if "weight" in vars(module):
-        return _form_of_hooked(module)
+        return _format_of_hooked(module)
     lists = module._modules.get("parametrizations")
     if lists is not None and "weight" in lists:
-        return Form(_read_parametrized, _parts_reader(module, attributes=not _is_pure(lists["weight"])))
+        return WeightFormat(
+            _read_parametrized, _parts_reader(module, attributes=not _is_pure(lists["weight"]))
+        )
     if "weight" in module._parameters or hasattr(type(module), "weight"):
-        return Form(_read_attribute, _parts_reader(module, attributes=True))
-    raise NotDenseError("has no weight: it was taken away, or FSDP1 keeps it")
+        return WeightFormat(_read_attribute, _parts_reader(module, attributes=True))
+    raise NotDenseError("has no weight: it was removed, or FSDP1 keeps it")
 
 
 def is_shadowed(module: nn.Module) -> bool:
-    """Whether `module.weight` is, or may be, something else than the parameter of that name."""
+    """True if `module.weight` is, or may be, something else than the parameter of that name."""
     kind: Any = type(module)
     return (
         "weight" in vars(module)
@@ -54,21 +56,21 @@ def is_shadowed(module: nn.Module) -> bool:
 # ---------------------------------------------------------------- prune, and other hooks that set the weight
 
 
-def _form_of_hooked(module: Any) -> Form:
-    pruning = [hook for hook in module._forward_pre_hooks.values() if _prunes(hook)]
+def _format_of_hooked(module: Any) -> WeightFormat:
+    pruning = [hook for hook in module._forward_pre_hooks.values() if _is_pruning(hook)]
     if len(pruning) == 1 and "weight_orig" in module._parameters and "weight_mask" in module._buffers:
-        return Form(
+        return WeightFormat(
             lambda m: (m.weight_orig * m.weight_mask.to(m.weight_orig.dtype)).detach(),
             lambda m: (m._parameters.get("weight_orig"), m._buffers.get("weight_mask")),
         )
     raise NotDenseError(
-        "has a weight that is no parameter: a hook makes it in each forward, as torch.nn.utils.weight_norm does (take it off, or "
+        "has a weight that is no parameter: a hook makes it in each forward, as torch.nn.utils.weight_norm does (remove it, or "
         "use that of torch.nn.utils.parametrizations), or FSDP1 keeps it"
     )
 
 
-def _prunes(hook: Any) -> bool:
-    """Whether it is one of torch's pruning methods, which multiply by their mask."""
+def _is_pruning(hook: Any) -> bool:
+    """True for torch's pruning methods, which multiply by their mask."""
     base = prune.BasePruningMethod
     return (
         isinstance(hook, base)
@@ -87,21 +89,21 @@ def _read_parametrized(module: Any) -> Tensor:
         return cached.detach()
     compute = (
         module.parametrizations.weight
-    )  # not by module.weight, which would fill the cache with what has no gradient
+    )  # module.weight would fill the cache with a tensor without gradient
     for part in compute:
         if qualified_name(type(part)) == POWER_ITERATION and part.training and hasattr(part, "_u"):
             raise NotDenseError(
-                f"has a weight with spectral_norm in training, where each reading moves it: {WAY_OUT}"
+                f"has a weight with spectral_norm in training mode, where reading it changes it: {REMEDY}"
             )
     if not _is_pure(compute):
         return read_without_trace(module, compute, _kinds(compute))
-    with _plainly(module):
+    with _default_modes(module):
         return compute().detach()  # type: ignore[no-any-return]
 
 
 @contextmanager
-def _plainly(module: nn.Module) -> Iterator[None]:
-    """The same in whatever mode the caller is: no gradients, no inference tensors, no autocast."""
+def _default_modes(module: nn.Module) -> Iterator[None]:
+    """Turn off gradients, inference mode and autocast, so that results do not depend on the caller's modes."""
     first = next(module.parameters(), None)
     device = "cpu" if first is None or first.device.type == "meta" else first.device.type
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
@@ -116,7 +118,7 @@ def _read_attribute(module: Any) -> Tensor:
 
 
 def _is_pure(parts: nn.Module) -> bool:
-    """Whether all of a list of parametrizations are known to be functions of their tensors, as they are."""
+    """True if all parametrizations of a list are in PURE, without hooks or replaced forwards."""
     return all(
         not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
         for part in parts.modules()
@@ -128,12 +130,13 @@ def _kinds(parts: nn.Module) -> str:
 
 
 def _parts_reader(module: nn.Module, *, attributes: bool) -> Callable[[nn.Module], Parts]:
-    """Gives tensors, modes and children of the module and of those in it, and with `attributes` what these say; and whether
-    weights are cached, for what is cached may be older than its tensors.
+    """Return a function that returns all that the module's weight may depend on.
+
+    These are tensors, modes and children of the module and its submodules, with `attributes` also plain attributes; and the state
+    of parametrize's cache, since a cached weight may be older than its tensors.
     """
-    inner = list(
-        module.modules()
-    )  # not each time, which would take most of it: a new one shows among the children
+    # Listed once, since that takes most of the time; a new submodule shows among the children.
+    inner = list(module.modules())
     tables = [(m, m._parameters, m._buffers, m._modules) for m in inner]
 
     def parts(_: nn.Module) -> Parts:
@@ -158,12 +161,12 @@ def _attributes(module: nn.Module) -> Parts:
 
 
 def read_without_trace(module: nn.Module, compute: Callable[[], Any], by: str) -> Tensor:
-    """What `compute` gives, a weight that `by` computes of `module`, which is afterwards as it was before.
+    """Return the weight that `compute` gives, and restore `module` to its state before. `by` names what computes it.
 
-    Raises NotDenseError where it would not have been, or where two calls do not give the same bits. Waits for the device.
+    Raises NotDenseError if computing changes the module, or if two calls do not give the same bits. Waits for the device.
     """
-    hint = f"each reading would change the model, or give another weight than the one that acts: {WAY_OUT}"
-    with _plainly(module), isolated(module) as changes:
+    hint = f"reading it would change the model, or give another weight than the one that acts: {REMEDY}"
+    with _default_modes(module), isolated(module) as changes:
         first = compute()
         if not isinstance(first, Tensor):
             raise NotDenseError(f"has a weight that is no tensor, made by {by}")
@@ -174,17 +177,18 @@ def read_without_trace(module: nn.Module, compute: Callable[[], Any], by: str) -
     if what is not None:
         raise NotDenseError(f"has a weight made by {by}, which {what} as it does: {hint}")
     if not same:
-        raise NotDenseError(f"has a weight made by {by}, which gives another one each time: {hint}")
+        raise NotDenseError(f"has a weight made by {by}, which differs each time: {hint}")
     return weight
 
 
 @contextmanager
 def isolated(*modules: nn.Module) -> Iterator[Callable[[], str | None]]:
-    """A context in which the modules, and those in them, have copies of their tensors and plain containers, and after which they
-    and the states of random numbers are as they were. Gives a function that says what has changed since; None: nothing.
+    """Run the block on copies of the modules' tensors and plain containers; restore modules and random states afterwards.
+
+    Yields a function that describes what the block has changed so far; None: nothing.
     """
     owners = list({id(inner): inner for module in modules for inner in module.modules()}.values())
-    saved = [_Saved(owner) for owner in owners]
+    saved = [_ModuleState(owner) for owner in owners]
     draws = _RandomStates(saved)
 
     def changes() -> str | None:
@@ -204,7 +208,7 @@ def isolated(*modules: nn.Module) -> Iterator[Callable[[], str | None]]:
         draws.restore()
 
 
-class _Saved:
+class _ModuleState:
     """The attributes, parameters, buffers and children of one module."""
 
     _TABLES = ("_parameters", "_buffers", "_modules")
@@ -227,7 +231,7 @@ class _Saved:
         self._given = dict(self._attributes)
 
     def changed(self) -> list[str]:
-        """The names of what is no longer as it was."""
+        """Return the names of what has changed."""
         found = []
         for name, before in self._contents.items():
             table = self._attributes.get(name)
@@ -252,7 +256,7 @@ class _Saved:
 
 
 def _copy(value: Any, copies: dict[int, Any]) -> Any:
-    """Of a tensor or a plain container of such; anything else itself. One of each, however often it occurs."""
+    """Copy a tensor or a plain container, once each (`copies` is the memo); return anything else itself."""
     if id(value) in copies:
         return copies[id(value)]
     copy = value
@@ -268,7 +272,7 @@ def _copy(value: Any, copies: dict[int, Any]) -> Any:
 
 
 def _same(value: Any, before: Any) -> bool:
-    """Whether it is the same, to the bit."""
+    """True if both are equal, bit for bit."""
     if value is before:
         return True
     if isinstance(value, Tensor) and isinstance(before, Tensor):
@@ -293,9 +297,9 @@ def _same(value: Any, before: Any) -> bool:
 
 
 class _RandomStates:
-    """Of torch on each device in use, of generators that modules hold, of Python and NumPy."""
+    """The random states of torch on each device in use, of generators in the modules, of Python and of NumPy."""
 
-    def __init__(self, saved: Iterable[_Saved]) -> None:
+    def __init__(self, saved: Iterable[_ModuleState]) -> None:
         numpy: Any = sys.modules.get("numpy")
         self._ways: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
             (torch.get_rng_state, torch.set_rng_state),

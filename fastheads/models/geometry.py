@@ -1,8 +1,8 @@
-"""How the input of an attention's output projection divides into heads.
+"""Determine how the input of an attention's output projection divides into heads.
 
-What an attention module says of its heads is said of queries and keys first, and of the model as it was built: values may be
-narrower or wider, and heads may have been pruned away. So the widths of its other projections are asked too. Where they and what
-the module says leave one number of heads, that is the number; where they contradict one another, there is none.
+The attributes of an attention module describe queries and keys, and the model as built: values may be narrower or wider, and
+heads may have been pruned. So the widths of its other projections are used too. If attributes and widths leave one number of
+heads, that is the number; if they contradict each other, there is none.
 """
 
 import re
@@ -13,27 +13,27 @@ from torch import nn
 
 from fastheads.models.weight_formats import is_transposed, plain_forward
 
-# Where a layer that is no linear layer itself keeps the one that it calls (MoshiLinear), and an adapter the layer it adapts.
+# Attribute of a wrapper that holds its linear layer (MoshiLinear), and of an adapter that holds the layer it adapts.
 WRAPPED = "linear"
 ADAPTED = "base_layer"
-# What a linear layer calls the width of its input, and of its output; `nx` and `nf` are transformers' Conv1D.
+# Attributes of a linear layer with the width of its input and output; `nx` and `nf` are those of transformers' Conv1D.
 WIDTH_ATTRIBUTES = ("in_features", "nx")
 OUTPUT_WIDTH_ATTRIBUTES = ("out_features", "nf")
 
-# Where an attention module keeps the width of one head's value; then of its query and key, which is that of the value too where
-# nothing says otherwise; and how many heads there are.
+# Attributes of an attention module: the width of one head's value; of its query and key, used for the value where there is no
+# other; the number of heads.
 VALUE_DIM_ATTRIBUTES = ("v_head_dim", "value_head_dim", "head_v_dim")
-# (LXMERT's head_size is that of all heads.)
+# (LXMERT's head_size is the width of all heads.)
 COMMON_DIM_ATTRIBUTES = ("key_value_proj_dim", "head_dim", "attention_head_size", "head_size")
 HEAD_DIM_ATTRIBUTES = VALUE_DIM_ATTRIBUTES + COMMON_DIM_ATTRIBUTES
 NUM_HEADS_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-# The width of queries and keys where it is another one than the value's (MLA), or the parts that it has there.
+# The width of a query and key where it differs from the value's (MLA), or its parts.
 QUERY_DIM_ATTRIBUTES = ("qk_head_dim", "q_head_dim")
 QUERY_DIM_PARTS = ("qk_nope_head_dim", "qk_rope_head_dim")
 NUM_KV_HEADS_ATTRIBUTES = ("num_key_value_heads", "num_kv_heads")
 GROUP_ATTRIBUTE = "num_key_value_groups"
 
-# The projections of an attention module, as its children are called.
+# Names of an attention module's projections among its children.
 QUERY_PROJECTIONS = (
     "q_b_proj",
     "q_proj",
@@ -48,25 +48,23 @@ QUERY_PROJECTIONS = (
 )
 KEY_PROJECTIONS = ("k_proj", "key", "k", "Wk", "wk", "k_lin", "key_proj", "linear_k", "to_k")
 VALUE_PROJECTIONS = ("v_proj", "value", "v", "Wv", "wv", "v_lin", "value_proj", "linear_v", "to_v")
-LATENT_PROJECTIONS = ("kv_b_proj",)  # of MLA: keys without their rotary part, and values
+LATENT_PROJECTIONS = ("kv_b_proj",)  # MLA: keys without their rotary part, and values
 FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
-QUERY_APART = (
-    "q_attn"  # beside a fused projection that is none of queries then: GPT-2's attention to an encoder
-)
+SEPARATE_QUERY = "q_attn"  # beside a fused projection without queries: GPT-2's attention to an encoder
 
-# Heads that are one unit where they reach the output projection, by patterns of the attention's class.
+# Heads that the attention combines into one unit before the output projection, by patterns of its class.
 HEADS_PER_UNIT = {
     r"^DiffLlama": 2,  # the difference of two heads, as wide as both
 }
 
 
 def heads_per_unit(owner: nn.Module) -> int:
-    """How many heads of an attention module make one where they reach its projection: 1 of nearly all."""
+    """Return how many heads the attention combines into one unit before its output projection: mostly 1."""
     return next((n for kind, n in HEADS_PER_UNIT.items() if re.search(kind, type(owner).__name__)), 1)
 
 
 def input_width(projection: nn.Module) -> int | None:
-    """The width of a linear layer's input; an adapter has that of its base layer."""
+    """Return the width of a linear layer's input, or an adapter's; None if it is no linear layer."""
     for layer in (projection, getattr(projection, ADAPTED, None)):
         for attribute in WIDTH_ATTRIBUTES:
             width = getattr(layer, attribute, None)
@@ -76,7 +74,7 @@ def input_width(projection: nn.Module) -> int | None:
 
 
 def output_width(layer: Any) -> int | None:
-    """The width of a linear layer's output; an adapter has that of its base layer. None of what is no linear layer."""
+    """Return the width of a linear layer's output, or an adapter's; None if it is no linear layer."""
     if not isinstance(layer, nn.Module):
         return None
     inner = layer._modules.get(ADAPTED) or layer._modules.get(WRAPPED)
@@ -84,25 +82,23 @@ def output_width(layer: Any) -> int | None:
         return output_width(inner)
     weight = layer._parameters.get("weight")
     if plain_forward(layer) and type(weight) is nn.Parameter and weight.dim() == 2:
-        # What is multiplied with: the attributes stay behind where only the weight is replaced.
+        # The weight itself, since the attributes are stale if only the weight was replaced.
         return weight.shape[1 if is_transposed(layer) else 0]
-    return next((n for n in _numbers(layer, OUTPUT_WIDTH_ATTRIBUTES)), None)
+    return next((n for n in _positive_ints(layer, OUTPUT_WIDTH_ATTRIBUTES)), None)
 
 
 def head_dim_of(owner: nn.Module, width: int) -> int | None:
-    """The width of one unit of heads in an input of the projection that is `width` wide; None where what there is does not say,
-    or contradicts itself.
-    """
-    said = said_head_dim(owner, width)
-    number = _number(owner, width, None if said is None else width // said)
+    """Return head_dim (the width of a unit of heads) for a projection input of `width`; None if unknown or contradictory."""
+    declared = declared_head_dim(owner, width)
+    number = _num_units(owner, width, None if declared is None else width // declared)
     return None if number is None else width // number
 
 
-def said_head_dim(owner: nn.Module, width: int) -> int | None:
-    """The same by what the module says of itself, its projections not asked."""
+def declared_head_dim(owner: nn.Module, width: int) -> int | None:
+    """As `head_dim_of`, from the module's attributes alone."""
     units = heads_per_unit(owner)
-    widths = [n for n in _numbers(owner, HEAD_DIM_ATTRIBUTES) if width % (units * n) == 0]
-    counts = [n for n in _numbers(owner, NUM_HEADS_ATTRIBUTES) if width % n == 0]
+    widths = [n for n in _positive_ints(owner, HEAD_DIM_ATTRIBUTES) if width % (units * n) == 0]
+    counts = [n for n in _positive_ints(owner, NUM_HEADS_ATTRIBUTES) if width % n == 0]
     if widths and counts:
         widths = [n for n in widths if width // n in counts]
         return units * widths[0] if widths else None
@@ -111,8 +107,8 @@ def said_head_dim(owner: nn.Module, width: int) -> int | None:
     return units * (width // counts[0]) if counts else None
 
 
-def _number(owner: nn.Module, width: int, said: int | None) -> int | None:
-    """How many units there are; `said` is that number by what the module says."""
+def _num_units(owner: nn.Module, width: int, declared: int | None) -> int | None:
+    """Return the number of units; `declared` is the number that the attributes give."""
     queries, values, fused = (
         _from_queries(owner, width),
         _from_values(owner, width),
@@ -120,32 +116,32 @@ def _number(owner: nn.Module, width: int, said: int | None) -> int | None:
     )
     counts = _from_counts(owner, width)
     if counts and fused is not None and not fused & counts:
-        fused = None  # it gives something else besides, and the number is known without it
+        fused = None  # its output holds something else besides, and the number is known without it
     if queries is None:
-        projections = _common(values, fused)
-        if projections is None or said in projections:
-            return said
+        projections = _intersection(values, fused)
+        if projections is None or declared in projections:
+            return declared
         # One equation of a fused projection alone may have a solution by chance.
         return (
             None
             if values is None and counts is None
-            else _only(_common(projections, _explicit(owner, width), counts))
+            else _only(_intersection(projections, _from_value_dims(owner, width), counts))
         )
-    others = _common(values, fused, _explicit(owner, width), counts)
+    others = _intersection(values, fused, _from_value_dims(owner, width), counts)
     if others is not None:
         if queries in others:
             return queries
-        # Twice as many queries: a gate comes with each (Qwen3-Next).
-        return said if said in others and said is not None and queries == 2 * said else None
-    if queries == said:
-        return said
-    # With nobody else to ask, twice as many are heads with narrow values, or a gate with each.
-    return None if width % queries or (said is not None and queries == 2 * said) else queries
+        # Twice as many queries: each comes with a gate (Qwen3-Next).
+        return declared if declared in others and declared is not None and queries == 2 * declared else None
+    if queries == declared:
+        return declared
+    # Without other evidence, twice as many is ambiguous: heads with narrow values, or a gate with each.
+    return None if width % queries or (declared is not None and queries == 2 * declared) else queries
 
 
 def _from_queries(owner: nn.Module, width: int) -> int | None:
-    """By the projection of queries, where it gives nothing but them. A number that `width` does not divide by contradicts all."""
-    dim, given = _query_dim(owner), _projected(owner, QUERY_PROJECTIONS)[1]
+    """Return the number of units by the query projection's width; None if unknown, an impossible number if it does not divide."""
+    dim, given = _query_dim(owner), _first_projection(owner, QUERY_PROJECTIONS)[1]
     if dim is None or given is None:
         return None
     number, rest = divmod(given, heads_per_unit(owner) * dim)
@@ -153,13 +149,13 @@ def _from_queries(owner: nn.Module, width: int) -> int | None:
 
 
 def _from_values(owner: nn.Module, width: int) -> set[int] | None:
-    """By the width of a head's value: there are as many heads of values as of keys."""
-    units, (_, latent) = heads_per_unit(owner), _projected(owner, LATENT_PROJECTIONS)
+    """Return the possible numbers of units by the value projection's width, since there are as many value heads as key heads."""
+    units, (_, latent) = heads_per_unit(owner), _first_projection(owner, LATENT_PROJECTIONS)
     without_rotary = getattr(owner, QUERY_DIM_PARTS[0], None)
     if latent is not None and isinstance(without_rotary, int) and without_rotary > 0:
         number, rest = divmod(latent - width, without_rotary)
         return {number} if rest == 0 and number > 0 and width % number == 0 else set()
-    kv_heads, values = kv_heads_of_keys(owner), _projected(owner, VALUE_PROJECTIONS)[1]
+    kv_heads, values = kv_heads_of_keys(owner), _first_projection(owner, VALUE_PROJECTIONS)[1]
     if kv_heads is None or values is None:
         return None
     dim, rest = divmod(values, kv_heads)
@@ -170,13 +166,13 @@ def _from_values(owner: nn.Module, width: int) -> set[int] | None:
 
 
 def _from_fused(owner: nn.Module, width: int) -> set[int] | None:
-    """By a projection of queries, keys and values in one."""
-    dim, given = _query_dim(owner), _projected(owner, FUSED_PROJECTIONS)[1]
-    if dim is None or given is None or heads_per_unit(owner) > 1 or QUERY_APART in owner._modules:
+    """Return the possible numbers of units by the width of a fused query, key and value projection."""
+    dim, given = _query_dim(owner), _first_projection(owner, FUSED_PROJECTIONS)[1]
+    if dim is None or given is None or heads_per_unit(owner) > 1 or SEPARATE_QUERY in owner._modules:
         return None
     found = set()
     for number in (n for n in range(1, given // dim + 1) if width % n == 0):
-        kv_heads = said_kv_heads(owner, number) or [number]
+        kv_heads = declared_kv_heads(owner, number) or [number]
         found |= {number for n in kv_heads if given == number * dim + n * (dim + width // number)}
     return found
 
@@ -184,58 +180,63 @@ def _from_fused(owner: nn.Module, width: int) -> set[int] | None:
 def _from_counts(owner: nn.Module, width: int) -> set[int] | None:
     units = heads_per_unit(owner)
     return {
-        n // units for n in _numbers(owner, NUM_HEADS_ATTRIBUTES) if width % n == 0 and n % units == 0
+        n // units for n in _positive_ints(owner, NUM_HEADS_ATTRIBUTES) if width % n == 0 and n % units == 0
     } or None
 
 
-def _explicit(owner: nn.Module, width: int) -> set[int] | None:
-    """By what the module says of its values in particular."""
+def _from_value_dims(owner: nn.Module, width: int) -> set[int] | None:
+    """Return the possible numbers of units by the attributes for the value's width."""
     units = heads_per_unit(owner)
     return {
-        width // (units * n) for n in _numbers(owner, VALUE_DIM_ATTRIBUTES) if width % (units * n) == 0
+        width // (units * n) for n in _positive_ints(owner, VALUE_DIM_ATTRIBUTES) if width % (units * n) == 0
     } or None
 
 
 def _query_dim(owner: nn.Module) -> int | None:
-    """The width of one head's query and key."""
-    parts = _numbers(owner, QUERY_DIM_PARTS)
+    """Return the width of one head's query and key."""
+    parts = _positive_ints(owner, QUERY_DIM_PARTS)
     of_parts = [sum(parts)] if len(parts) == len(QUERY_DIM_PARTS) else []
     return next(
-        iter(_numbers(owner, QUERY_DIM_ATTRIBUTES) + of_parts + _numbers(owner, COMMON_DIM_ATTRIBUTES)), None
+        iter(
+            _positive_ints(owner, QUERY_DIM_ATTRIBUTES)
+            + of_parts
+            + _positive_ints(owner, COMMON_DIM_ATTRIBUTES)
+        ),
+        None,
     )
 
 
 def num_kv_heads(owner: nn.Module, num_heads: int) -> int | None:
-    """How many KV heads `num_heads` query heads share, by all that the module has to say; None where it does not say.
+    """Return the number of KV heads that `num_heads` query heads share, by attributes and the key projection; None if unknown.
 
-    Raises ValueError, with the numbers, where they contradict one another.
+    Raises ValueError, with the numbers, if they contradict each other.
     """
-    said = said_kv_heads(owner, num_heads)
-    if not said:
+    declared = declared_kv_heads(owner, num_heads)
+    if not declared:
         return None
-    # Of units of several heads the projection of keys cannot tell: several heads of keys may go into one.
+    # Not from the keys where heads are combined: several key heads may form one unit.
     asked = kv_heads_of_keys(owner) if heads_per_unit(owner) == 1 else None
-    if len({*said, asked or said[0]}) > 1:
+    if len({*declared, asked or declared[0]}) > 1:
         names = (GROUP_ATTRIBUTE, *NUM_KV_HEADS_ATTRIBUTES)
         has = [f"{name} {getattr(owner, name)}" for name in names if hasattr(owner, name)]
         raise ValueError(", ".join([*has, describe(owner)]))
-    return said[0]
+    return declared[0]
 
 
 def kv_heads_of_keys(owner: nn.Module) -> int | None:
-    """How many heads of keys the module's own projection of keys gives; None where that does not show."""
-    dim, keys = _query_dim(owner), _projected(owner, KEY_PROJECTIONS)[1]
+    """Return the number of key heads by the key projection's width; None if unknown."""
+    dim, keys = _query_dim(owner), _first_projection(owner, KEY_PROJECTIONS)[1]
     return None if dim is None or not keys or keys % dim else keys // dim
 
 
-def said_kv_heads(owner: nn.Module, num_heads: int) -> list[int]:
-    """How many KV heads the module says that there are to `num_heads` query heads: each number that it gives."""
-    groups = [num_heads // n for n in _numbers(owner, (GROUP_ATTRIBUTE,)) if num_heads % n == 0]
-    return groups + [n for n in _numbers(owner, NUM_KV_HEADS_ATTRIBUTES) if num_heads % n == 0]
+def declared_kv_heads(owner: nn.Module, num_heads: int) -> list[int]:
+    """Return every number of KV heads for `num_heads` query heads that the module's attributes give."""
+    groups = [num_heads // n for n in _positive_ints(owner, (GROUP_ATTRIBUTE,)) if num_heads % n == 0]
+    return groups + [n for n in _positive_ints(owner, NUM_KV_HEADS_ATTRIBUTES) if num_heads % n == 0]
 
 
 def describe(owner: nn.Module) -> str:
-    """What there is that says anything of the heads, for an error."""
+    """List the attributes and projection widths that concern heads, for an error message."""
     names = (*HEAD_DIM_ATTRIBUTES, *QUERY_DIM_ATTRIBUTES, *QUERY_DIM_PARTS, *NUM_HEADS_ATTRIBUTES)
     has = [f"{name} {getattr(owner, name)}" for name in names if hasattr(owner, name)]
     for kind in (
@@ -245,14 +246,14 @@ def describe(owner: nn.Module) -> str:
         LATENT_PROJECTIONS,
         FUSED_PROJECTIONS,
     ):
-        name, given = _projected(owner, kind)
+        name, given = _first_projection(owner, kind)
         if given is not None:
             has.append(f"{name} {given} wide")
     return ", ".join(has) or "none of " + ", ".join(HEAD_DIM_ATTRIBUTES + NUM_HEADS_ATTRIBUTES)
 
 
-def _projected(owner: nn.Module, names: Iterable[str]) -> tuple[str, int | None]:
-    """The first child that is called like one of `names` and is a linear layer, and the width that it gives."""
+def _first_projection(owner: nn.Module, names: Iterable[str]) -> tuple[str, int | None]:
+    """Return the name and the output width of the first child in `names` that is a linear layer; "" and None if there is none."""
     for name in names:
         given = output_width(owner._modules.get(name))
         if given is not None:
@@ -260,16 +261,16 @@ def _projected(owner: nn.Module, names: Iterable[str]) -> tuple[str, int | None]
     return "", None
 
 
-def _common(*witnesses: set[int] | None) -> set[int] | None:
-    """What all that say anything agree on; None where none does."""
-    said = [witness for witness in witnesses if witness is not None]
-    return set.intersection(*said) if said else None
+def _intersection(*candidates: set[int] | None) -> set[int] | None:
+    """Intersect the sets that are not None; None if all are."""
+    known = [numbers for numbers in candidates if numbers is not None]
+    return set.intersection(*known) if known else None
 
 
 def _only(numbers: set[int] | None) -> int | None:
     return next(iter(numbers)) if numbers is not None and len(numbers) == 1 else None
 
 
-def _numbers(owner: Any, attributes: Iterable[str]) -> list[int]:
+def _positive_ints(owner: Any, attributes: Iterable[str]) -> list[int]:
     values = [getattr(owner, attribute, None) for attribute in attributes]
     return [n for n in values if isinstance(n, int) and not isinstance(n, bool) and n > 0]

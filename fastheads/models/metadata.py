@@ -1,4 +1,4 @@
-"""What a profile says of its own origin."""
+"""The metadata of a profile: where it comes from."""
 
 import platform
 from typing import Any
@@ -12,7 +12,7 @@ from fastheads.models.sites import HeadSite
 
 
 def describe(model: nn.Module, sites: list[HeadSite], **options: Any) -> dict[str, Any]:
-    """Plain data (JSON): the model, its sites, the options of the run, the versions."""
+    """Return the model, its sites, the run's options and the versions, as JSON values."""
     config = getattr(model, "config", None)
     return {
         "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),

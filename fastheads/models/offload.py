@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps elsewhere than where they act: in the CPU's memory, or on disk."""
+"""Read weights that accelerate offloads to the CPU or to disk between forwards."""
 
 import os
 import sys
@@ -13,19 +13,19 @@ from fastheads.models.weight_formats import NotDenseError, Parts, plain_function
 
 @dataclass(frozen=True)
 class OffloadedWeight:
-    """Where the weight of one module is between forwards."""
+    """The location of one module's weight between forwards."""
 
     weights: Any  # accelerate's map from names to tensors
-    name: str  # there
-    device: Any  # where it acts
-    dtype: torch.dtype  # in which it acts
+    name: str  # the key in it
+    device: Any  # execution device
+    dtype: torch.dtype  # in the forward
 
     def fetch(self) -> Tensor:
-        """The weight `[out_features, in_features]`, on the device where it acts."""
+        """Return the weight `[out_features, in_features]` on its execution device."""
         return self.weights[self.name].detach().to(self.device, self.dtype)  # type: ignore[no-any-return]
 
     def parts(self) -> Parts:
-        """What the weight depends on: a tensor, or a file."""
+        """Return what the weight depends on: a tensor, or a file's path, time and size."""
         held = getattr(self.weights, "state_dict", None)
         if held is None and isinstance(self.weights, dict):
             held = self.weights
@@ -41,7 +41,7 @@ class OffloadedWeight:
 
 
 def source(module: nn.Module) -> OffloadedWeight | None:
-    """Where the module's weight is kept, if accelerate offloads it; None where it stays on its device."""
+    """Locate the module's weight if accelerate offloads it; None if it does not."""
     if "_hf_hook" not in vars(module):
         return None
     hook = next((h for h in _hooks(module) if getattr(h, "offload", False)), None)
@@ -55,7 +55,7 @@ def source(module: nn.Module) -> OffloadedWeight | None:
 
 
 def held(module: nn.Module, name: str) -> Tensor | None:
-    """The module's parameter or buffer `name`, where accelerate holds it in the CPU's memory; None where it does not."""
+    """Return the module's parameter or buffer `name` if accelerate offloads it to the CPU's memory; else None."""
     weights: Any = next((h.weights_map for h in _hooks(module) if getattr(h, "offload", False)), None)
     while hasattr(weights, "prefix"):
         weights, name = weights.dataset, f"{weights.prefix}{name}"
@@ -65,7 +65,7 @@ def held(module: nn.Module, name: str) -> Tensor | None:
 
 
 def only_aligns_devices(module: nn.Module) -> bool:
-    """Whether the forward that is set on the module is accelerate's, around the one of its class."""
+    """True if the module's instance `forward` is accelerate's, around that of its class."""
     accelerate = sys.modules.get("accelerate.hooks")
     if accelerate is None or "_hf_hook" not in vars(module):
         return False
@@ -77,4 +77,4 @@ def only_aligns_devices(module: nn.Module) -> bool:
 
 def _hooks(module: Any) -> list[Any]:
     hook = getattr(module, "_hf_hook", None)
-    return [] if hook is None else list(getattr(hook, "hooks", [hook]))  # of a SequentialHook
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))  # a SequentialHook has several

@@ -1,11 +1,11 @@
-"""What of an attention's output reaches the residual stream: all of it, or what a norm and a multiplier make of it.
+"""Find what a decoder layer does to its attention's output before it adds that to the residual stream.
 
-With a = sum over heads of W_h z_h + bias what the projection gives, a decoder layer adds to the residual stream
+With a = sum over heads of W_h z_h + bias, the projection's output, a decoder layer adds
 
     c a,  or  c g * a / rms(a),  rms(a) = sqrt(mean(a²) + eps)
 
-where c is a multiplier (1 of most) and g the gain of an RMS norm. A head's share is linear in z_h once rms(a), a number of
-each token, is given: c W_h z_h, or (c / rms(a)) diag(g) W_h z_h.
+where c is a multiplier (mostly 1) and g the gain of an RMS norm. Given rms(a), one number for each token, a head's share is
+linear in z_h: c W_h z_h, or (c / rms(a)) diag(g) W_h z_h.
 """
 
 import math
@@ -25,14 +25,14 @@ from fastheads.models.weight_formats import is_dtensor
 
 @dataclass(frozen=True)
 class Rule:
-    """Where a decoder layer keeps what it applies to the output of its attention (a child of that name) before adding it."""
+    """Attribute names in a decoder layer: the norm and multiplier that it applies to the output of the child `attention`."""
 
     norm: str | None = None
     multiplier: str | None = None
-    attention: str | None = None  # None: whatever its name
+    attention: str | None = None  # None: any name
 
 
-# By the class of the decoder layer. Other layers of transformers that show nothing of the kind (SCALES) add the output as it is.
+# By patterns of the decoder layer's class. Other layers of transformers without SCALES add the output unchanged.
 RULES: dict[str, Rule] = {
     r"^(Gemma[234]|Gemma4Unified|DiffusionGemma|EmbeddingGemma2|MuseGlimmer)(Text|Encoder|Decoder)*Layer$": Rule(
         "post_attention_layernorm"
@@ -50,7 +50,7 @@ RULES: dict[str, Rule] = {
     r"^MiniCPM3DecoderLayer$": Rule(multiplier="residual_scale"),
     r"^MiniMaxDecoderLayer$": Rule(multiplier="attn_beta_factor"),
 }
-# Layers that do something else, and what.
+# Layers that do something else, and the reason.
 UNKNOWN: dict[str, str] = {
     r"^BeamDecoder": "it scales the sum with the depth of the layer",
     r"^Gemma3nText": "it mixes several residual streams",
@@ -63,26 +63,26 @@ UNKNOWN: dict[str, str] = {
 }
 
 
-# What else a layer would scale its attention's output with: parameters of its own, or children so called.
+# A layer may also scale the output with parameters of its own, or with children of these names.
 SCALES = re.compile(r"scale|residual_gate|(attn|attention)\w*gate", re.IGNORECASE)
-SCALES_THE_RESIDUAL = re.compile(r"^Doge")  # and not what is added to it
+SCALES_THE_RESIDUAL = re.compile(r"^Doge")  # these scale the stream, not what is added to it
 
 
-# Whose modules between the projection and the layer do nothing else to its output.
+# Modules of these packages between the projection and the layer do nothing else to its output.
 KNOWN_PACKAGES = ("transformers.", "torch.nn.")
 
 
-# Where a module or a parameter hangs: its owner's children or parameters, and its name among them.
+# A slot that holds a module or a parameter: its owner's `_modules` or `_parameters`, and the key.
 Place = tuple[dict[str, Any], str]
 
 
 class UnknownUpdateError(UnsupportedWeightError):
-    """What a layer adds to the residual stream is not known."""
+    """It is not known what a layer adds to the residual stream."""
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What one decoder layer makes of its attention's output, read off the layer each time: it may be changed."""
+    """The norm and multiplier that a decoder layer applies to its attention's output; read each time, since they may change."""
 
     layer: Any = None
     rule: Rule = Rule()
@@ -97,7 +97,7 @@ class Update:
 
     @property
     def width(self) -> int:
-        """Of the attention's output, as the gain has it."""
+        """The width of the norm's gain; 1 without a norm."""
         return next((p.numel() for p in self.parameters()), 1)
 
     @property
@@ -105,11 +105,11 @@ class Update:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def parameters(self) -> list[Tensor]:
-        """What the gain depends on."""
+        """Return the norm's parameters."""
         return [] if self.norm is None else list(self.norm.parameters())
 
     def places(self) -> list[Place] | None:
-        """Where the norm and what the gain depends on hang; None where it is no plain child with plain parameters."""
+        """Return the slots of the norm and its parameters; None if it is no plain child with plain parameters."""
         norm, name = self.norm, self.rule.norm
         if norm is None or name is None:
             return []
@@ -120,7 +120,7 @@ class Update:
         return [(self.layer._modules, name), *[(norm._parameters, key) for key in norm._parameters]]
 
     def key(self) -> tuple[Any, ...]:
-        """What moves when the gain is changed the ordinary way."""
+        """Return the version key of the gain: it changes when the gain is replaced or changed in place."""
         versions = [
             (p.untyped_storage()._cdata, p.data_ptr(), None if p.is_inference() else p._version)
             for p in self.parameters()
@@ -128,13 +128,14 @@ class Update:
         return (id(self.norm), *versions)
 
     def __str__(self) -> str:
-        """As in a profile's metadata."""
+        """Describe it for a profile's metadata."""
         text = "as it is" if self.norm is None else f"normed ({type(self.norm).__name__})"
         return text if self.multiplier == 1.0 else f"{text}, times {self.multiplier:g}"
 
     def check(self) -> None:
-        """Raises UnknownUpdateError for a multiplier that is no number, or a norm that is no RMS norm or cannot be asked. Waits
-        for the device.
+        """Raise UnknownUpdateError if the multiplier is no number, or the norm is no RMS norm or cannot be run.
+
+        Waits for the device.
         """
         try:
             multiplier = self.multiplier
@@ -158,16 +159,16 @@ class Update:
             raise UnknownUpdateError(f"{type(norm).__name__} is no RMS norm")
 
     def gain(self, width: int, device: torch.device) -> Tensor:
-        """The norm's gain, float64 `[width]`: what it does to ones."""
+        """Return the norm's gain, float64 `[width]`, computed from its output for ones."""
         with torch.no_grad():
             ones = torch.ones(1, 1, width, dtype=torch.float32, device=device)
             return self._normed(ones)[0, 0].double() * (1.0 + self.eps) ** 0.5
 
     def _normed(self, x: Tensor) -> Tensor:
-        """What the norm makes of `x`, without a trace on it. Raises UnknownUpdateError where it leaves one, or draws numbers."""
+        """Apply the norm to `x`. Raises UnknownUpdateError if that changes the norm, or draws random numbers."""
         norm = self.norm
         assert norm is not None
-        # Not by a call, which others' hooks would see.
+        # By forward(), since a call would run other libraries' hooks.
         if type(norm).__module__.startswith(KNOWN_PACKAGES):
             return type(norm).forward(norm, x)  # type: ignore[no-any-return]
         with isolated(norm) as changes:
@@ -179,7 +180,7 @@ class Update:
 
     @property
     def eps(self) -> float:
-        """What the norm adds to the mean of squares."""
+        """The norm's epsilon, added to the mean of squares."""
         for name in ("eps", "variance_epsilon"):
             value = getattr(self.norm, name, None)
             if isinstance(value, float):
@@ -187,15 +188,15 @@ class Update:
         raise UnknownUpdateError(f"{type(self.norm).__name__} does not say its epsilon")
 
     def of_output(self, output: Tensor) -> "OutputNorms":
-        """What is needed of `output` `[batch, seq, out_features]`: one launch behind each projection."""
+        """Reduce `output` `[batch, seq, out_features]` to what `scales` needs: one launch after each projection."""
         dtype = torch.promote_types(output.dtype, torch.float32)
         norms = torch.linalg.vector_norm(output, dim=-1, dtype=dtype)
         return OutputNorms(norms, self.multiplier, self.eps, output.shape[-1])
 
 
 class OutputNorms(NamedTuple):
-    """|a| of each token, `[batch, seq]`, for the output a of one attention: float32, or float64 for such an output; and the
-    numbers that the layer had when it ran.
+    """‖a‖ of each token `[batch, seq]` for the output a of one projection (float32, or float64 for a float64 output), with the
+    layer's multiplier, eps and width at that time.
     """
 
     norms: Tensor
@@ -205,7 +206,7 @@ class OutputNorms(NamedTuple):
 
 
 def scales(outputs: Sequence[OutputNorms]) -> Tensor:
-    """The number c / rms(a) of each token, `[len(outputs), batch, seq]`; all at once where the layers have one c and eps."""
+    """Return c / rms(a) of each token, `[len(outputs), batch, seq]`; in one step if all layers have the same c and eps."""
     norms = torch.stack([output.norms for output in outputs])
     numbers = [output[1:] for output in outputs]
     if all(number == numbers[0] for number in numbers):
@@ -214,7 +215,7 @@ def scales(outputs: Sequence[OutputNorms]) -> Tensor:
         scale = torch.stack(
             [_scale(of_layer, *n) for of_layer, n in zip(norms.unbind(0), numbers, strict=True)]
         )
-    return scale.masked_fill(norms.isinf(), torch.nan)  # as the norm itself gives: infinity over infinity
+    return scale.masked_fill(norms.isinf(), torch.nan)  # as the norm gives: inf / inf
 
 
 def _scale(norms: Tensor, multiplier: float, eps: float, width: int) -> Tensor:
@@ -222,14 +223,14 @@ def _scale(norms: Tensor, multiplier: float, eps: float, width: int) -> Tensor:
 
 
 def update_of(model: nn.Module, site: HeadSite) -> Update:
-    """What the decoder layer of `site` makes of its output. Raises UnknownUpdateError where that is not known."""
+    """Find what the decoder layer of `site` does to its output. Raises UnknownUpdateError if that is not known."""
     parts = site.name.split(".")
     layer: Any = model
     for depth in range(len(parts) - 1, 0, -1):
         above: Any = unwrapped(model.get_submodule(".".join(parts[:depth])))
         kind = type(above).__name__
         if layer is model and not type(above).__module__.startswith(KNOWN_PACKAGES):
-            raise UnknownUpdateError(f"what a {kind}, which is none of transformers, does to it is not known")
+            raise UnknownUpdateError(f"what a {kind}, which is not of transformers, does to it is not known")
         for pattern, why in UNKNOWN.items():
             if re.search(pattern, kind):
                 raise UnknownUpdateError(f"what a {kind} adds to the residual stream is not known: {why}")

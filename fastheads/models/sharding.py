@@ -1,8 +1,8 @@
-"""How a projection's weight is split over ranks by tensor parallelism.
+"""Find how tensor parallelism splits a projection's weight over ranks.
 
-Only what transformers itself makes is taken: a projection that runs its `RowwiseParallel`, its weight a DTensor split over the
-columns, on a mesh of one dimension. The other layouts over ranks (FSDP2, HSDP, FSDP with tensor parallelism) split or gather the
-weight in ways that its placements alone do not tell.
+Supported is only what transformers makes: a projection run by `RowwiseParallel`, its weight a DTensor split by columns on a mesh
+of one dimension. Other layouts (FSDP2, HSDP, FSDP with tensor parallelism) split or gather the weight in ways that its placements
+do not show.
 """
 
 import inspect
@@ -22,49 +22,48 @@ from fastheads.models.weight_formats import (
     qualified_name,
 )
 
-# What transformers sets as the forward of a module that it makes parallel, and the style of those whose weight is split by
-# columns: by the heads, for an output projection.
+# The instance `forward` that transformers sets on a parallel module, and the style that splits a weight by columns: by heads, in
+# an output projection.
 PARALLEL_FORWARD = "TensorParallelLayer.install_forward.<locals>.tp_forward"
 ROWWISE = "transformers.distributed.tensor_parallel.RowwiseParallel"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The heads of one projection that this rank serves: `start` to `start + num_heads`, where every rank serves as many."""
+    """The heads of one projection that this rank holds: `start` to `start + num_heads`, the same number on every rank."""
 
     start: int
     num_heads: int
     head_dim: int
-    split_input: bool  # the projection is given the heads of all ranks, and takes its own of them
-    whole_output: bool  # each rank gets the sum over all ranks, as a plain tensor
+    split_input: bool  # True: the projection's input has the heads of all ranks, of which it takes its own
+    whole_output: bool  # True: its output is the sum over all ranks, as a plain tensor
     mesh: Any = field(compare=False)
     device: torch.device = field(compare=False)
 
 
 def is_rowwise(module: nn.Module) -> bool:
-    """Whether the module is a linear layer that transformers runs on this rank's columns of its weight."""
+    """True if the module is a linear layer that transformers runs on this rank's columns of its weight."""
     return _rowwise(module) is not None and plain_forward(module) and is_dtensor(_weight(module))
 
 
 def check_layout(module: nn.Module) -> None:
-    """Raises NotDenseError, naming the placements, for a weight that is over ranks in another way than `Shard` says."""
+    """Raise NotDenseError, naming the placements, if the weight is split over ranks in any way but that of `Shard`."""
     weight = _weight(module)
     placements = weight.placements
     if not is_rowwise(module):
         raise NotDenseError(
-            f"has its weight sharded over ranks ({placements}) in a way that is not supported: of FSDP2, tensor parallelism "
-            "and their like, only the tp_plan of transformers 5.18 and later is, with a plain torch.nn.Linear. Profile a model "
-            "that is whole on each rank"
+            f"has its weight sharded over ranks ({placements}) in a way that is not supported: only the tp_plan of transformers "
+            "5.18 and later is, with a plain torch.nn.Linear. Profile a model that is whole on each rank"
         )
     if weight.device_mesh.ndim != 1 or not (len(placements) == 1 and placements[0].is_shard(1)):
         raise NotDenseError(
-            f"has its weight sharded over ranks ({placements} on {weight.device_mesh}): of tensor parallelism only a mesh of "
-            "one dimension is supported, and a weight split by its columns"
+            f"has its weight sharded over ranks ({placements} on {weight.device_mesh}): tensor parallelism is supported only for "
+            "a weight split by columns on a mesh of one dimension"
         )
 
 
 def shard_of(site: HeadSite) -> Shard | None:
-    """What this rank serves of the projection; None where each rank serves all of it, or the weight is nothing known.
+    """Return the heads of the projection that this rank holds; None if it is not run by `RowwiseParallel`.
 
     Raises UnsupportedWeightError, naming the site, for a layout that is not supported.
     """
@@ -82,7 +81,7 @@ def shard_of(site: HeadSite) -> Shard | None:
     if rest or local.shape[1] != heads * site.head_dim:
         raise UnsupportedWeightError(
             f"{site.name} has {site.num_heads} heads of {site.head_dim} over {mesh.size()} ranks, which cuts heads in two: "
-            "a number of ranks that divides the heads is needed"
+            "use a number of ranks that divides the number of heads"
         )
     split_input = not style.input_layouts.is_shard()
     whole_output = style.output_layouts.is_replicate() and style.use_local_output
@@ -102,13 +101,13 @@ def _weight(module: nn.Module) -> Any:
 
 
 def _rowwise(module: nn.Module) -> Any:
-    """The style in which transformers runs a projection that it has split by heads; None of another module."""
+    """Return transformers' `RowwiseParallel` style of the module; None if it has none."""
     forward = vars(module).get("forward")
     code = getattr(forward, "__code__", None)
     if forward is None or code is None or code.co_qualname != PARALLEL_FORWARD:
         return None
     held = inspect.getclosurevars(forward).nonlocals
-    # The one that it wraps may be another's: accelerate's, say.
+    # It may wrap another library's forward, such as accelerate's.
     if plain_function(held.get("original_forward")) is not plain_function(type(module).forward):
         return None
     style = held.get("self")

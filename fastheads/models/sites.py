@@ -1,6 +1,6 @@
-"""Which modules of a model are attention output projections; their layer, number of heads and head_dim.
+"""Find the attention output projections of a model, with their layer, number of heads and head_dim.
 
-What differs between families is in the tables at the top: a new family is a line there.
+Everything that differs between families is in the tables at the top.
 """
 
 import inspect
@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from fastheads.errors import NoSitesError, OptionError
-from fastheads.models.geometry import WRAPPED, describe, head_dim_of, input_width, said_head_dim
+from fastheads.models.geometry import WRAPPED, declared_head_dim, describe, head_dim_of, input_width
 
-# The output projection of an attention module, as a path from it; the first that is there is taken. ".." is the module's parent,
-# if that is an attention module too: a BERT-like keeps the projection beside the attention.
+# Paths from an attention module to its output projection; the first that exists is used. ".." is the parent, if that is an
+# attention module too: BERT keeps the projection beside the attention.
 PROJECTION_PATHS = (
     "o_proj",
     "out_proj",
@@ -26,34 +26,34 @@ PROJECTION_PATHS = (
     "Wo",  # ModernBERT
     "out_lin",  # XLM
     "output",  # Pix2Struct
-    "proj",  # towers of pictures
-    "linear_out",  # towers of speech
+    "proj",  # vision towers
+    "linear_out",  # speech towers
     "../output.dense",
 )
 
-# Attention classes by name: what transformers calls them, and what it calls the mixers that are no softmax attention over
-# heads though some of them have an `o_proj` too (Kimi-Linear, Olmo-Hybrid), and the towers that are not the decoder.
+# Class names of attention in transformers; and those of mixers that are no softmax attention over heads, though some have an
+# `o_proj` too (Kimi-Linear, Olmo-Hybrid), and of towers outside the decoder.
 ATTENTION = re.compile(r"(Attention|Attn|MLA)\w*$")
 NOT_ATTENTION = re.compile(
     r"Vision|(?<!Higgs)Audio|Encoder|Mixer|DeltaNet|DeltaAttention|(?<!Kimi)LinearAttention|Lightning|Conv|Indexer|Residual|Pooling"
     r"|^MultiheadAttention$"  # torch's, in towers
 )
-# Attention to an encoder's output, by its name: a decoder alone never runs it.
-TO_ENCODER = re.compile(r"\b(encoder_attn|crossattention|EncDecAttention)\b")
+# Module names of attention to an encoder's output, which a model without an encoder never runs.
+CROSS_ATTENTION = re.compile(r"\b(encoder_attn|crossattention|EncDecAttention)\b")
 
-# By patterns of the attention's class from here on. Attention that cannot be profiled, and why.
+# Attention that cannot be profiled: a pattern of the class name, and the reason.
 REFUSED = {
-    r"^Blt": "its layers run over bytes and over patches of them, so that valid tokens cannot be told",
-    r"^CpmAnt": "it puts a prompt of its own before the tokens, so that valid tokens cannot be told",
+    r"^Blt": "its layers run over bytes and over patches of them, so that valid tokens are unknown",
+    r"^CpmAnt": "it puts a prompt of its own before the tokens, so that valid tokens are unknown",
     r"^DeepseekV4": "its output projection is in two steps, and the input of o_b_proj is not the heads'",
-    r"^JetMoe": "its output projections are experts, others for each token",
+    r"^JetMoe": "its output projections are experts, chosen for each token",
     r"^MultiheadAttention$": "torch.nn.MultiheadAttention never calls its output projection",
-    r"^ProphetNet": "its n-gram streams share the output projection, so that valid tokens cannot be told",
-    r"^Reformer": "it pads sequences to its chunks, so that valid tokens cannot be told",
+    r"^ProphetNet": "its n-gram streams share the output projection, so that valid tokens are unknown",
+    r"^Reformer": "it pads sequences to its chunks, so that valid tokens are unknown",
     r"^Rwkv": "it is a linear recurrence without heads",
     r"^XLNet": "its output projection is a bare parameter and no module",
 }
-# The same for what depends on how the attention is set up.
+# The same, if a condition on the attention module holds.
 REFUSED_IF: dict[str, tuple[Callable[[Any], bool], str]] = {
     r"^Bloom": (
         lambda owner: owner.pretraining_tp > 1 and owner.slow_but_exact,
@@ -62,22 +62,22 @@ REFUSED_IF: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-# Packages whose attention gives its projection [seq, batch, width].
+# Packages whose attention passes its projection [seq, batch, width].
 SEQUENCE_FIRST = ("transformers.models.fsmt.",)
-# Packages whose attention gives it [batch, seq, width], and those whose modules stand between an attention and its projection.
+# Packages whose attention passes [batch, seq, width]; packages of wrappers that may lie between an attention and its projection.
 BATCH_FIRST = ("transformers.",)
-BETWEEN = ("torch.", "peft.", "fastheads.")
+WRAPPER_PACKAGES = ("torch.", "peft.", "fastheads.")
 
 
 @dataclass(frozen=True)
 class HeadSite:
     """One attention output projection: its input is `[batch, seq, num_heads * head_dim]`.
 
-    Of a tensor-parallel model, `num_heads` counts the heads of all ranks, in the order of the whole model, on every rank: what is
-    profiled there can be merged and compared with any other profile of the model. This rank's input may hold some of them only.
+    In a tensor-parallel model `num_heads` counts the heads of all ranks, on every rank, so that profiles can be merged with
+    those of one process. This rank's input may hold only some of them.
     """
 
-    name: str  # of the projection, as in model.named_modules()
+    name: str  # the projection's name in model.named_modules()
     layer: int
     num_heads: int
     head_dim: int
@@ -85,7 +85,7 @@ class HeadSite:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and torch.compile's wrappers."""
+    """Return the model inside DataParallel, DistributedDataParallel and torch.compile's wrappers."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
@@ -96,8 +96,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The stack of decoder layers: `get_decoder()` of the model, or of the outermost module in it that has one; and so on where
-    that is a whole model in its turn, which may have an encoder (BLIP-2's language model, Florence-2's).
+    """Return the stack of decoder layers: `get_decoder()` of the outermost module that has one.
+
+    Repeated while the result has one too, as in BLIP-2 and Florence-2, whose language model is a whole model itself.
     """
     for module in model.modules():
         decoder = _decoder_within(module)
@@ -110,16 +111,16 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def _decoder_within(module: nn.Module) -> nn.Module | None:
-    """What `get_decoder()` gives; None where it is nothing inside the module (or itself) that could be a stack of layers."""
+    """Return `module.get_decoder()`; None if that is not the module or inside it, or has no children."""
     get_decoder = getattr(module, "get_decoder", None)
     decoder = get_decoder() if callable(get_decoder) else None
     if not isinstance(decoder, nn.Module) or all(decoder is not inside for inside in module.modules()):
         return None
-    return decoder if next(decoder.children(), None) is not None else None  # ModernBERT so calls its head
+    return decoder if next(decoder.children(), None) is not None else None  # ModernBERT names its head so
 
 
 def checked_layers(layers: Iterable[int] | None) -> list[int] | None:
-    """`layers` in order, each once. Raises OptionError where they are no whole numbers."""
+    """Return `layers` sorted, without duplicates. Raises OptionError if they are no integers."""
     if layers is None:
         return None
     chosen = list(layers) if isinstance(layers, Iterable) else [None]
@@ -129,7 +130,7 @@ def checked_layers(layers: Iterable[int] | None) -> list[int] | None:
 
 
 def sites_of_layers(sites: list[HeadSite], layers: list[int] | None) -> dict[int, HeadSite]:
-    """Those of `sites` in these layers (None: all), by their place in the list. Raises OptionError for layers that have none."""
+    """Select the sites in `layers` (None: all), keyed by index in `sites`. Raises OptionError for layers without a site."""
     rows = dict(enumerate(sites))
     if layers is None:
         return rows
@@ -147,9 +148,7 @@ def is_sequence_first(model: nn.Module, site: HeadSite) -> bool:
 
 
 def has_known_layout(model: nn.Module, site: HeadSite) -> bool:
-    """True if a table says which dimension of the projection's input is the batch. None does of a forward that somebody put in
-    the place of the attention's own.
-    """
+    """True if the order of the projection's input dimensions is known: the attention runs a forward of transformers."""
     owner = attention_of(model, site)
     if not type(owner).__module__.startswith(BATCH_FIRST) or "forward" in vars(owner):
         return False
@@ -158,26 +157,24 @@ def has_known_layout(model: nn.Module, site: HeadSite) -> bool:
 
 
 def attention_of(model: nn.Module, site: HeadSite) -> nn.Module:
-    """The module that calls the projection."""
+    """Return the module that calls the projection."""
     parts = site.name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         above = model.get_submodule(".".join(parts[:depth]))
-        if not type(above).__module__.startswith(BETWEEN):
+        if not type(above).__module__.startswith(WRAPPER_PACKAGES):
             return above
     return model
 
 
 def find_sites(model: nn.Module, include: str | Iterable[str] = ()) -> list[HeadSite]:
-    """The attention output projections of `model`'s decoder, in the order of its modules.
+    """Find the attention output projections of `model`'s decoder, in the order of its modules.
 
     Vision and audio towers, linear attention, and attention to an encoder that the model does not have are left out. `include`
-    adds some of these: patterns as in `fnmatch` (a "*" stands for dots too) on the names that `model.named_modules()` gives to
-    attention modules or to their projections, such as "*.linear_attn" or "vision_tower.*"; of what a pattern matches, that which
-    can be profiled.
+    adds them: `fnmatch` patterns (a "*" matches dots too) for the names of attention modules or projections in
+    `model.named_modules()`, such as "*.linear_attn" or "vision_tower.*". Matches that cannot be profiled are skipped.
 
     Raises:
-        NoSitesError: there is none, a pattern matches none, or there is attention that cannot be profiled; the message says which
-            and why.
+        NoSitesError: there is no site, a pattern matches none, or some attention cannot be profiled; the message says why.
     """
     patterns = [include] if isinstance(include, str) else list(include)
     attentions = list(_attentions(model))
@@ -187,33 +184,33 @@ def find_sites(model: nn.Module, include: str | Iterable[str] = ()) -> list[Head
     chosen = [a for a in attentions if a.by_default or a.path in included]
     for attention in chosen:
         attention.check_profilable()
-    # By projection: one that several modules share is one site, which fires for each.
+    # Keyed by projection: one that several modules share is one site, which fires for each of them.
     sites: dict[int, HeadSite] = {}
     for attention in chosen:
         if attention.projection is not None:
             sites.setdefault(id(attention.projection), attention.site())
     if not sites:
         for attention in attentions:
-            attention.check_profilable()  # of a kind that is left out, but with a better reason
+            attention.check_profilable()  # also of what is left out, since its reason says more
         decoder = type(decoder_of(model)).__name__
         missing = f"linear layer called {', '.join(PROJECTION_PATHS)}" if chosen else "softmax attention"
         raise NoSitesError(
             f"no attention output projection to profile in {type(model).__name__}: its decoder ({decoder}) has no {missing}; "
             f"attention classes found: {_examples(attentions)}"
-            + ("; include=... adds what is left out" if attentions else "")
+            + ("; include=... adds those that are left out" if attentions else "")
         )
     _check_complete(chosen)
     return list(sites.values())
 
 
 def _matching(pattern: str, attentions: "list[_Attention]", model: str) -> set[str]:
-    """The paths of what is called like `pattern` and can be profiled; raises where there is nothing."""
+    """Return the paths of attention modules that match `pattern` and can be profiled; raise NoSitesError if there are none."""
     candidates = [a for a in attentions if a.projection is not None]
     matching = [a for a in candidates if a.is_called(pattern)]
     if not matching:
         left_out = _examples(a for a in candidates if not a.by_default)
         raise NoSitesError(
-            f"no attention module of {model} is called {pattern!r}; left out without include: {left_out}"
+            f"no attention module of {model} matches include={pattern!r}; those left out by default: {left_out}"
         )
     profilable = {a.path for a in matching if a.refusal() is None}
     if not profilable:
@@ -223,19 +220,19 @@ def _matching(pattern: str, attentions: "list[_Attention]", model: str) -> set[s
 
 @dataclass(frozen=True)
 class _Attention:
-    """A module that attends, or that has heads and a projection as if it did."""
+    """An attention module, or another module with heads and an output projection."""
 
     path: str
     owner: nn.Module
-    by_default: bool  # whether it is profiled where nobody asks for it
-    name: str = ""  # of its projection
+    by_default: bool  # True: profiled without include
+    name: str = ""  # the projection's
     projection: nn.Module | None = None
 
     def is_called(self, pattern: str) -> bool:
         return fnmatchcase(self.path, pattern) or fnmatchcase(self.name, pattern)
 
     def refusal(self) -> str | None:
-        """Why it cannot be profiled, where that is known."""
+        """Return the reason why it cannot be profiled; None if it can."""
         kind = type(self.owner).__name__
         reasons = [why for refused, why in REFUSED.items() if re.search(refused, kind)]
         for refused, (applies, why) in REFUSED_IF.items():
@@ -244,7 +241,7 @@ class _Attention:
         return reasons[0] if reasons else None
 
     def check_profilable(self) -> None:
-        """Raises NoSitesError, with the reason, for attention that is known not to be."""
+        """Raise NoSitesError, with the reason, if it cannot be profiled."""
         if (why := self.refusal()) is not None:
             kind = type(self.owner).__name__
             raise NoSitesError(f"{self.path or 'the model'} ({kind}) cannot be profiled: {why}")
@@ -255,17 +252,17 @@ class _Attention:
         head_dim = head_dim_of(self.owner, width)
         if head_dim is None:
             raise NoSitesError(
-                f"{self.name}: its input, {width} wide, does not divide into heads by what {type(self.owner).__name__} says of "
-                f"them, or not in one way: it has {describe(self.owner)}"
+                f"{self.name}: its input, {width} wide, has an unknown or ambiguous number of heads by the attributes and "
+                f"projections of {type(self.owner).__name__}: it has {describe(self.owner)}"
             )
-        # The number of heads is the width's, never the configuration's: layers and ranks may differ.
+        # From the width, never from the configuration: layers and ranks may differ.
         return HeadSite(
             self.name, _layer(self.name, self.owner), width // head_dim, head_dim, self.projection
         )
 
 
 def _attentions(model: nn.Module) -> Iterator[_Attention]:
-    """Every attention module, chosen by default or not, in the order of the model's modules."""
+    """Yield every attention module, profiled by default or not, in the order of the model's modules."""
     modules = dict(model.named_modules(remove_duplicate=False))
     decoder = decoder_of(model)
     in_decoder = {id(m) for m in decoder.modules()}
@@ -276,17 +273,17 @@ def _attentions(model: nn.Module) -> Iterator[_Attention]:
         is_attention = ATTENTION.search(kind) is not None
         name, projection = _projection(path, modules)
         if not is_attention and (
-            projection is None or said_head_dim(owner, input_width(projection) or 0) is None
+            projection is None or declared_head_dim(owner, input_width(projection) or 0) is None
         ):
             continue
         by_default = is_attention and id(owner) in in_decoder and not NOT_ATTENTION.search(kind)
         if by_default and not has_encoder:
-            by_default = not TO_ENCODER.search(path)
+            by_default = not CROSS_ATTENTION.search(path)
         yield _Attention(path, owner, by_default, name, projection)
 
 
 def _projection(path: str, modules: dict[str, nn.Module]) -> tuple[str, nn.Module | None]:
-    """The projection of the attention module at `path`, and its name."""
+    """Return the name and the output projection of the attention module at `path`; "" and None if there is none."""
     for relative in PROJECTION_PATHS:
         parts = path.split(".") if path else []
         steps = relative.split("/")
@@ -313,7 +310,7 @@ def _layer(name: str, owner: nn.Module) -> int:
 
 
 def _check_complete(chosen: list[_Attention]) -> None:
-    """Raises NoSitesError where an attention module has no projection, and neither is part of one that has nor has one in it."""
+    """Raise NoSitesError if an attention module has no projection, and neither contains nor is inside one that has."""
     served = [a for a in chosen if a.projection is not None]
     for attention in chosen:
         inside = any(f"{attention.path}.".startswith(f"{a.path}.") for a in served)
@@ -326,6 +323,6 @@ def _check_complete(chosen: list[_Attention]) -> None:
 
 
 def _examples(attentions: Iterable[_Attention]) -> str:
-    """Classes, each with the name of one module."""
+    """List the classes, each with the path of one module, for a message."""
     by_class = {type(a.owner).__name__: a.path for a in attentions}
     return ", ".join(f"{kind} ({path})" for kind, path in sorted(by_class.items())) or "none"

@@ -1,9 +1,9 @@
-"""How projections keep a weight that is not plainly dense: a table by the names of their types.
+"""Read weights that are not plain tensors (quantized, packed): tables by the qualified names of module and tensor types.
 
-Names, not classes: nothing is imported that the model does not use already. What is not in the tables is refused, since what
-looks like a weight there may be packed bits, or only part of one.
+Names rather than classes, so that nothing is imported that the model does not use. Types that are not in the tables are refused,
+since their `weight` may be packed bits, or only part of the weight.
 
-A weight is what the format defines, scales times codes; that a kernel also rounds its input, or its result, is not part of it.
+A weight is what its format defines, scales times codes; rounding of a kernel's input or output is not part of it.
 """
 
 import sys
@@ -14,30 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What a `forward` that only listens carries: the function that it stands for.
+# Attribute of a hook's `forward` that holds the original function.
 PLAIN_ATTRIBUTE = "_fastheads_plain"
 
 
 def plain_function(forward: Any) -> Any:
-    """The function of a class's `forward`, or of a bound one, as it is without the hooks of this library."""
+    """Return the plain function of a `forward`, unbound and without the hooks of this library."""
     forward = getattr(forward, "__func__", forward)
     return getattr(forward, PLAIN_ATTRIBUTE, forward)
 
 
 class NotDenseError(Exception):
-    """Why the weight cannot be read, to be said after the projection's name."""
+    """The weight cannot be read; the message continues a sentence that begins with the projection's name."""
 
 
-# What a weight depends on: tensors, and values that can be compared.
+# All that a weight depends on: tensors, and values that can be compared.
 Parts = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class Form:
-    """How the projections of one type keep their weight.
+class WeightFormat:
+    """Functions that read the weight of one type of projection.
 
-    `read` gives the dense weight of a module (or of a tensor, in TENSORS) `[out_features, in_features]`, or the other way round
-    where it is `transposed`; `parts` gives everything that `read` looks at. Both may raise NotDenseError.
+    `read` returns the dense weight of a module (or of a tensor, in TENSORS), `[out_features, in_features]`, or `[in_features,
+    out_features]` if `transposed`; `parts` returns everything that the weight depends on. Both may raise NotDenseError.
     """
 
     read: Callable[[Any], Tensor]
@@ -46,7 +46,7 @@ class Form:
 
 
 def qualified_name(kind: type) -> str:
-    """As in the tables: `torch.nn.modules.linear.Linear`."""
+    """Return the key of a type in the tables, such as `torch.nn.modules.linear.Linear`."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
@@ -74,10 +74,10 @@ def _read_4bit(module: Any) -> Tensor:
 
 
 def _from_cpu_layout(packed: Tensor, rows: int, columns: int) -> Tensor:
-    """The levels `[rows * columns]` of a weight that bitsandbytes has repacked for its CPU kernels.
+    """Unpack the 4-bit codes `[rows * columns]` of a weight that bitsandbytes has repacked for its CPU kernels.
 
-    There 32 rows lie together, pair of columns by pair of columns; each byte holds one level of the first half of such 64, and
-    one of the second, in its upper bits.
+    The layout is blocks of 32 rows by 2 columns: each of a block's 32 bytes holds a code of its first half in the lower four
+    bits, and one of its second half in the upper four.
     """
     packed = packed.reshape(-1, 32)
     levels = torch.cat([packed & 0xF, packed >> 4], dim=-1)
@@ -85,7 +85,7 @@ def _from_cpu_layout(packed: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _by_blocks(values: Tensor, scales: Tensor, size: int) -> Tensor:
-    """`values`, each block of `size` times its scale; the last one may be short."""
+    """Multiply each block of `size` values by its scale; the last block may be shorter."""
     return values * scales.flatten().repeat_interleave(size)[: values.numel()]
 
 
@@ -94,9 +94,9 @@ def _quant_state(module: Any) -> Any:
     state = getattr(weight, "quant_state", None)
     state = getattr(module, "quant_state", None) if state is None else state
     if state is None or weight.device.type == "meta":
-        raise NotDenseError("is not quantised yet, or offloaded")
+        raise NotDenseError("is not quantized yet, or offloaded")
     if state.quant_type not in ("nf4", "fp4") or len(state.shape) != 2:
-        raise NotDenseError(f"has a weight quantised as {state.quant_type}")
+        raise NotDenseError(f"has a weight quantized as {state.quant_type}")
     return state
 
 
@@ -109,8 +109,10 @@ def _parts_of_4bit(module: Any) -> Parts:
 
 
 def repacks_when_run(module: Any) -> bool:
-    """Whether a bitsandbytes 4-bit layer will repack its weight as it runs: on CPUs with AVX512-BF16, in evaluation, for an input
-    without gradient. It rounds the scales to bfloat16 for good, so the weight that acts is the one after that.
+    """True if a bitsandbytes 4-bit layer will repack its weight when it runs.
+
+    It does so on CPUs with AVX512-BF16, in evaluation mode, for an input without gradient. That rounds the scales to bfloat16
+    permanently, so the weight that counts is the rounded one.
     """
     state = getattr(module.weight, "quant_state", None)
     return bool(
@@ -123,13 +125,13 @@ def repacks_when_run(module: Any) -> bool:
 
 
 def _codes_and_scales(module: Any) -> tuple[Tensor, Tensor]:
-    """Of LLM.int8(): they move from the weight to the module's state as it first runs."""
+    """Return the codes and scales of an LLM.int8() layer, which move from the weight to the module's state in the first run."""
     weight, state = module.weight, module.state
     if state.has_fp16_weights:
-        raise NotDenseError("quantises its weight anew in each forward (has_fp16_weights)")
+        raise NotDenseError("quantizes its weight again in each forward (has_fp16_weights)")
     codes, scales = (weight.CB, weight.SCB) if weight.CB is not None else (state.CB, state.SCB)
     if codes is None or scales is None or codes.device.type == "meta" or codes.dtype != torch.int8:
-        raise NotDenseError("is not quantised yet, or offloaded")
+        raise NotDenseError("is not quantized yet, or offloaded")
     return codes, scales
 
 
@@ -158,7 +160,7 @@ def _read_fp8(module: Any) -> Tensor:
 
 
 def _read_scaled_rows(module: Any) -> Tensor:
-    """Codes times a scale for each row, in whichever way the scales lie."""
+    """Multiply the codes by one scale for each row; the scales may have any shape."""
     return module.weight.detach().float() * module.weight_scale.detach().float().view(-1, 1)
 
 
@@ -174,7 +176,7 @@ def _read_gguf(module: Any) -> Tensor:
 
 def _read_bitnet(module: Any) -> Tensor:
     if module.rms_norm is not None:
-        raise NotDenseError("normalises its input over all heads first")
+        raise NotDenseError("normalizes its input over all heads first")
     packed = module.weight.detach()
     ternary = torch.cat([(packed >> shift) & 3 for shift in (0, 2, 4, 6)]).float() - 1
     return ternary / module.weight_scale.detach().float()
@@ -182,7 +184,7 @@ def _read_bitnet(module: Any) -> Tensor:
 
 def _read_auto_bitnet(module: Any) -> Tensor:
     if module.rms_norm is not None:
-        raise NotDenseError("normalises its input over all heads first")
+        raise NotDenseError("normalizes its input over all heads first")
     weight = module.weight.detach()
     if not module.online_quant:
         return weight.float() * module.weight_scale.detach().float()
@@ -198,7 +200,7 @@ def _read_gemma(module: Any) -> Tensor:
 
 
 def _read_quanto(module: Any) -> Tensor:
-    _refuse_quantised_input(module)
+    _refuse_quantized_input(module)
     weight = module.qweight
     if weight is None:
         return module.weight.detach()  # type: ignore[no-any-return]
@@ -206,18 +208,18 @@ def _read_quanto(module: Any) -> Tensor:
 
 
 def _parts_of_quanto(module: Any) -> Parts:
-    _refuse_quantised_input(module)
+    _refuse_quantized_input(module)
     return (module.weight,)
 
 
-def _refuse_quantised_input(module: Any) -> None:
+def _refuse_quantized_input(module: Any) -> None:
     if module.activation_qtype is not None:
-        raise NotDenseError("quantises its input before a hook sees it")
+        raise NotDenseError("quantizes its input before a hook sees it")
 
 
 def _parts_of_hqq(module: Any) -> Parts:
     if not module.ready:
-        raise NotDenseError("is not quantised yet")
+        raise NotDenseError("is not quantized yet")
     return (module.W_q, *_values(module.meta))
 
 
@@ -233,36 +235,38 @@ def _named(*names: str) -> Callable[[Any], Parts]:
     return lambda module: tuple(getattr(module, name) for name in names)
 
 
-# Projections by their own type.
-MODULES: dict[str, Form] = {
-    "bitsandbytes.nn.modules.Linear4bit": Form(_read_4bit, _parts_of_4bit),
-    "bitsandbytes.nn.modules.LinearNF4": Form(_read_4bit, _parts_of_4bit),
-    "bitsandbytes.nn.modules.LinearFP4": Form(_read_4bit, _parts_of_4bit),
-    "bitsandbytes.nn.modules.Linear8bitLt": Form(
+# Formats by the projection's type.
+MODULES: dict[str, WeightFormat] = {
+    "bitsandbytes.nn.modules.Linear4bit": WeightFormat(_read_4bit, _parts_of_4bit),
+    "bitsandbytes.nn.modules.LinearNF4": WeightFormat(_read_4bit, _parts_of_4bit),
+    "bitsandbytes.nn.modules.LinearFP4": WeightFormat(_read_4bit, _parts_of_4bit),
+    "bitsandbytes.nn.modules.Linear8bitLt": WeightFormat(
         _read_8bit, lambda module: (module.weight, *_codes_and_scales(module))
     ),
-    "transformers.integrations.finegrained_fp8.FP8Linear": Form(
+    "transformers.integrations.finegrained_fp8.FP8Linear": WeightFormat(
         _read_fp8, _named("weight", "weight_scale_inv", "block_size")
     ),
-    "transformers.integrations.fbgemm_fp8.FbgemmFp8Linear": Form(
+    "transformers.integrations.fbgemm_fp8.FbgemmFp8Linear": WeightFormat(
         _read_scaled_rows, _named("weight", "weight_scale")
     ),
-    "transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear": Form(
+    "transformers.integrations.compressed_tensors.CompressedTensorsFP8Linear": WeightFormat(
         _read_scaled_rows, _named("weight", "weight_scale")
     ),
-    "transformers.integrations.gguf.utils.GgufLinear": Form(
+    "transformers.integrations.gguf.utils.GgufLinear": WeightFormat(
         _read_gguf, _named("weight", "input_permutation", "ggml_type")
     ),
-    "transformers.integrations.bitnet.BitLinear": Form(_read_bitnet, _named("weight", "weight_scale")),
-    "transformers.integrations.bitnet.AutoBitLinear": Form(
+    "transformers.integrations.bitnet.BitLinear": WeightFormat(
+        _read_bitnet, _named("weight", "weight_scale")
+    ),
+    "transformers.integrations.bitnet.AutoBitLinear": WeightFormat(
         _read_auto_bitnet,
         lambda module: (module.weight, getattr(module, "weight_scale", None), module.online_quant),
     ),
-    "transformers.integrations.gemma_quant.QuantizedLinear": Form(
+    "transformers.integrations.gemma_quant.QuantizedLinear": WeightFormat(
         _read_gemma, _named("weight", "weight_scale", "num_bits")
     ),
-    "optimum.quanto.nn.qlinear.QLinear": Form(_read_quanto, _parts_of_quanto),
-    "hqq.core.quantize.HQQLinear": Form(lambda module: module.dequantize().detach(), _parts_of_hqq),
+    "optimum.quanto.nn.qlinear.QLinear": WeightFormat(_read_quanto, _parts_of_quanto),
+    "hqq.core.quantize.HQQLinear": WeightFormat(lambda module: module.dequantize().detach(), _parts_of_hqq),
 }
 
 
@@ -272,17 +276,17 @@ def _read_torchao(tensor: Any) -> Tensor:
     return tensor.dequantize().detach()  # type: ignore[no-any-return]
 
 
-_TORCHAO = Form(_read_torchao, lambda tensor: (tensor,))
+_TORCHAO = WeightFormat(_read_torchao, lambda tensor: (tensor,))
 
-# Weights of a plain torch.nn.Linear by the type of tensor. torchao names its types by the package that exports them.
-TENSORS: dict[str, Form] = {
+# Formats by the weight's type, in a plain torch.nn.Linear. torchao's types carry the name of the package that exports them.
+TENSORS: dict[str, WeightFormat] = {
     f"torchao.quantization.{name}": _TORCHAO
     for name in ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 }
 
 
 def leaves(tensor: Tensor) -> list[Tensor]:
-    """The tensors that hold the data: of a wrapper subclass (torchao, quanto) those inside it."""
+    """Return the tensors that hold the data: those inside a wrapper subclass (torchao, quanto), else the tensor itself."""
     if type(tensor) is nn.Parameter or not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
@@ -290,12 +294,12 @@ def leaves(tensor: Tensor) -> list[Tensor]:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is sharded or replicated over ranks; asks without importing what the model does not use."""
+    """True for a DTensor; does not import torch.distributed."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-# The functions that multiply by a module's `weight` and add its bias: whether the weight lies [in, out].
+# The `forward` functions that multiply by `weight` and add the bias; True if the weight is stored [in, out].
 LINEAR_FORWARDS = {
     "torch.nn.modules.linear.Linear.forward": False,
     "transformers.models.falcon.modeling_falcon.FalconLinear.forward": False,
@@ -309,10 +313,10 @@ def _forward(module: nn.Module) -> str:
 
 
 def plain_forward(module: nn.Module) -> bool:
-    """Whether the module multiplies by its `weight` and adds its bias, as torch.nn.Linear does."""
+    """True if the module multiplies by its `weight` and adds its bias, as torch.nn.Linear does."""
     return _forward(module) in LINEAR_FORWARDS
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether such a module's weight lies [in, out]."""
+    """True if such a module's weight is stored [in, out]."""
     return LINEAR_FORWARDS.get(_forward(module), False)

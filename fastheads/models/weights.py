@@ -1,4 +1,4 @@
-"""The dense W of an output projection, and what tells that it has changed."""
+"""Read the dense weight of an output projection, and detect when it changes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -10,14 +10,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastheads.errors import UnsupportedWeightError
 from fastheads.models import offload, sharding
-from fastheads.models.computed_weights import form_of_computed, is_shadowed, isolated
+from fastheads.models.computed_weights import format_of_computed, is_shadowed, isolated
 from fastheads.models.sites import HeadSite
 from fastheads.models.weight_formats import (
     MODULES,
     TENSORS,
-    Form,
     NotDenseError,
     Parts,
+    WeightFormat,
     is_dtensor,
     is_transposed,
     leaves,
@@ -39,7 +39,7 @@ __all__ = [
 
 DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# PEFT's LoRA on the kinds of base layer that can be read; all are base + scaling · B A.
+# PEFT's LoRA layers whose base layer can be read; all compute base + scaling · B A.
 LORA = frozenset(
     f"peft.tuners.lora.{name}"
     for name in (
@@ -53,13 +53,13 @@ LORA = frozenset(
 
 
 def dense_weight(site: HeadSite) -> Tensor:
-    """The weight `[out_features, num_heads * head_dim]` with which the projection now acts on its input.
+    """Return the weight `[out_features, num_heads * head_dim]` that the projection now multiplies its input by.
 
-    A quantised weight is dequantised, an offloaded one is fetched to where it acts, and LoRA that is not merged is added. Of a
-    tensor-parallel one these are the columns that act on this rank: of a site that counts this rank's heads.
+    Quantized weights are dequantized, offloaded ones fetched to their execution device, and unmerged LoRA is added. For a
+    tensor-parallel weight pass a site that counts this rank's heads; the result is this rank's columns.
 
-    Raises UnsupportedWeightError, naming the site, for a projection of a type that is not known, or whose weight is sharded
-    otherwise, on the meta device, or no fixed matrix.
+    Raises UnsupportedWeightError, naming the site, if the projection's type is unknown, or its weight is sharded in another way,
+    on the meta device, or no fixed matrix.
     """
     try:
         weight = _read(site.module)
@@ -80,7 +80,7 @@ def dense_weight(site: HeadSite) -> Tensor:
 
 
 def is_plain(site: HeadSite) -> bool:
-    """Whether the projection's weight is simply its parameter `weight`."""
+    """True if the projection's weight is simply its parameter `weight`."""
     module = site.module
     return (
         plain_forward(module)
@@ -91,10 +91,11 @@ def is_plain(site: HeadSite) -> bool:
 
 
 def key_reader(site: HeadSite) -> Callable[[], Parts]:
-    """A function whose value moves when the weight is replaced or changed in place the ordinary way: storage, versions, scales,
-    the adapters' state. Another is needed once that value has moved, for the weight may have another form then.
+    """Return a function that returns the weight's version key: storages, versions, scales, the adapters' state.
 
-    It reads no values, so it costs no wait; `weight.data.mul_()` and its like move none of it (see `checksum`).
+    The key changes when the weight is replaced or changed in place, but not by `weight.data.mul_()` and the like (see
+    `checksum`). Once it has changed, make a new function, since the weight may have another format. Reads no values, so it never
+    waits for the device.
     """
     module = site.module
     if not is_plain(site):
@@ -103,19 +104,19 @@ def key_reader(site: HeadSite) -> Callable[[], Parts]:
         def read() -> Parts:
             with (
                 torch._C.DisableTorchFunctionSubclass()
-            ):  # quantised tensors take microseconds to say where they are
+            ):  # else addresses of quantized tensors take microseconds each
                 try:
                     return _key(parts())
                 except NotDenseError:
-                    return (None,)  # it moved, and `dense_weight` will say to what
+                    return (None,)  # a changed key: `dense_weight` then raises the error
 
         return read
 
     def plain() -> Parts:
-        weight = module._parameters.get("weight")  # module.weight takes as long as all the rest
+        weight = module._parameters.get("weight")  # module.weight would take as long as all the rest
         if weight is None:
             return (None,)
-        # _tensor_key, without the call: this runs for each projection in each forward
+        # As _tensor_key, inlined: this runs for each projection in each forward.
         version = None if weight.is_inference() else weight._version
         return (weight.untyped_storage()._cdata, weight.data_ptr(), version, weight.dtype)
 
@@ -123,18 +124,19 @@ def key_reader(site: HeadSite) -> Callable[[], Parts]:
 
 
 def hold_key(site: HeadSite) -> list[StorageWeakRef]:
-    """What keeps the storages in the key from giving their addresses to others, though not their memory."""
+    """Weak references that pin the addresses of the key's storages against reuse, without keeping their memory."""
     return hold(_tensors(_parts_reader(site.module)()))
 
 
 def hold(tensors: Iterable[Tensor]) -> list[StorageWeakRef]:
-    """The same for any tensors."""
+    """As `hold_key`, for any tensors."""
     return [StorageWeakRef(t.untyped_storage()) for t in tensors]
 
 
 def moves_when_run(site: HeadSite) -> bool:
-    """Whether the layer itself will move its weight, and `dense_weight` is already the one after that: PEFT takes disabled
-    adapters off the weight when it runs, bitsandbytes repacks 4-bit weights on some CPUs.
+    """True if the layer will change its weight when it runs; `dense_weight` already returns the weight after that.
+
+    PEFT unmerges disabled adapters when it runs; bitsandbytes repacks 4-bit weights on some CPUs.
     """
     module: Any = site.module
     if getattr(module, "disable_adapters", False) and getattr(module, "merged_adapters", ()):
@@ -144,18 +146,18 @@ def moves_when_run(site: HeadSite) -> bool:
 
 
 def checksum(weight: Tensor) -> Tensor:
-    """Int64 scalar over the bits of `weight` `[O, I]`: sums over rows and over columns, each weighted by position."""
+    """Checksum of the bits of `weight` `[O, I]`, int64 scalar: sums over rows and over columns, each weighted by position."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     bits = weight.view(integer)
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    # Of 64 bits the upper ones once more: in a sum of an even number of rows a sign would be lost.
+    # For 64-bit types also sum the upper halves: the sign bits of an even number of rows would cancel.
     for place, part in enumerate([bits] if weight.element_size() < 8 else [bits, bits >> 32]):
         for dim in (0, 1):
             sums = part.sum(dim=dim, dtype=torch.int64)
             odd = torch.arange(1, 2 * len(sums), 2, device=weight.device)
             total += (
                 (sums ^ (sums >> 29)) * odd * (0x9E3779B97F4A7C1 + 2 * (dim + 2 * place))
-            ).sum()  # wraps, as it should
+            ).sum()  # wraps around, as intended
     return total
 
 
@@ -166,41 +168,41 @@ def _read(module: nn.Module) -> Tensor:
     base = module._modules.get("base_layer")
     if base is not None:
         return _read_adapted(module, base)
-    form = _form(module)
-    weight = form.read(module)
-    return weight.T if form.transposed else weight
+    weight_format = _format(module)
+    weight = weight_format.read(module)
+    return weight.T if weight_format.transposed else weight
 
 
 def _parts_reader(module: nn.Module) -> Callable[[], Parts]:
-    """A function that gives what the weight depends on, for as long as it has the form that it has now."""
+    """Return a function that returns all that the weight depends on; valid while the weight keeps its format."""
     base = module._modules.get("base_layer")
     if base is None:
-        form = _form(module)
-        return lambda: form.parts(module)
+        weight_format = _format(module)
+        return lambda: weight_format.parts(module)
     parts = _parts_reader(base)
     return lambda: (module._modules.get("base_layer") is base, *parts(), *_parts_of_adapters(module))
 
 
-def _form(module: nn.Module) -> Form:
-    """The form of a projection without adapters."""
-    form = _form_as_it_lies(module)
-    return replace(form, transposed=True) if is_transposed(module) else form
+def _format(module: nn.Module) -> WeightFormat:
+    """Return the weight format of a projection without adapters."""
+    weight_format = _format_ignoring_transpose(module)
+    return replace(weight_format, transposed=True) if is_transposed(module) else weight_format
 
 
-def _form_as_it_lies(module: nn.Module) -> Form:
+def _format_ignoring_transpose(module: nn.Module) -> WeightFormat:
     _check_own_forward(module)
-    form = MODULES.get(qualified_name(type(module)))
-    if form is not None:
-        return form
+    weight_format = MODULES.get(qualified_name(type(module)))
+    if weight_format is not None:
+        return weight_format
     if not plain_forward(module):
         kind = type(module)
         raise NotDenseError(
             f"is a {kind.__name__} of {kind.__module__}, whose weight cannot be read with certainty: "
-            "only torch.nn.Linear and the forms listed under Weights in the README are supported"
+            "only torch.nn.Linear and the formats listed under Weights in the README are supported"
         )
     weight = module._parameters.get("weight")
     if weight is None or is_shadowed(module):
-        return form_of_computed(module)
+        return format_of_computed(module)
     if offload.source(module) is not None:
         return OFFLOADED
     if is_dtensor(weight):
@@ -208,26 +210,26 @@ def _form_as_it_lies(module: nn.Module) -> Form:
         return LOCAL
     if type(weight) is nn.Parameter or type(weight) is Tensor:
         return PLAIN
-    form = TENSORS.get(qualified_name(type(weight)))
-    if form is None:
+    weight_format = TENSORS.get(qualified_name(type(weight)))
+    if weight_format is None:
         named = f"{type(weight).__name__} of {type(weight).__module__}"
         raise NotDenseError(
-            f"has a weight of type {named}; only plain tensors and the forms listed under Weights in the README are supported"
+            f"has a weight of type {named}; only plain tensors and the formats listed under Weights in the README are supported"
         )
-    return Form(lambda m: form.read(m.weight), lambda m: form.parts(m.weight))
+    return WeightFormat(lambda m: weight_format.read(m.weight), lambda m: weight_format.parts(m.weight))
 
 
 def _check_own_forward(module: nn.Module) -> None:
-    """A forward set on the module itself may do anything; accelerate's moves weights and inputs between devices."""
+    """Raise NotDenseError for an instance `forward`, which may do anything, unless it is one of accelerate's or transformers'."""
     own = vars(module).get("forward")
     if own is None or plain_function(own) is plain_function(type(module).forward):
-        return  # accelerate leaves the class's own behind
+        return  # accelerate leaves the class's forward behind as an attribute
     if sharding.is_rowwise(module):
         return
     if not offload.only_aligns_devices(module):
         code = getattr(
             getattr(own, "__func__", own), "__code__", None
-        )  # its name may be that of what it wraps
+        )  # __name__ may be that of a wrapped function
         name = type(own).__name__ if code is None else code.co_qualname
         hint = ": load it with dequantize=True" if hasattr(module, "quantization_scheme") else ""
         raise NotDenseError(f"runs a forward of its own ({name}), which may be more than its weight{hint}")
@@ -247,7 +249,7 @@ def _parts_of_local(module: nn.Module) -> Parts:
     local = getattr(weight, "_local_tensor", None)
     if weight is None or local is None:
         return (None,)
-    # A change in place moves the version of the DTensor alone.
+    # A change in place moves only the DTensor's version, not the local tensor's.
     return (local, None if weight.is_inference() else weight._version)
 
 
@@ -262,10 +264,10 @@ def _parts_of_offloaded(module: nn.Module) -> Parts:
     return (None,) if found is None else found.parts()
 
 
-PLAIN = Form(_read_plain, lambda module: (module._parameters["weight"],))
+PLAIN = WeightFormat(_read_plain, lambda module: (module._parameters["weight"],))
 # This rank's columns of a weight that is split over ranks.
-LOCAL = Form(_read_local, _parts_of_local)
-OFFLOADED = Form(_read_offloaded, _parts_of_offloaded)
+LOCAL = WeightFormat(_read_local, _parts_of_local)
+OFFLOADED = WeightFormat(_read_offloaded, _parts_of_offloaded)
 
 
 # ---------------------------------------------------------------- adapters
@@ -287,7 +289,7 @@ def _read_adapted(module: Any, base: nn.Module) -> Tensor:
         return _unmerged(module, base, weight)
     acting = _acting_adapters(module)
     if acting and weight.dtype != torch.float64:
-        weight = weight.float()  # the layer adds the adapter's output unrounded: so must this
+        weight = weight.float()  # the layer does not round the adapter's output to the weight's dtype
     with torch.autocast(weight.device.type, enabled=False):
         for name in acting:
             down, up = (_read(part[name]).to(weight) for part in (module.lora_A, module.lora_B))
@@ -296,32 +298,34 @@ def _read_adapted(module: Any, base: nn.Module) -> Tensor:
 
 
 def _unmerged(module: Any, base: nn.Module, weight: Tensor) -> Tensor:
-    """What the layer leaves of the weight as it runs with adapters that are merged, but disabled: it takes them off first."""
-    form = _form(base)
-    if module.merged_adapters and form.read is not _read_plain:
+    """Return the weight without its merged adapters, which are disabled: the layer unmerges them when it runs."""
+    weight_format = _format(base)
+    if module.merged_adapters and weight_format.read is not _read_plain:
         raise NotDenseError(
-            "has disabled adapters merged into a weight that is not plainly dense, which the layer will quantise anew as "
-            "it takes them off: call unmerge_adapter() first"
+            "has disabled adapters merged into a weight that is not a plain tensor, which the layer quantizes again when it "
+            "unmerges them: call unmerge_adapter() first"
         )
     with torch.no_grad():
         for name in reversed(module.merged_adapters):
             _check_no_variant(module, name)
-            with isolated(module.lora_A[name], module.lora_B[name]):  # some releases put new data in them
-                delta = module.get_delta_weight(name)  # lies as the weight does
-            weight = weight - (delta.T if form.transposed else delta).to(weight)
+            with isolated(
+                module.lora_A[name], module.lora_B[name]
+            ):  # some releases of PEFT replace their data
+                delta = module.get_delta_weight(name)  # transposed where the weight is
+            weight = weight - (delta.T if weight_format.transposed else delta).to(weight)
     return weight
 
 
 def _acting_adapters(module: Any) -> list[str]:
-    """The LoRA adapters that act beside the base weight."""
+    """Return the names of the LoRA adapters whose output is added to the base layer's."""
     if module.merged_adapters:
-        return []  # with one merged, the layer leaves all others out
+        return []  # if one is merged, the layer ignores all others
     acting = [name for name in module.active_adapters if name in module.lora_A]
     for name in acting:
         _check_plain_lora(module, name)
         if module.training and getattr(module.lora_dropout[name], "p", 0.0) > 0:
             raise NotDenseError(
-                f"has adapter {name!r}, which drops inputs at random in training, so no one weight acts: model.eval()"
+                f"has adapter {name!r}, which drops inputs at random in training, so that no fixed weight acts: call model.eval()"
             )
     return acting
 
@@ -333,7 +337,7 @@ def _check_plain_lora(module: Any, name: str) -> None:
 
 
 def _check_no_variant(module: Any, name: str) -> None:
-    if name in getattr(module, "lora_variant", {}):  # DoRA and its like are not base + delta
+    if name in getattr(module, "lora_variant", {}):  # DoRA and the like are not base + delta
         raise NotDenseError(f"has adapter {name!r}, which is more than plain LoRA (DoRA …)")
 
 
@@ -346,7 +350,7 @@ def _parts_of_adapters(module: Any) -> Parts:
             if name in down
         ]
     )
-    # With dropout no one weight acts in training.
+    # In training, dropout may make the weight unreadable.
     return (adapters, tuple(module.merged_adapters), module.disable_adapters, module.training)
 
 

@@ -1,10 +1,10 @@
-"""The files of this package: one safetensors file with arrays, a JSON document, and a digest of both.
+"""The file format of this package: a safetensors file with arrays, a JSON document, and a digest of both.
 
-The document is the one string of the file's metadata. Its entry `sha256` is the SHA-256 of all else: of the document without that
-entry, written with sorted keys, and of each array, in the order of their names, its name, dtype, shape and bytes.
+The document is the only string of the file's metadata. Its entry `sha256` is the SHA-256 of everything else: of the document
+without that entry, with sorted keys, and of each array's name, dtype, shape and bytes, in the order of the names.
 
-Files come from anywhere. They are read once into memory, so that nothing changes what was checked, and everything is checked
-before it is believed: sizes before memory is taken, the document before arrays are made.
+Files may come from anywhere. They are read into memory once, so that they cannot change after the checks; and everything is
+checked before use: sizes before memory is allocated, the document before arrays are made.
 """
 
 import hashlib
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 DIGEST_KEY = "sha256"
-DEEPEST = 64  # levels of lists and objects in a document
+MAX_DEPTH = 64  # levels of lists and objects in a document
 _DTYPES = ("F64", "I64")
 _LENGTH = struct.Struct("<Q")
 
 
 class ContainerError(ValueError):
-    """Why something is no such file. For whoever reads it to say of which file."""
+    """The content is no valid file; the caller adds the file's name."""
 
 
 def pack(tensors: Mapping[str, "Array | Tensor"], key: str, document: dict[str, Any]) -> bytes:
-    """The content of a file of arrays, or CPU tensors, of float64 or int64.
+    """Return the content of a file with these arrays or CPU tensors, float64 or int64.
 
     Raises:
-        ContainerError: for a document that is no JSON, or holds NaN.
+        ContainerError: the document is not JSON, or holds NaN.
     """
     try:
         plain = json.loads(
             json.dumps(document, allow_nan=False)
-        )  # as it will be read: keys that are numbers become text
+        )  # as it will be read: numbers as keys become strings
     except (TypeError, ValueError, RecursionError) as error:
         raise ContainerError(f"its metadata cannot be written as JSON: {error}") from error
     arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
@@ -64,11 +64,11 @@ def unpack(content: bytes, key: str, **limits: Any) -> tuple[dict[str, "Tensor"]
 def unpack_arrays(
     content: bytes, key: str, *, formats: Sequence[int], digested: Sequence[int], header_limit: int
 ) -> tuple[dict[str, Array], dict[str, Any]]:
-    """The arrays (float64 or int64, with at least one element) and the document, less its digest, of a file's content.
+    """Return the arrays (float64 or int64, not empty) of a file's content, and its document without the digest.
 
     Raises:
-        ContainerError: for anything else than what `pack` made, with one of `formats` as the document's `format`; those in
-            `digested` must have a digest.
+        ContainerError: the content was not made by `pack`, the document's `format` is not in `formats`, or the digest does not
+            match; formats in `digested` must have one.
     """
     header = _header(content, header_limit)
     about = header.pop("__metadata__", {})
@@ -85,19 +85,19 @@ def unpack_arrays(
     for name, array in header.items():
         _check_array(name, array)
     try:
-        # Which checks that the arrays fill the file, and do not overlap.
+        # Also checks that the arrays fill the file and do not overlap.
         arrays = safetensors.numpy.load(content)
     except (safetensors.SafetensorError, ValueError) as error:
         raise ContainerError(one_line(error)) from error
-    said = document.pop(DIGEST_KEY, None)
-    if version in digested and said != digest(arrays, document):
-        raise ContainerError("it is damaged: its content is not that of its checksum")
-    # Writable, whatever memory the reader of the file gave them.
+    expected = document.pop(DIGEST_KEY, None)
+    if version in digested and expected != digest(arrays, document):
+        raise ContainerError("it is damaged: its content does not match its checksum")
+    # Writable copies, if safetensors returned read-only memory.
     return {name: np.require(array, requirements=["C", "W"]) for name, array in arrays.items()}, document
 
 
 def digest(arrays: dict[str, Array], document: dict[str, Any]) -> str:
-    """SHA-256 of `arrays` and `document`. The types have the names that torch gives them."""
+    """Compute the SHA-256 of `arrays` and `document`. Dtypes are named as in torch."""
     found = hashlib.sha256(json.dumps(document, sort_keys=True, allow_nan=False).encode())
     for name in sorted(arrays):
         array = arrays[name]
@@ -123,13 +123,13 @@ def _header(content: bytes, limit: int) -> dict[str, Any]:
 
 
 def _check_array(name: str, array: Any) -> None:
-    """Raise ContainerError unless the header's entry is of an array with elements, as large as its shape says."""
+    """Raise ContainerError unless the header's entry describes an array that is not empty and as large as its shape says."""
     if not isinstance(array, dict) or set(array) != {"dtype", "shape", "data_offsets"}:
         raise ContainerError(f"its array {_shown(name)} is not described")
     kind, shape, offsets = array["dtype"], array["shape"], array["data_offsets"]
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
     if not (all(type(number) is int and number >= 0 for number in numbers) and len(offsets) == 2):
-        raise ContainerError(f"its array {_shown(name)} has no shape or no place")
+        raise ContainerError(f"its array {_shown(name)} has no shape or no offsets")
     if not isinstance(kind, str) or kind not in _DTYPES:
         raise ContainerError(
             f"its array {_shown(name)} is of {_shown(kind)}: it must be torch.float64 or torch.int64 (F64, I64)"
@@ -139,7 +139,7 @@ def _check_array(name: str, array: Any) -> None:
 
 
 def _json(text: str) -> Any:
-    """Parse JSON. Raise ContainerError for what is none, for keys that come twice, NaN, infinite numbers and deep nests."""
+    """Parse JSON. Raise ContainerError for invalid JSON, duplicate keys, NaN, infinite numbers and deep nesting."""
 
     def refuse(constant: str) -> NoReturn:
         raise ContainerError(f"its metadata hold {constant}")
@@ -163,7 +163,7 @@ def _json(text: str) -> Any:
     except ValueError as error:
         raise ContainerError(f"its metadata are no JSON: {one_line(error, 200)}") from error
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         nests = [
             outer.values() if isinstance(outer, dict) else outer
             for outer in level

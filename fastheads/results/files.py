@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and reading them once."""
+"""Write files atomically, and read them once."""
 
 import os
 import stat
@@ -8,23 +8,23 @@ from pathlib import Path
 
 
 class UnreadableError(ValueError):
-    """Why a file is not read. For whoever reads it to say of which file."""
+    """The file is not read; the caller adds its name."""
 
 
 def read_once(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return the content of a file: a copy, which stays as it is whatever becomes of the file.
+    """Return the content of a file, as a copy that later changes of the file do not affect.
 
     Raises:
-        UnreadableError: if it has more than `limit` bytes, or is no regular file.
-        OSError: if it cannot be read.
+        UnreadableError: it has more than `limit` bytes, or is no regular file.
+        OSError: it cannot be read.
     """
     path = Path(path)
-    mode = path.stat().st_mode  # before it is opened: a pipe would wait for somebody to write
+    mode = path.stat().st_mode  # before opening, since opening a pipe waits for a writer
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise UnreadableError("it is no regular file")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        # It may grow meanwhile; and of some files the system says that they are empty.
+        # It may grow meanwhile; and some files report a size of 0.
         content = b"" if size > limit else file.read(limit + 1 if size == 0 else size + 1)
     if max(size, len(content)) > limit:
         raise UnreadableError(f"it has more than {limit:,} bytes")
@@ -32,15 +32,15 @@ def read_once(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write `content` to `path`, making its folders: a reader sees the old file or the new one, never a part.
+    """Write `content` to `path` atomically, creating its folders: readers see the old file or the new one, never a part.
 
     Raises:
-        OSError: if the folder cannot be made or written; `path`, which it names, is then as it was.
+        OSError: the folder cannot be created or written; it names `path`, which is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # In the same folder, for a rename is atomic only within one file system.
+        # In the same folder, since a rename is atomic only within one file system.
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -53,7 +53,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        # Of a full disk the system names no file, and of a folder that cannot be written the temporary one.
+        # The system names no file if the disk is full, and the temporary one if the folder is read-only.
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
@@ -61,9 +61,9 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise OSError now where `write_atomic(path, ...)` would later; leaves nothing behind.
+    """Raise OSError if `write_atomic(path, ...)` would; leaves nothing behind.
 
-    It tries: permission bits say nothing about read-only mounts, quotas or the superuser.
+    It tries to write, since permission bits do not show read-only mounts, quotas or the superuser.
     """
     path = Path(path)
     if path.is_dir():
@@ -78,13 +78,13 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise type(error)(f"cannot write to the folder {path.parent}: {error.strerror or error}") from error
     finally:
-        with suppress(OSError):  # someone else uses the folder by now, or has removed it
+        with suppress(OSError):  # another process uses the folder by now, or has removed it
             for folder in made:
                 folder.rmdir()
 
 
 def _missing_folders(folder: Path) -> list[Path]:
-    """`folder` and those of its parents that do not exist, innermost first."""
+    """List `folder` and its parents that do not exist, innermost first."""
     missing = []
     while not folder.exists() and folder != folder.parent:
         missing.append(folder)
@@ -93,7 +93,7 @@ def _missing_folders(folder: Path) -> list[Path]:
 
 
 def _mode_of(path: Path) -> int:
-    """The mode of `path`, or what a newly made file would get: mkstemp's own is for the owner alone."""
+    """Return the mode of `path`, or that of a new file, since mkstemp makes files private to the owner."""
     if path.exists():
         return path.stat().st_mode & 0o777
     umask = os.umask(0)
@@ -102,9 +102,9 @@ def _mode_of(path: Path) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself last through a power cut, where folders can be opened (not on Windows)."""
+    """Make the rename survive a power cut, where folders can be opened (not on Windows)."""
     if os.name == "posix":
-        with suppress(OSError):  # the file is written; some file systems do not know this for folders
+        with suppress(OSError):  # the file is written; some file systems do not support fsync of folders
             descriptor = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""HeadProfile: the moments of every head and metric, as tables, rankings, files and pictures.
+"""HeadProfile: the moments of every head and metric, as tables, rankings, files and plots.
 
-A profile that was read from a file needs no torch for any of them, until somebody asks for its tensors.
+A profile read from a file needs no torch for any of these, only for `moments` and `results()`.
 """
 
 import copy
@@ -30,14 +30,14 @@ STATS = ("mean", "var", "std", "sem", "min", "max", "count", "nonfinite")
 
 RANKING_METRIC = "relative_head_residual_contribution_norm"
 
-FILE_KEY = "fastheads"  # of the one string of metadata in the file
+FILE_KEY = "fastheads"  # the key of the file's metadata string
 FORMAT_VERSION = 2  # 1 had no digest; it is still read
 READ_VERSIONS = (1, 2)
-LARGEST = 2**28  # bytes; a thousand layers of a thousand heads would have fewer
+LARGEST = 2**28  # bytes; more than a thousand layers of a thousand heads need
 LARGEST_HEADER = 2**24
 COUNTS = ("count", "nonfinite")
 
-# Of what is read from files and then used as such. Other entries may be anything.
+# Types of the metadata entries that are used after reading a file. Other entries may have any type.
 TYPES: dict[str, tuple[type, ...]] = {
     "model": (str,),
     "token_agg": (str,),
@@ -57,12 +57,11 @@ DATA_TYPES: dict[str, tuple[type, ...]] = {
 
 
 class HeadProfile:
-    """What was measured of every head.
+    """The results for every head.
 
-    `moments` holds the running moments by metric; every plane is a CPU tensor `[rows, heads]`, int64 for
-    the two counts and float64 for the rest. Row i is `metadata["sites"][i]`: its `layer` is the number that
-    people see. Cells that do not exist (a layer with fewer heads, one that was left out) have count 0.
-    Where two sites share a layer, they share its number in `rank()`, `lowest()` and the tables too.
+    `moments` holds the running moments by metric: CPU tensors `[rows, heads]`, int64 for the two counts and float64 for the rest.
+    Row i is `metadata["sites"][i]`; its `layer` is the number shown to users, and two sites of one layer share it, also in
+    `rank()`, `lowest()` and the tables. Heads that do not exist or were left out have count 0.
     """
 
     def __init__(
@@ -70,17 +69,17 @@ class HeadProfile:
     ) -> None:
         """Keep `moments` and `metadata`, which must hold `sites`: a list of name, layer, num_heads, head_dim.
 
-        NumPy arrays may stand in place of tensors.
+        NumPy arrays may take the place of tensors.
 
         Raises:
-            ProfileError: if shapes or dtypes are not those above, or the sites do not fit them.
+            ProfileError: shapes or dtypes are not those above, or the sites do not fit them.
         """
         _check_structure(moments, metadata)
         self._keep(moments)
         self.metadata = metadata
 
     def _keep(self, moments: Any) -> None:
-        # One of the two is kept: tensors as soon as somebody has them, and may write to them.
+        # Only one of the two is kept: tensors once a caller has them, since it may write to them.
         of_arrays = any(isinstance(plane, np.ndarray) for planes in moments.values() for plane in planes)
         self._arrays: dict[str, MomentArrays] = {}
         self._tensors: dict[str, Moments] | None = None
@@ -91,14 +90,14 @@ class HeadProfile:
 
     @property
     def moments(self) -> "dict[str, Moments]":
-        """The running moments by metric, as tensors. What is changed in them is changed in the profile."""
+        """The running moments by metric, as tensors. Changing them changes the profile."""
         if self._tensors is None:
             import torch
 
             from fastheads.stats.moments import Moments
 
             self._tensors = {
-                # Copied only where it cannot be written: a tensor can.
+                # Copied only if read-only, since a tensor is writable.
                 metric: Moments(
                     *(torch.from_numpy(np.require(plane, requirements=["C", "W"])) for plane in planes)
                 )
@@ -112,7 +111,7 @@ class HeadProfile:
 
     @property
     def arrays(self) -> Mapping[str, MomentArrays]:
-        """`moments` as NumPy arrays, which share their memory. Needs no torch where the profile is from a file."""
+        """`moments` as NumPy arrays, which share their memory. Needs no torch if the profile is from a file."""
         if self._tensors is None:
             return self._arrays
         return {metric: as_arrays(planes) for metric, planes in self._tensors.items()}
@@ -135,7 +134,7 @@ class HeadProfile:
 
     @property
     def _kept(self) -> Mapping[str, Any]:
-        """The moments by metric, of whichever kind they are."""
+        """The moments by metric, as tensors or arrays."""
         return self._arrays if self._tensors is None else self._tensors
 
     @property
@@ -144,11 +143,10 @@ class HeadProfile:
         return [site["layer"] for site in self.metadata["sites"]]
 
     def results(self) -> dict[str, dict[str, Any]]:
-        """`{metric: {stat: tensor [rows, heads]}, ..., "metadata": {...}}` with the statistics of `STATS`.
+        """Return `{metric: {stat: tensor [rows, heads]}, ..., "metadata": {...}}` with the statistics of `STATS`.
 
-        `var` is unbiased, `std` its root, `sem` = std/√count (samples taken as independent: true of
-        sequences, too small for tokens of one text). Mean, min and max are NaN at count 0; var, std and
-        sem below 2.
+        `var` is unbiased, `std` its root, `sem` = std/√count, which assumes independent samples: true of sequences, too small for
+        tokens of one text. Mean, min and max are NaN at count 0; var, std and sem below 2.
         """
         import torch
 
@@ -160,18 +158,18 @@ class HeadProfile:
         return results
 
     def statistics(self, metric: str = RANKING_METRIC) -> dict[str, Array]:
-        """The statistics of one metric, as those of `results()`: NumPy arrays `[rows, heads]`."""
+        """Return the statistics of one metric as in `results()`, as NumPy arrays `[rows, heads]`."""
         return _stats(self._of(metric))
 
     def rank(self, metric: str = RANKING_METRIC, *, descending: bool = False) -> list[tuple[int, int]]:
-        """All measured heads as (layer, head), the lowest mean first, or the highest; ties stand in order of position."""
+        """Return all measured heads as (layer, head), lowest mean first, or highest; ties in order of position."""
         return [(self.layers[row], head) for row, head in self.ranked_cells(metric, descending=descending)]
 
     def lowest(self, fraction: float, metric: str = RANKING_METRIC) -> list[tuple[int, int]]:
-        """The lowest `fraction` (0 to 1) of the measured heads by mean, rounded to a whole number of heads.
+        """Return the lowest `fraction` (0 to 1) of the measured heads by mean, rounded to a whole number of heads.
 
         Raises:
-            ValueError: if `fraction` is not between 0 and 1.
+            OptionError: `fraction` is not between 0 and 1.
         """
         if not 0 <= fraction <= 1:
             raise OptionError(f"fraction must be between 0 and 1, not {fraction}")
@@ -181,7 +179,7 @@ class HeadProfile:
     def ranked_cells(
         self, metric: str = RANKING_METRIC, *, descending: bool = False
     ) -> list[tuple[int, int]]:
-        """As `rank()`, with the row in place of the layer."""
+        """As `rank()`, with the row instead of the layer."""
         moments = self._of(metric)
         cells: list[tuple[int, int]] = [(row, head) for row, head in np.argwhere(moments.count).tolist()]
         means = (-moments.mean if descending else moments.mean).tolist()
@@ -193,10 +191,10 @@ class HeadProfile:
         return as_arrays(self._kept[metric])
 
     def to_pandas(self) -> "pd.DataFrame":
-        """One row for each metric and head that got a sample: layer, head, metric and the `STATS`.
+        """Return a DataFrame with one row for each metric and head with samples: layer, head, metric and the `STATS`.
 
         Raises:
-            ImportError: where pandas is not installed.
+            MissingExtraError: pandas is not installed.
         """
         try:
             import pandas as pd
@@ -211,27 +209,27 @@ class HeadProfile:
         return pd.concat(frames, ignore_index=True)
 
     def plot(self, metric: str = RANKING_METRIC, stat: str = "mean") -> "Figure":
-        """A heatmap of `stat`, layers by heads, as a matplotlib figure (`figure.savefig(path)` writes it).
+        """Plot a heatmap of `stat`, layers by heads, as a matplotlib figure (`figure.savefig(path)` writes it).
 
         Raises:
-            ValueError: for an unknown metric or stat.
-            ImportError: where matplotlib is not installed.
+            OptionError: unknown metric or stat.
+            MissingExtraError: matplotlib is not installed.
         """
         from fastheads.results.plots import heatmap
 
         return heatmap(self, metric, stat)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file: arrays `metric/plane` and the metadata as JSON. Whole or not at all.
+        """Write one safetensors file, atomically: arrays `metric/plane`, and the metadata as JSON.
 
         Raises:
-            ProfileError: where `load()` would not read it: moments that no samples can have, metadata that are not JSON.
-            OSError: where `path` cannot be written.
+            ProfileError: `load()` would refuse the file: moments that no samples can have, or metadata that are not JSON.
+            OSError: `path` cannot be written.
         """
         write_atomic(path, self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """The content of the file that `save()` writes. Raises ProfileError as that does."""
+        """Return the content of the file that `save()` writes. Raises ProfileError as that does."""
         arrays = {
             f"{metric}/{plane}": values
             for metric, moments in self.arrays.items()
@@ -245,17 +243,17 @@ class HeadProfile:
             self._of_content(content)
         except (ContainerError, ProfileError) as error:
             raise ProfileError(
-                f"this profile cannot be saved, for it could not be loaded: {error}"
+                f"this profile cannot be saved, since load() would refuse it: {error}"
             ) from error
         return content
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save()` wrote. The file may come from anywhere: all of it is checked, none of it run.
+        """Read a file that `save()` wrote. Safe for files from anywhere: everything is checked, nothing is unpickled or run.
 
         Raises:
-            ProfileFileError: if it is no head profile, or a damaged one.
-            OSError: if it cannot be read.
+            ProfileFileError: it is no head profile, or damaged.
+            OSError: it cannot be read.
         """
         path = Path(path)
         try:
@@ -265,7 +263,7 @@ class HeadProfile:
 
     @classmethod
     def _of_content(cls, content: bytes) -> Self:
-        """The profile in the content of a file. Raises ContainerError and ProfileError."""
+        """Parse the content of a file. Raises ContainerError and ProfileError."""
         arrays, document = unpack_arrays(
             content, FILE_KEY, formats=READ_VERSIONS, digested=(FORMAT_VERSION,), header_limit=LARGEST_HEADER
         )
@@ -278,20 +276,20 @@ class HeadProfile:
     def merge(
         cls, profiles: Sequence[Self], *, names: Sequence[str] | None = None, allow_repeated: bool = False
     ) -> Self:
-        """The profile of all samples together, by Chan's formula, in the order given.
+        """Merge the samples of all profiles by Chan's formula, in the order given.
 
-        `metadata["data"]` then holds the sums and, under "parts", each part's own.
+        `metadata["data"]` of the result holds the sums and, under "parts", the entry of each part.
 
         Args:
-            profiles: of the same weights (under whatever name), sites, token_agg, skip_first and metrics. Where a profile does
-                not tell its weights, the names of the models must be the same.
-            names: what errors call the profiles; None: by their places.
-            allow_repeated: accept profiles of the same data, or of parts that overlap: those samples count twice, and standard
-                errors come out too small. Profiles of other layers over the same data repeat nothing.
+            profiles: of the same weights (model names may differ), sites, token_agg, skip_first and metrics. If a profile has no
+                complete fingerprint of its weights, the model names must be equal.
+            names: names of the profiles in error messages; None: their numbers.
+            allow_repeated: accept profiles of the same or overlapping data: those samples count twice, and standard errors come
+                out too small. Profiles of different layers over the same data do not overlap.
 
         Raises:
-            MergeError: for no profiles, or such that differ, or repeat data; it says which, and in what.
-            OptionError: for other than one name for each.
+            MergeError: there are no profiles, or two differ or overlap; the message says which, and in what.
+            OptionError: there is not one name for each profile.
         """
         profiles = list(profiles)
         if not profiles:
@@ -310,7 +308,7 @@ class HeadProfile:
 
 
 def warn_where_empty(profile: HeadProfile) -> None:
-    """Warn the caller of the caller of a profile without any sample, whose statistics are all NaN."""
+    """Warn, at the caller's caller, if a profile has no samples, so that its statistics are all NaN."""
     if not any(bool((m.count + m.nonfinite).any()) for m in profile.arrays.values()):
         warnings.warn(
             "nothing was measured: no forward of the model has ended normally since the hooks were attached or reset, or "
@@ -321,7 +319,7 @@ def warn_where_empty(profile: HeadProfile) -> None:
 
 
 def _stats(moments: MomentArrays) -> dict[str, Array]:
-    """The statistics of `STATS`, each `[rows, heads]`."""
+    """Compute the statistics of `STATS`, each `[rows, heads]`."""
     some = moments.count > 0
     var = moments.var()
     with np.errstate(all="ignore"):
@@ -341,7 +339,7 @@ def _stats(moments: MomentArrays) -> dict[str, Array]:
 
 
 def _check_structure(moments: Mapping[str, Any], metadata: dict[str, Any]) -> None:
-    """Raise ProfileError unless all planes have one shape, their dtypes and a site for each row."""
+    """Raise ProfileError unless all planes have one shape and the right dtypes, and each row has a site."""
     if not moments:
         raise ProfileError("it holds no metrics")
     shape = tuple(next(iter(moments.values())).count.shape)
@@ -349,7 +347,7 @@ def _check_structure(moments: Mapping[str, Any], metadata: dict[str, Any]) -> No
         raise ProfileError(f"planes must be [rows, heads], one of each at least, not {list(shape)}")
     for metric, planes in moments.items():
         for plane, values in planes._asdict().items():
-            # By the names of its types: torch itself need not be here.
+            # By the dtype's name, so that torch need not be imported.
             dtype = "torch.int64" if plane in COUNTS else "torch.float64"
             found = f"torch.{values.dtype}" if isinstance(values, np.ndarray) else str(values.dtype)
             device = str(getattr(values, "device", "cpu"))
@@ -375,7 +373,7 @@ def _check_structure(moments: Mapping[str, Any], metadata: dict[str, Any]) -> No
 
 
 def _check_values(moments: Mapping[str, MomentArrays], metadata: dict[str, Any]) -> None:
-    """Raise ProfileError for values that no run can have written: they would spread through merges."""
+    """Raise ProfileError for values that no run can have produced, since they would spread through merges."""
     rows, heads = next(iter(moments.values())).count.shape
     num_heads = np.array([site["num_heads"] for site in metadata["sites"]]).reshape(rows, 1)
     beyond = np.arange(heads) >= num_heads  # [rows, heads]
@@ -384,12 +382,12 @@ def _check_values(moments: Mapping[str, MomentArrays], metadata: dict[str, Any])
             raise ProfileError(f"the moments of {metric} contradict each other")
         if bool((beyond & ((m.count != 0) | (m.nonfinite != 0))).any()):
             raise ProfileError(f"{metric} has samples for heads that its sites do not have")
-    if (told := contradiction(moments)) is not None:
-        raise ProfileError(told)
+    if (reason := contradiction(moments)) is not None:
+        raise ProfileError(reason)
 
 
 def _parse_document(document: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """The names of the metrics, in order, and the metadata."""
+    """Return the names of the metrics, in order, and the metadata."""
     if not isinstance(document.get("metadata"), dict):
         raise ProfileError("its metadata are not an object")
     metrics = document.get("metrics")
@@ -411,11 +409,11 @@ def _parse_document(document: dict[str, Any]) -> tuple[list[str], dict[str, Any]
 
 
 def _check_types(record: dict[str, Any], types: dict[str, tuple[type, ...]]) -> None:
-    """Raise ProfileError where an entry that is there has another type than `types` says. True is no int, and ints are counts."""
+    """Raise ProfileError if an entry has another type than in `types` (True is no int), or an int is out of range."""
     for key, expected in types.items():
         if key in record and type(record[key]) not in expected:
-            said = " or ".join("null" if kind is NoneType else kind.__name__ for kind in expected)
-            raise ProfileError(f"{key} in its metadata must be {said}, not {type(record[key]).__name__}")
+            kinds = " or ".join("null" if kind is NoneType else kind.__name__ for kind in expected)
+            raise ProfileError(f"{key} in its metadata must be {kinds}, not {type(record[key]).__name__}")
         if type(record.get(key)) is int and not 0 <= record[key] < 2**63:
             raise ProfileError(f"{key} in its metadata is out of range")
 

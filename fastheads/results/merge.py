@@ -1,6 +1,6 @@
-"""Which profiles may be merged, and what the merged one says of its origin.
+"""Check which profiles may be merged, and merge their metadata.
 
-Metadata may come from anybody's file: nothing here takes an entry for what it should be.
+Metadata may come from any file, so the type of every entry is checked before use.
 """
 
 import copy
@@ -19,13 +19,14 @@ from fastheads.stats.arrays import Array
 from fastheads.stats.names import UPDATE_METRIC
 
 Metadata = dict[str, Any]
-DISJOINT = ""  # what two runs both had where they are known to have had nothing
+DISJOINT = ""  # result of `_shared_data` for runs known to share no data
 
 
 def check_mergeable(profiles: Sequence[Profile], names: Sequence[str], *, allow_repeated: bool) -> None:
-    """Raise MergeError, naming two of the profiles and what is between them, unless they are of the same model, weights,
-    aggregation and metrics, and of data that do not overlap where they measured the same heads; and where the counts of all of
-    them together would be more than can be told exactly.
+    """Raise MergeError, naming two profiles and the reason, unless all profiles may be merged.
+
+    They must be of the same model, weights, aggregation and metrics; their data must not overlap where they measured the same
+    heads; and their counts together must stay exact in float64.
     """
     for (a, name_a), (b, name_b) in itertools.combinations(zip(profiles, names, strict=True), 2):
         difference = _difference(a, b)
@@ -33,7 +34,7 @@ def check_mergeable(profiles: Sequence[Profile], names: Sequence[str], *, allow_
             raise MergeError(f"cannot merge {name_a} and {name_b}: they differ in {difference}")
     for metric in profiles[0].metrics:
         for plane in ("count", "nonfinite"):
-            # In float64, where no sum wraps; each count is exact there, or beyond what is allowed.
+            # In float64, where sums do not wrap; counts that are not exact there are above the limit anyway.
             counts = np.stack([getattr(p.arrays[metric], plane).astype(np.float64) for p in profiles])
             if bool((counts.sum(axis=0) > MOST_SAMPLES).any()) or bool((counts < 0).any()):
                 raise MergeError(
@@ -44,28 +45,28 @@ def check_mergeable(profiles: Sequence[Profile], names: Sequence[str], *, allow_
     measured, digests = [_measured(p) for p in profiles], [_digest(p) for p in profiles]
     for i, j in itertools.combinations(range(len(profiles)), 2):
         if not bool((measured[i] & measured[j]).any()):
-            continue  # other layers, say, over the same data: each head got each sample once
+            continue  # different layers over the same data, say: no head counts a sample twice
         leaves = itertools.product(_leaves(profiles[i].metadata), _leaves(profiles[j].metadata))
-        told = list(itertools.starmap(_shared_data, leaves))
-        repeated = next((text for text in told if text not in (None, DISJOINT)), None)
-        # Disjoint parts of some data, all alike, may well have the same moments to the last bit.
-        disjoint = bool(told) and all(text == DISJOINT for text in told)
+        shared = list(itertools.starmap(_shared_data, leaves))
+        repeated = next((text for text in shared if text not in (None, DISJOINT)), None)
+        # Disjoint parts with equal contents may have the same moments, bit for bit.
+        disjoint = bool(shared) and all(text == DISJOINT for text in shared)
         if repeated is None and not disjoint and digests[i] == digests[j]:
             repeated = "the very same samples"
         if repeated is not None:
             raise MergeError(
                 f"cannot merge {names[i]} and {names[j]}: both hold {repeated}, which would count twice "
-                "(allow_repeated=True, or --allow-repeated, merges them all the same)"
+                "(allow_repeated=True, or --allow-repeated, merges them anyway)"
             )
 
 
 def _difference(a: Profile, b: Profile) -> str | None:
-    """What keeps two profiles from being merged, whatever their data; None where nothing does."""
+    """Describe why two profiles cannot be merged, whatever their data; None if they can."""
     one, two = a.metadata, b.metadata
     weights = _difference_of_weights(one.get("weights"), two.get("weights"))
     if one.get("model") != two.get("model") and weights != "":
-        told = f" ({weights})" if weights else ""
-        return f"model: {one.get('model')!r} and {two.get('model')!r}{told}"
+        detail = f" ({weights})" if weights else ""
+        return f"model: {one.get('model')!r} and {two.get('model')!r}{detail}"
     if weights:
         return weights
     if one["sites"] != two["sites"]:
@@ -82,10 +83,10 @@ def _difference(a: Profile, b: Profile) -> str | None:
 
 
 def _difference_of_weights(one: Any, two: Any) -> str | None:
-    """What differs, "" where nothing does, None where that cannot be told.
+    """Describe how two fingerprints of weights differ; "" if the weights are equal, None if that is unknown.
 
-    Fingerprints of two schemes say nothing of each other. The first scheme read a few numbers of each tensor: what differs
-    there is different, what does not may be. Where tensors were not seen, the rest can be compared if they were the same ones.
+    Fingerprints of different schemes cannot be compared. Scheme 1 read a few numbers of each tensor, so that equal fingerprints
+    do not prove equal weights. If tensors were unseen, the rest can be compared if the same ones were.
     """
     if not (isinstance(one, dict) and isinstance(two, dict)):
         return None
@@ -98,7 +99,7 @@ def _difference_of_weights(one: Any, two: Any) -> str | None:
     if one.get("layout") != two.get("layout"):
         kinds = [_dtypes(weights) for weights in (one, two)]
         return (
-            f"weights: those of one are {kinds[0]}, of the other {kinds[1]}"
+            f"weights: one has {kinds[0]}, the other {kinds[1]}"
             if kinds[0] != kinds[1]
             else ("weights: they have other names or shapes")
         )
@@ -126,24 +127,24 @@ def _difference_of_sites(one: list[Metadata], two: list[Metadata]) -> str:
 
 
 def _updates(profile: Profile) -> list[str]:
-    """What is said of the update of each row that has samples of it; "" for the others."""
-    told = _by_row(profile)
+    """Return `residual_update` of each row with samples of that metric; "" for the others."""
+    texts = _by_row(profile)
     moments = profile.arrays.get(UPDATE_METRIC)
     if moments is None:
-        return [""] * len(told)
-    some = np.any(moments.count > 0, axis=1)
-    return [text if there else "" for text, there in zip(told, some, strict=True)]
+        return [""] * len(texts)
+    measured = np.any(moments.count > 0, axis=1)
+    return [text if has_samples else "" for text, has_samples in zip(texts, measured, strict=True)]
 
 
 def _by_row(profile: Profile) -> list[str]:
-    """`residual_update` of each row; "" where nothing is said."""
-    rows, told = profile.shape[0], profile.metadata.get("residual_update")
-    texts = told if isinstance(told, list) and len(told) == rows else [told] * rows
+    """Return `residual_update` of each row; "" if unknown."""
+    rows, updates = profile.shape[0], profile.metadata.get("residual_update")
+    texts = updates if isinstance(updates, list) and len(updates) == rows else [updates] * rows
     return [text if isinstance(text, str) else "" for text in texts]
 
 
 def _measured(profile: Profile) -> Array:
-    """Which heads got samples, bool `[rows, heads]`."""
+    """Mark the heads with samples, bool `[rows, heads]`."""
     return np.any([m.count + m.nonfinite > 0 for m in profile.arrays.values()], axis=0)
 
 
@@ -156,7 +157,7 @@ def _digest(profile: Profile) -> bytes:
 
 
 def _leaves(metadata: Metadata) -> list[Metadata]:
-    """The data of each run that is in a profile."""
+    """Return the data entries of all runs merged in a profile."""
     data = metadata.get("data")
     if not isinstance(data, dict):
         return []
@@ -165,11 +166,11 @@ def _leaves(metadata: Metadata) -> list[Metadata]:
 
 
 def _shared_data(one: Metadata, two: Metadata) -> str | None:
-    """What of the data two runs both had, or may have had; DISJOINT where they had parts that are; None where nothing tells.
+    """Describe the data that two runs share, or may share; DISJOINT if they ran disjoint parts; None if none is known.
 
-    The same content is the same hash of all of it, or, where that is not known of both, of its first documents
-    (`Corpus.identity`). Files that are not the same and begin with the same documents may be two versions of one, or in another
-    container. Parts of it are disjoint where they are windows with other indices modulo the number of parts.
+    Contents are equal if their hashes are, or, if not both are known, those of their first documents (`Corpus.identity`). Files
+    that differ but begin with the same documents may be versions of one, or in different containers. Parts are disjoint if their
+    windows have different indices modulo the greatest common divisor of the numbers of parts.
     """
     wholes, heads = ([run.get(key) for run in (one, two)] for key in ("sha256", "head_sha256"))
     pairs = [pair for pair in (wholes, heads) if all(isinstance(h, str) for h in pair)]
@@ -195,13 +196,13 @@ def _shared_data(one: Metadata, two: Metadata) -> str | None:
 
 
 def _files(run: Metadata) -> set[str]:
-    """The hashes of the files that a run read, as far as they are known."""
+    """Return the hashes of the files that a run read, as far as known."""
     several = run.get("files_sha256")
     return {h for h in (several if isinstance(several, list) else [run.get("sha256")]) if isinstance(h, str)}
 
 
 def _shard(run: Metadata) -> tuple[int, int]:
-    """Which part of how many, counted from 0."""
+    """Return the index of the run's part, from 0, and the number of parts."""
     shard = run.get("shard")
     if isinstance(shard, list) and len(shard) == 2 and all(type(number) is int for number in shard):
         i, n = shard
@@ -211,7 +212,7 @@ def _shard(run: Metadata) -> tuple[int, int]:
 
 
 def merged_metadata(profiles: Sequence[Profile]) -> Metadata:
-    """The first one's, with the layers united, options that differ listed, and the data summed."""
+    """Return the first profile's metadata with the union of layers, all differing options joined, and the sum of the data."""
     parts = [profile.metadata for profile in profiles]
     merged = copy.deepcopy(parts[0])
     if len(parts) == 1:
@@ -243,7 +244,7 @@ def merged_metadata(profiles: Sequence[Profile]) -> Metadata:
 
 
 def _best_weights(parts: Sequence[Metadata]) -> Any:
-    """The fingerprint that says most: of the newest scheme, and with everything seen. The first of such."""
+    """Return the best fingerprint: of the newest scheme, then without unseen tensors, then the first."""
 
     def worth(weights: Any) -> tuple[int, bool]:
         if not isinstance(weights, dict):
@@ -255,13 +256,13 @@ def _best_weights(parts: Sequence[Metadata]) -> Any:
 
 
 def _merged_updates(profiles: Sequence[Profile]) -> str | list[str]:
-    """What is said of each row where it was measured, or else anywhere; once where all rows are alike."""
+    """Merge `residual_update` by row, preferring profiles that measured the row; one text if all rows are equal."""
 
-    def said(row: int) -> Iterator[str]:
-        for told in (*measured, *everywhere):
-            if told[row]:
-                yield told[row]
+    def known(row: int) -> Iterator[str]:
+        for updates in (*measured, *everywhere):
+            if updates[row]:
+                yield updates[row]
 
     measured, everywhere = [_updates(p) for p in profiles], [_by_row(p) for p in profiles]
-    texts = [next(said(row), "") for row in range(profiles[0].shape[0])]
+    texts = [next(known(row), "") for row in range(profiles[0].shape[0])]
     return texts[0] if len(set(texts)) == 1 else texts

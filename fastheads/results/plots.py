@@ -1,4 +1,4 @@
-"""The picture of a profile: a heatmap, layers by heads (needs matplotlib)."""
+"""Plot a profile as a heatmap, layers by heads (needs matplotlib)."""
 
 import io
 import os
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 SUFFIXES = (".png", ".pdf", ".svg")
-MARKED = 10  # of the highest and of the lowest heads
+MARKED = 10  # highest and lowest heads each
 
 
 def heatmap(profile: Profile, metric: str, stat: str = "mean") -> "Figure":
-    """A figure of `stat` of `metric`; heads that do not exist or got no sample stay blank.
+    """Plot `stat` of `metric`; heads that do not exist or have no samples stay blank.
 
     Raises:
-        OptionError: for an unknown metric or stat.
-        MissingExtraError: where matplotlib is not installed.
+        OptionError: unknown metric or stat.
+        MissingExtraError: matplotlib is not installed.
     """
     check_installed()
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def heatmap(profile: Profile, metric: str, stat: str = "mean") -> "Figure":
     figure.colorbar(image, label=f"{stat} of {metric}{relative}")
     axes.set(xlabel="head", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    step = -(-rows // 30)  # 30 labels are as many as can be read
+    step = -(-rows // 30)  # at most 30 labels are legible
     axes.set_yticks(range(0, rows, step), [str(layer) for layer in profile.layers[::step]])
     axes.set_title(_title(profile), fontsize="medium", loc="left")
 
@@ -61,12 +61,12 @@ def heatmap(profile: Profile, metric: str, stat: str = "mean") -> "Figure":
 
 
 def save_heatmap(profile: Profile, path: str | os.PathLike[str], metric: str) -> None:
-    """Draw the heatmap of the means of `metric` and write it to `path`, whole or not at all.
+    """Plot the heatmap of the means of `metric` and write it to `path`, atomically.
 
     Raises:
-        ValueError: if the suffix of `path` is none of `SUFFIXES`, or the metric is unknown.
-        OSError: where `path` cannot be written.
-        MissingExtraError: where matplotlib is not installed.
+        OptionError: the suffix of `path` is not in `SUFFIXES`, or the metric is unknown.
+        OSError: `path` cannot be written.
+        MissingExtraError: matplotlib is not installed.
     """
     kind = picture_format(path)
     buffer = io.BytesIO()
@@ -75,7 +75,7 @@ def save_heatmap(profile: Profile, path: str | os.PathLike[str], metric: str) ->
 
 
 def picture_format(path: str | os.PathLike[str]) -> str:
-    """The format that the suffix of `path` names; ValueError if it is none of `SUFFIXES`."""
+    """Return the format of the suffix of `path`; raise OptionError if it is not in `SUFFIXES`."""
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise OptionError(
@@ -85,7 +85,7 @@ def picture_format(path: str | os.PathLike[str]) -> str:
 
 
 def check_installed() -> None:
-    """Raise MissingExtraError where matplotlib is not installed."""
+    """Raise MissingExtraError unless matplotlib is installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -98,5 +98,5 @@ def _title(profile: Profile) -> str:
     if not data.get("complete", True):
         tokens += ", incomplete"
     lines = [Path(str(profile.metadata.get("model", ""))).name, tokens]
-    # matplotlib reads $...$ as mathematics
+    # matplotlib renders $...$ as math
     return "\n".join(line for line in lines if line).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Which moments can be those of samples. What no samples give must not come from a file: it would spread through merges."""
+"""Detect moments that no samples can have, so that a file with such moments is refused before merges spread them."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -11,23 +11,23 @@ from fastheads.stats.names import KV_METRIC, METRICS, UPDATE_METRIC
 if TYPE_CHECKING:
     from fastheads.stats.moments import Moments
 
-MOST_SAMPLES = 2**53  # of a head; float64, in which moments are merged, tells no two counts beyond it
+MOST_SAMPLES = 2**53  # of a head; float64, in which moments are merged, represents larger counts inexactly
 
-# Of the mean, relative to the largest sample: rounding errors of 10⁹ merges are about 3e-12, of one merge 1e-16.
+# Error allowed in the mean, relative to the largest sample: 10⁹ merges give about 3e-12, one merge 1e-16.
 ROUNDING = 1e-9
-TINY = float(np.finfo(np.float64).tiny)  # below it numbers have fewer digits
+TINY = float(np.finfo(np.float64).tiny)  # smaller numbers have fewer digits
 
 
 def impossible(moments: "Moments | MomentArrays", *, least: float = -np.inf) -> Array:
-    """Which moments are none of any samples ≥ `least`: a bool array of the shape of the planes.
+    """Mark the moments that no samples ≥ `least` can have: a bool array of the planes' shape.
 
-    With n finite samples between a = min and b = max, both of which are among them, and mean μ:
+    For n finite samples with minimum a, maximum b and mean μ:
 
         a + (b - a)/n ≤ μ ≤ b - (b - a)/n,
         (b - μ)² + (μ - a)² ≤ m2 ≤ n (b - μ) (μ - a)   (Bhatia & Davis 2000), for n > 1,
 
-    up to rounding. One sample is its own mean, min and max, and none have the moments of none. Squares of samples beyond 1e154
-    leave float64's range, and so may sums of such beyond 1e308: m2, and then the mean, may be infinite or NaN there.
+    up to rounding. One sample equals its mean, min and max; without samples the moments are those of `Moments` at count 0.
+    Squares of samples above 1e154 overflow float64, and sums above 1e308: m2, and then the mean, may be infinite or NaN there.
     """
     with np.errstate(all="ignore"):
         return _impossible(as_arrays(moments), least)
@@ -63,15 +63,15 @@ def _impossible(m: MomentArrays, least: float) -> Array:
 
 
 def least_of(metric: str) -> float:
-    """The least value that a sample of the metric can have: norms and ratios of norms are not negative."""
+    """Return the least possible sample of a metric: 0 for norms and their ratios."""
     return 0.0 if metric.endswith(("_norm", "_ratio")) else -np.inf
 
 
 def contradiction(by_metric: "Mapping[str, Moments] | Mapping[str, MomentArrays]") -> str | None:
-    """Say what the totals (`count` + `nonfinite`, `[rows, heads]`) of metrics contradict each other in; None where they do not.
+    """Describe how the totals (`count` + `nonfinite`, `[rows, heads]`) of metrics contradict each other; None if they do not.
 
-    Each sample of a head gives one of each of `METRICS`, and one of the update where that is known (in some parts of a merged
-    profile it may not be), and a sample of a layer gives one of each group of heads that share keys and values.
+    Each sample of a head counts once in each of `METRICS`, and at most once in the update metric (unknown in some parts of a
+    merged profile); each sample of a layer counts once for each KV group.
     """
     arrays = {metric: as_arrays(moments) for metric, moments in by_metric.items()}
     totals = {metric: m.count + m.nonfinite for metric, m in arrays.items()}
@@ -87,7 +87,7 @@ def contradiction(by_metric: "Mapping[str, Moments] | Mapping[str, MomentArrays]
     if KV_METRIC in totals:
         groups = totals[KV_METRIC]
         of_layer = first.max(axis=1, keepdims=True)
-        rising = bool((groups[:, 1:] > groups[:, :-1]).any())  # a group after one that is not there
+        rising = bool((groups[:, 1:] > groups[:, :-1]).any())  # a group after a missing one
         if rising or not np.array_equal(groups.max(axis=1, keepdims=True), of_layer):
             return f"{KV_METRIC} and {of_heads[0]} have different numbers of samples"
         if bool(((groups != 0) & (groups != of_layer)).any()):

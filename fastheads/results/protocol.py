@@ -1,4 +1,4 @@
-"""What merging and plots need of a profile."""
+"""The interface of a profile that merging and plots need."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -7,7 +7,7 @@ from fastheads.stats.arrays import Array, MomentArrays
 
 
 class Profile(Protocol):
-    """A `HeadProfile`, as those see it that build it and must not import it."""
+    """A `HeadProfile`, for modules that it imports and that cannot import it."""
 
     metadata: dict[str, Any]
 
@@ -25,10 +25,10 @@ class Profile(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and heads."""
+        """The numbers of rows and heads."""
 
     def ranked_cells(self, metric: str = ..., *, descending: bool = ...) -> list[tuple[int, int]]:
-        """Rows and heads, lowest first."""
+        """(row, head) pairs, lowest mean first."""
 
     def statistics(self, metric: str = ...) -> dict[str, Array]:
-        """Arrays `[rows, heads]` by name."""
+        """Arrays `[rows, heads]` by statistic."""

@@ -1,4 +1,4 @@
-"""profile(): the whole job, from a model and data to a HeadProfile. It prepares a `run.loop.Run` and starts it."""
+"""profile(): from a model and data to a HeadProfile, in one call. It prepares a `run.loop.Run` and starts it."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ from fastheads.stats.confidence import StableRule, check_token_agg, judge
 SEQ_LEN = 512
 CHECKPOINT_EVERY = 30.0  # seconds
 
-# Called with the valid tokens done and, where it is known, their number in all.
+# Called with the number of valid tokens done and the total, or None if that is unknown.
 Progress = Callable[[int, int | None], None]
 
 
@@ -67,93 +67,88 @@ def profile(
 ) -> HeadProfile:
     """Run `model` over `data` and measure every attention head.
 
-    The model's decoder runs, in evaluation and inference mode and without a cache; its head does not, nor what follows the
-    last projection that is profiled, for nobody needs them. The model is left as it was.
+    The model's decoder runs in evaluation and inference mode, without a cache; the LM head and everything after the last
+    profiled projection are skipped. The model's state is restored afterwards.
 
-    Texts are run in batches of sequences of about equal length, padded on the right. Where attention is causal in every layer
-    the padding needs no mask: no valid token attends to it. What a sequence gives does not depend on those that share its
-    batch: where a model's rotary table, or its quantized layers, look at all rows (`models.batch_sharing`), only those share
-    one that may. Token batches that you make yourself are run as you made them: there, and under a HookManager, which rows
-    share one is up to you.
+    Texts are run in batches of sequences of about equal length, padded on the right. If attention is causal in every layer, the
+    padding needs no mask. A sequence's numbers do not depend on the others in its batch: if the model's rotary table or quantized
+    layers depend on all rows, only rows for which that makes no difference share a batch (`models.batch_sharing`). Your own token
+    batches are run as they are, so there, and under a HookManager, that is up to you.
 
     Args:
-        model: a transformers model; or a name, which is loaded with its tokenizer: a local folder, a GGUF file
-            or a Hub id.
+        model: a transformers model; or the name of one, which is loaded with its tokenizer: a local folder, a GGUF file or a
+            Hub id.
         data: what to run over:
 
-            - a `str` or path: a file. Text is one stream, cut to contiguous blocks of `seq_len` tokens; JSON lines, CSV and
+            - a `str` or path: a file. Text is one stream, cut into contiguous blocks of `seq_len` tokens; JSON lines, CSV and
               Parquet are documents (`corpus.open_source`). A `str` such as owner/name that is no file: a data set of
-              the Hub. (To profile a text that is at hand, pass it in a list: `[text]`.)
-            - a pattern for files ("data/*.jsonl"), a folder, or an iterable of `pathlib.Path`: the files in turn, texts
-              with the tokenizer's EOS token between them. "-": standard input.
-            - an iterable of `str`: documents. Read to its end before the model runs; so are iterables of dicts, whose `field`
-              holds the document, and of chats (lists of messages). Strings that name files are refused: they may be meant so.
+              the Hub. (To profile a text itself, pass it in a list: `[text]`.)
+            - a glob pattern ("data/*.jsonl"), a folder, or an iterable of `pathlib.Path`: the files in order, texts with the
+              tokenizer's EOS token between them. "-": standard input.
+            - an iterable of `str`: documents. It is consumed before the model runs; so are iterables of dicts, whose `field`
+              holds the document, and of chats (lists of messages). Strings that name files are refused as ambiguous.
             - a table of pandas, polars or pyarrow, or a dict of columns: the documents in the column `field`.
-            - a tensor of token ids `[rows, tokens]`, a mapping with `input_ids` and perhaps `attention_mask`
-              (all of it goes to the model), or an iterable of these: token batches, run as they are. So are lists of token ids,
-              each a sequence, and numpy arrays.
-            - None: the English text that every CPython carries (`pydoc_data.topics`).
-            - what `corpus.open_source` returns.
-            - a `fastheads.corpus.Corpus`, which brings its tokenizer, cut, seq_len and max_tokens. One without a shard is shared
-              out as `shard` and `job` say; else its shard must be the one that this process has by them.
-        tokenizer: needed for texts where `model` is a module.
+            - a tensor of token ids `[rows, tokens]`, a mapping with `input_ids` and optionally `attention_mask`
+              (all entries are passed to the model), or an iterable of these: token batches, run as they are. So are lists of
+              token ids, each a sequence, and numpy arrays.
+            - None: the English text that comes with CPython (`pydoc_data.topics`).
+            - a source that `corpus.open_source` returned.
+            - a `fastheads.corpus.Corpus`, with its own tokenizer, cut, seq_len and max_tokens. If it has no shard, `shard` and
+              `job` apply; else its shard must be the one that they give this process.
+        tokenizer: required for texts if `model` is a module.
         token_agg: what one sample is: "last", the value at a sequence's last valid token; "all", the mean
-            over its valid tokens; "token", each valid token.
-        seq_len: tokens in a sequence, at most. None: 512, or the model's limit where that is less.
-        cut: how texts become sequences, "documents" or "stream" (`Corpus`); None: as the data are.
-        batch_size: sequences in a forward, at most.
-        batch_tokens: tokens in a forward with its padding, at most (one sequence may have more). None: what a GPU is likely to
-            have memory for, up to 32,768; on the CPU 2,048, or `batch_size` whole sequences. Where memory runs out all the
-            same, batches are halved from there on, and every sample still counts once.
-        max_tokens: stop after this many valid tokens, exactly: the last sequence is cut. None: use all data.
-        layers: profile these only (None: all).
+            over its valid tokens; "token", the value at each valid token.
+        seq_len: maximum tokens in a sequence. None: 512, or the model's limit if that is less.
+        cut: how texts become sequences, "documents" or "stream" (`Corpus`); None: by the type of data.
+        batch_size: maximum sequences in a forward.
+        batch_tokens: maximum tokens in a forward, padding included (a single sequence may have more). None: an estimate of what
+            fits a GPU's memory, up to 32,768; on the CPU 2,048, or `batch_size` whole sequences. If memory runs out, batches are
+            halved from there on, and every sample still counts once.
+        max_tokens: stop after exactly this many valid tokens: the last sequence is truncated. None: use all data.
+        layers: profile only these layers (None: all).
         backend: "auto", "loop", "einsum", "factored" or "triton".
         precision: "exact" or "fast".
-        skip_first: leave the first valid tokens of each sequence out (1: the attention sink).
+        skip_first: leave out the first valid tokens of each sequence (1: the attention sink).
         allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
-        kv_groups: measure the contributions of KV groups too (`HookManager`).
-        include: names of attention modules, as patterns, that are profiled though they are left out by default (`find_sites`).
+        kv_groups: also measure the contributions of KV groups (`HookManager`).
+        include: patterns for names of attention modules to profile that are left out by default (`find_sites`).
         field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
-        progress: True shows a bar; or a function that is called with the tokens done and those in all, or None.
-        dtype: of a model that is loaded: "auto", "float32", "bfloat16" or "float16".
+        progress: True shows a bar; or a function that is called with the tokens done and the total, or None.
+        dtype: for a model that is loaded: "auto", "float32", "bfloat16" or "float16".
         device: for a model that is loaded: "auto" or a torch device.
-        trust_remote_code: let a model that is loaded bring its own code.
+        trust_remote_code: for a model that is loaded: run code that comes with it.
         compile: run the decoder through `torch.compile`.
-        output: write the profile to this file; of several processes the first does.
-        checkpoint: a file that holds where the run stands. It is written every `checkpoint_every` seconds and when SIGINT or
-            SIGTERM stops the run (if this is the main thread), and deleted at the end, after `output` is written. Where it cannot
-            be written, a warning on stderr says so once, and the run goes on. None: no checkpoints.
+        output: write the profile to this file; if there are several processes, the first does.
+        checkpoint: the file for the state of the run. It is written every `checkpoint_every` seconds and when SIGINT or SIGTERM
+            stops the run (in the main thread), and deleted at the end, after `output` is written. If it cannot be written, one
+            warning on stderr says so, and the run continues. None: no checkpoints.
         checkpoint_every: seconds between checkpoints.
-        resume: go on from `checkpoint`, if the file is there. On the CPU the end is the same, bit for bit, as without the stop.
-            Where it is not there, start afresh, unless `output` is there.
-        until_stable: end as soon as the ranking of heads by `RANKING_METRIC` has settled, by the rule given or, if True, the
-            default one (`stats.confidence`, which says what it takes for granted). It is asked after each window of texts and
-            after each token batch; of several processes, when each has done one more window. A warning says where the data, or
-            `max_tokens`, ended before it had.
-        shard: (i, n): of the windows that texts are cut into (`Corpus`), run every n-th from the i-th on. n runs with another i
-            each do all, and `HeadProfile.merge` puts them together. None: all windows; of a `Corpus` that has a shard, where one
-            process runs alone, that one.
-        job: the processes that share the data out between them, each with this call. The profile of all is returned on all.
-            Token batches are not shared out: every process is given its own.
-        name: what the profile calls the model. None: the name that `model` is or has.
+        resume: continue from `checkpoint` if the file exists. On the CPU the result is the same, bit for bit, as without the
+            interruption. If it does not exist, start from the beginning, unless `output` exists.
+        until_stable: stop once the ranking of heads by `RANKING_METRIC` has settled, by the rule given or, if True, the default
+            one (`stats.confidence` has its assumptions). It is checked after each window of texts or token batch; with several
+            processes, when each has done one more window. If the data or `max_tokens` end first, a warning says so.
+        shard: (i, n): run every n-th window of the texts (`Corpus`) from the i-th on. n runs with different i cover all data, and
+            `HeadProfile.merge` merges them. None: all windows; for a `Corpus` with a shard, in a single process, that shard.
+        job: the processes that split the data between them, each making this call; all get the profile of all data. Token batches
+            are not split: pass each process its own.
+        name: the model's name in the profile. None: that of `model`.
 
     Raises:
         DataError: the data cannot be read, hold no tokens, or skip_first leaves none of them.
         LoadError: the model or its tokenizer cannot be loaded.
         NoSitesError: the model has nothing to profile.
-        OptionError: an option is out of range or unknown.
-        CheckpointError: `resume`, and the checkpoint is damaged or was made with another model, other data or other options; the
-            message says which.
-        OptionError: the processes of the job were given different models, data or options.
+        OptionError: an option is out of range or unknown, or the processes of the job have different models, data or options.
+        CheckpointError: with `resume`, the checkpoint is damaged or was made with another model, data or options; the message
+            says which.
         RankLostError: another process of the job died or failed. The checkpoint is kept.
-        ProfileInterrupted: Ctrl-C, or SIGTERM where there are checkpoints; its `profile` is what was measured in the batches
-            that were finished.
+        ProfileInterrupted: Ctrl-C, or SIGTERM if there are checkpoints; its `profile` has the results of the finished batches.
     """
     sources.check_lengths(SEQ_LEN if seq_len is None else seq_len, max_tokens)
     check_options(batch_size, batch_tokens, checkpoint_every, shard)
     if until_stable is not False:
         check_token_agg(token_agg)
-    job = Job(place=RankInfo()) if job is None else job  # alone, whatever else runs beside this process
+    job = Job(place=RankInfo()) if job is None else job  # a single process, also under torchrun
     job.check_entered()
     job.begin()
     if isinstance(data, Corpus):
@@ -164,11 +159,11 @@ def profile(
             "max_tokens": max_tokens,
             "field": field,
         }
-        _check_left_out(given)
-        shard, data = _shared_out(data, shard, job.place)
+        _check_not_given(given)
+        shard, data = _with_rank_shard(data, shard, job.place)
     source = data if isinstance(data, Corpus) else _as_source(data, field)
     if shard is not None and not isinstance(source, Corpus | Source):
-        raise OptionError("shard= is for texts: of token batches, give each run its own")
+        raise OptionError("shard= is for texts: pass each run its own token batches")
     _check_once(source, checkpoint is not None or resume, job.place)
     shard = (0, 1) if shard is None else shard
     is_text = isinstance(source, Source)
@@ -188,10 +183,10 @@ def profile(
         )
         tokenizer = own_tokenizer if tokenizer is None else tokenizer
     if is_text and tokenizer is None:
-        raise OptionError("data of text need tokenizer=... where the model is a module")
+        raise OptionError("texts need tokenizer=... if the model is a module")
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         raise OptionError(
-            f"profile() runs decoders alone, and {type(module).__name__} has an encoder: run it yourself under a HookManager"
+            f"profile() runs only decoders, and {type(module).__name__} has an encoder: run it yourself under a HookManager"
         )
     corpus: Corpus | Iterable[dict[str, Any]]
     if isinstance(source, Source):
@@ -256,7 +251,7 @@ def profile(
     if output is not None and job.place.rank == 0:
         measured.save(output)
     if file is not None:
-        job.finish("saved")  # the first process may fail to write: the others' files are needed then
+        job.finish("saved")  # if the first process fails to write, the others' files are still needed
         file.remove()
     return measured
 
@@ -275,11 +270,11 @@ def check_options(
         raise OptionError(f"shard must be (i, n) with i from 0 to n - 1, not {tuple(shard)}")
 
 
-def _check_left_out(given: dict[str, Any]) -> None:
-    """Raise OptionError for options that a Corpus already has, and that would have no effect."""
+def _check_not_given(given: dict[str, Any]) -> None:
+    """Raise OptionError for options that belong to the Corpus, and would have no effect."""
     for option, value in given.items():
         if value is not None:
-            raise OptionError(f"{option} belongs to the Corpus: give it to Corpus(...) instead of profile()")
+            raise OptionError(f"{option} belongs to the Corpus: pass it to Corpus(...) instead of profile()")
 
 
 def _check_once(source: Any, checkpoints: bool, place: RankInfo) -> None:
@@ -288,22 +283,22 @@ def _check_once(source: Any, checkpoints: bool, place: RankInfo) -> None:
         return
     if checkpoints:
         raise OptionError(
-            "standard input cannot be resumed: save it to a file, or leave checkpoint= and resume= out"
+            "standard input cannot be resumed: save it to a file, or leave out checkpoint= and resume="
         )
     if place.world > 1:
         raise OptionError("several processes cannot share standard input: save it to a file")
 
 
 def _part_of(shard: tuple[int, int], place: RankInfo) -> tuple[int, int]:
-    """Return the shard of this rank, where all ranks together have `shard`."""
+    """Return this rank's part of the `shard` of all ranks together."""
     part, parts = place.shard
     return shard[0] + shard[1] * part, shard[1] * parts
 
 
-def _shared_out(
+def _with_rank_shard(
     corpus: Corpus, shard: tuple[int, int] | None, place: RankInfo
 ) -> tuple[tuple[int, int], Corpus]:
-    """Return the shard of all ranks together, and the corpus with this rank's windows; OptionError if it has others."""
+    """Return the shard of all ranks together, and the corpus with this rank's; raise OptionError if it has another."""
     if shard is None:
         shard = corpus.shard if place.shard[1] == 1 else (0, 1)
     expected = _part_of(shard, place)
@@ -313,7 +308,7 @@ def _shared_out(
         return shard, corpus.with_shard(expected)
     which = f"shard={shard}" + (f" and part {place.shard} of the job" if place.shard[1] > 1 else "")
     raise OptionError(
-        f"the Corpus has shard {corpus.shard}, and {which} make {expected}: give Corpus(...) that shard, or none"
+        f"the Corpus has shard {corpus.shard}, but {which} make {expected}: pass Corpus(...) that shard, or none"
     )
 
 
@@ -327,13 +322,13 @@ def _check_measured(measured: HeadProfile, skip_first: int) -> None:
 
 
 def _as_source(data: Any, field: str | None) -> Source | Iterator[dict[str, Any]]:
-    """Return the source of texts, or the token batches, that `data` stands for."""
+    """Open `data` as a source of texts, or as an iterator over token batches."""
     source = opening.named_source(data, field=field)
     return in_memory.in_memory(data, field, "auto") if source is None else source
 
 
 def _fitting_seq_len(model: nn.Module, seq_len: int | None) -> int:
-    """`seq_len`, or its default, if the model has positions for it; else OptionError."""
+    """Return `seq_len`, or its default; raise OptionError if the model does not have as many positions."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -349,7 +344,7 @@ def _fitting_seq_len(model: nn.Module, seq_len: int | None) -> int:
 def _progress(
     progress: bool | Progress, job: Job
 ) -> Iterator[tuple[Callable[[Status], None], Callable[[str], None]]]:
-    """Give a function for the status of the run, and one for lines to the user."""
+    """Yield a function for the status of the run, and one that prints lines to the user."""
     if callable(progress):
         yield lambda status: progress(status.all_tokens, status.total), lambda line: None
         return

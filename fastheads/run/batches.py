@@ -1,7 +1,7 @@
-"""Make batches ahead of the model, and keep the position of a run in the data.
+"""Make batches ahead of the model, and track a run's position in the data.
 
-Which rows make a batch follows from the data and the options alone, never from timing: a run that is resumed makes the same
-batches. Only running out of memory changes them, and what that left is part of the position.
+Batches depend on the data and the options, never on timing, so that a resumed run makes the same ones. Only running out of
+memory changes them; the position then includes the changed batches.
 """
 
 import copy
@@ -25,19 +25,19 @@ from fastheads.models.batch_sharing import Sharing
 AHEAD = 4  # batches that are made before the model is ready for them
 CPU_TOKENS = 2048  # in a batch, by default
 GPU_TOKENS = 32_768  # at most, by default: a GPU does not get faster beyond, and padding grows
-GPU_SHARE = 0.5  # of the free memory that a batch may take, as far as that can be told
+GPU_SHARE = 0.5  # of the free memory that a batch may take, by estimate
 
 
 @dataclass
 class Batch:
     """The input of one forward.
 
-    `arguments` go to the decoder, with their tensors on the CPU. `real` `[rows, tokens]` is 0 where a token is padding; None:
-    there is none, or a mask among the arguments says.
+    `arguments` are passed to the decoder; tensors are on the CPU. `valid` `[rows, tokens]` is 0 for padding; None: there is no
+    padding, or `arguments` has the mask.
     """
 
     arguments: dict[str, Any]
-    real: Tensor | None
+    valid: Tensor | None
     lengths: list[int]  # valid tokens of each row
     width: int
 
@@ -58,12 +58,12 @@ class Batch:
 class Feed(Protocol):
     """Batches in order. After `next()` call `done()`, or `halve()` if the batch did not fit into memory."""
 
-    total: int | None  # tokens in all, where that is known
-    expected: int | None  # the same, by what was read so far
+    total: int | None  # tokens in all; None if unknown
+    expected: int | None  # estimate of the same from what was read so far
 
     @property
     def stretches(self) -> int:
-        """Windows, or token batches, that are done as a whole: what is done between two of them is a fair part of the data."""
+        """Number of windows (joined ones count as one), or token batches, completed; only then are samples representative."""
 
     def next(self) -> Batch | None:
         """Return the next batch; None after the last."""
@@ -76,7 +76,7 @@ class Feed(Protocol):
 
     @property
     def exhausted(self) -> bool:
-        """True if every batch is done and nothing of the data is left, which `max_tokens` may have cut off."""
+        """True if every batch is done and `max_tokens` left out no data."""
 
     def position(self) -> dict[str, Any]:
         """Return the position (JSON) after the last batch that is done."""
@@ -92,8 +92,9 @@ class _Planned:
 
 
 class WindowFeed:
-    """The batches of a corpus: rows of one window, or of small ones that are joined, of about equal length; made in a thread
-    ahead of the model.
+    """Batches of a corpus, made in a thread ahead of the model.
+
+    A batch has rows of about equal length from one window, or from several joined small ones.
     """
 
     def __init__(
@@ -110,19 +111,21 @@ class WindowFeed:
         sharing: Sharing | None = None,
         position: dict[str, Any] | None = None,
     ) -> None:
-        """`budget`: tokens in a batch, padding included. `with_mask`: whether padded batches get an attention mask.
-        `embeddings`: how many tokens the model knows. `each_window`: small windows are not joined (`Corpus.stretches`).
-        `sharing`: which rows may share a batch; None: all.
+        """Start at `position`, or at the beginning.
+
+        `budget`: tokens in a batch, padding included. `with_mask`: padded batches get an attention mask. `embeddings`: size of
+        the model's vocabulary. `each_window`: small windows are not joined (`Corpus.stretches`). `sharing`: which rows may share
+        a batch; None: all.
 
         Raises:
-            CheckpointError: if `position` is none that `position()` gives.
+            CheckpointError: `position` is not a value of `position()`, or belongs to another corpus.
         """
         self._sharing = Sharing() if sharing is None else sharing
         self._budget, self._max_rows = budget, max_rows if self._sharing.alone is None else 1
         self._pad, self._with_mask, self._pinned = pad_token_id, with_mask, pinned
         self._embeddings = embeddings
         self._planned: deque[_Planned] = deque()
-        self._made: deque[Future[Batch]] = deque()  # of the first batches in `_planned`
+        self._made: deque[Future[Batch]] = deque()  # the first batches in `_planned`, made or in the making
         self._position: dict[str, Any] = {
             **{"window": None, "todo": None, "windows": 0},
             **{"budget": budget, "tokens": 0},
@@ -137,7 +140,7 @@ class WindowFeed:
             self._finished = position["tokens"]
             if resume is not None:
                 try:
-                    corpus.windows(resume).close()  # now, and not when the first is read
+                    corpus.windows(resume).close()  # check it now, not when the first window is read
                 except DataError as error:
                     raise CheckpointError(
                         f"the checkpoint has no position in this corpus: {error}"
@@ -158,7 +161,7 @@ class WindowFeed:
         if not first.todo:
             self._planned.popleft()
             self._finished += first.window.tokens
-        # Behind the last batch of a window stands the one after it.
+        # After the last batch of a window, the position is the next window.
         self._position = {
             "window": first.window.resume if first.todo else first.window.after,
             "todo": list(first.todo) or None,
@@ -181,9 +184,9 @@ class WindowFeed:
         for batch in first.todo:
             smaller += self._plan(first.window, batch)
         first.todo = smaller
-        for later in list(self._planned)[1:]:  # as if they had been planned now, and not ahead
+        for later in list(self._planned)[1:]:  # as a run that resumes here would plan them
             later.todo = deque(self._plan(later.window))
-        # A run that goes on from here must make these batches, and not halves of others.
+        # A run that resumes here must make these same batches.
         self._position |= {"window": first.window.resume, "todo": list(smaller), "budget": self._budget}
         return True
 
@@ -224,9 +227,10 @@ class WindowFeed:
             self.total = self._finished + sum(planned.window.tokens for planned in self._planned)
             return False
         if self._embeddings is not None and window.largest_token >= self._embeddings:
-            # On a GPU it would end the whole process.
+            # On a GPU an index out of range would abort the process.
             raise DataError(
-                f"the tokenizer is not the model's: it gave token {window.largest_token}, the model has {self._embeddings}"
+                f"the tokenizer is not the model's: it gave token {window.largest_token}, the model has {self._embeddings}: "
+                "pass the model's own tokenizer"
             )
         share = _share_read(self._corpus, window)
         if share:
@@ -256,13 +260,13 @@ class WindowFeed:
         """Make a batch of the rows, padded on the right."""
         sequences = [window.sequences[row] for row in rows]
         arguments = token_batches.collate(sequences, self._pad, pin_memory=self._pinned)
-        real = arguments.get("attention_mask") if self._with_mask else arguments.pop("attention_mask", None)
+        valid = arguments.get("attention_mask") if self._with_mask else arguments.pop("attention_mask", None)
         lengths = [len(sequence) for sequence in sequences]
-        return Batch(arguments, real, lengths, max(lengths))
+        return Batch(arguments, valid, lengths, max(lengths))
 
 
 class GivenFeed:
-    """Token batches that the caller made. A position counts them; what was in them is told by a digest of their tensors."""
+    """Token batches that the caller made. The position is their count, with a digest of their tensors."""
 
     def __init__(
         self,
@@ -273,21 +277,20 @@ class GivenFeed:
         sharing: Sharing | None = None,
         position: dict[str, Any] | None = None,
     ) -> None:
-        """`digested`: keep the digest, which reads every batch. `sharing`: where rows affect each other by it, a batch is not
-        halved.
+        """`digested`: keep the digest, which reads every batch. `sharing`: batches whose rows affect each other are not halved.
 
         Raises:
-            CheckpointError: if `position` is none that `position()` gives, or not of these batches.
+            CheckpointError: `position` is not a value of `position()`, or belongs to other batches.
         """
         self.total = self.expected = max_tokens
         self._sharing = Sharing() if sharing is None else sharing
-        self._left_out = False  # some of the data, by `max_tokens`
+        self._left_out = False  # True: max_tokens left out some of the data
         self._at_end = False
-        self._batches: Iterator[dict[str, Any]] = self._limited(batches, max_tokens)
+        self._batches: Iterator[dict[str, Any]] = self._truncated(batches, max_tokens)
         self._digest = hashlib.sha256() if digested else None
-        self._count = self._row = 0  # batches done, and rows of the one under way
+        self._count = self._row = 0  # batches read, and rows done of the last one
         self._parts: deque[dict[str, Any]] = deque()
-        self._rows: int | None = None  # in a batch, once memory ran out
+        self._rows: int | None = None  # maximum rows of a forward, once memory ran out
         if position is not None:
             self._skip(position)
 
@@ -326,10 +329,10 @@ class GivenFeed:
     def position(self) -> dict[str, Any]:
         return {
             "batches": self._count,
-            "row": self._row if self._parts else None,  # of the last of them; None: all
+            "row": self._row if self._parts else None,  # rows done of the last batch; None: all
             "spans": [
                 part["input_ids"].shape[0] for part in self._parts
-            ],  # the rows of each part of it that is left
+            ],  # rows of each remaining part of it
             "rows": self._rows,
             "digest": None if self._digest is None else self._digest.hexdigest(),
         }
@@ -337,8 +340,10 @@ class GivenFeed:
     def close(self) -> None:
         pass
 
-    def _limited(self, batches: Iterable[dict[str, Any]], max_tokens: int | None) -> Iterator[dict[str, Any]]:
-        """`batches` that hold tokens, up to exactly `max_tokens` real ones, and whether there are more."""
+    def _truncated(
+        self, batches: Iterable[dict[str, Any]], max_tokens: int | None
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the batches with valid tokens, up to exactly `max_tokens` of these; set `_left_out` if there are more."""
         left = math.inf if max_tokens is None else max_tokens
         for batch in batches:
             tokens = int(token_batches.tokens_by_row(batch).sum())
@@ -365,7 +370,7 @@ class GivenFeed:
                     self._digest.update(f"{key} {value!r} ".encode())
 
     def _may_be_split(self, batch: dict[str, Any]) -> bool:
-        """Whether parts of the batch give what the whole gives. They keep its width, but not its greatest position."""
+        """True if parts of the batch give the same numbers as the whole: they keep its width, but not its largest position."""
         positions = self._sharing.by_width and batch.get("position_ids") is not None
         return self._sharing.alone is None and not positions
 
@@ -413,7 +418,7 @@ def _some_rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 
 
 def _share_read(corpus: Corpus, window: Window) -> float | None:
-    """Return the share of the shard that is read at the end of the window; None where the size is not known."""
+    """Return the share of the shard that has been read at the end of the window; None if the size is unknown."""
     size, position = corpus.source.size, window.after["position"]
     path = getattr(corpus.source, "path", None)
     if not size or not isinstance(position, dict) or (path is not None and path.suffix in readers.OPENERS):
@@ -424,7 +429,7 @@ def _share_read(corpus: Corpus, window: Window) -> float | None:
     read = position.get("byte", window.after["characters"] if "item" in position else None)
     if not read:
         return None
-    # Of this shard's windows as many are read as lie before that end, and not the same share of them as of all.
+    # Convert to this shard, which has done a larger share of its windows than all shards together.
     shards = corpus.shard[1]
     whole = (window.index // shards + 1) * shards / (window.index + 1)
     return min(read / size, 1.0) * whole
@@ -452,9 +457,9 @@ def _checked_position(
 
 
 def automatic_budget(config: Any, device: torch.device, dtype: torch.dtype, seq_len: int) -> int:
-    """Tokens in a batch: what a forward without a head or a cache is likely to have room for; on the CPU a fixed number.
+    """Estimate the tokens in a batch for which a GPU has memory, in a forward without a head or a cache; fixed on the CPU.
 
-    Likely is enough: what does not fit after all is halved.
+    An estimate suffices, since batches that do not fit are halved.
     """
     if device.type != "cuda":
         return max(CPU_TOKENS, seq_len)
@@ -464,6 +469,6 @@ def automatic_budget(config: Any, device: torch.device, dtype: torch.dtype, seq_
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     if isinstance(inner, list | tuple):  # one for each layer
         inner = max(inner)
-    # The residual stream, a norm's float32 copy of it, queries, keys and values; and the three tensors of a gated MLP.
+    # The residual stream, a norm's float32 copy of it, queries, keys, values, and the three tensors of a gated MLP.
     each = dtype.itemsize * (8 * hidden + 3 * inner) + 8 * hidden
     return max(min(int(GPU_SHARE * free / each), GPU_TOKENS), seq_len)

@@ -1,8 +1,8 @@
 """Checkpoints: the state from which a run resumes, in one safetensors file for each process.
 
-The file holds the moments as they are in memory, bit for bit, and as JSON the position in the data, the counts so far and the
-configuration, with a digest of all (`results.container`). It may come from anywhere, so all of it is checked; a run goes on
-only with its own configuration.
+The file holds the moments bit for bit, and as JSON the position in the data, the counts so far and the configuration, with a
+digest of everything (`results.container`). It may come from anywhere, so all of it is checked; a run resumes only with the same
+configuration.
 """
 
 import glob
@@ -23,17 +23,17 @@ from fastheads.results.possible import impossible
 from fastheads.stats.moments import PLANES, RunningMoments
 
 FILE_KEY = "fastheads_checkpoint"
-FORMAT_VERSION = 3  # no other is read: a run goes on with the version that began it
+FORMAT_VERSION = 3  # no other is read: a run is resumed by the version that began it
 LARGEST = 2**30  # bytes; more than any run writes
-LARGEST_HEADER = 100_000_000  # as safetensors has it
+LARGEST_HEADER = 100_000_000  # the limit of safetensors
 COUNTS = ("tokens", "sequences", "area", "batches", "looks")
 
 
 class Checkpoint:
-    """One process's file."""
+    """The checkpoint file of one process."""
 
     def __init__(self, path: str | os.PathLike[str], rank: int = 0, world: int = 1) -> None:
-        """`path`: the file; each of several ranks adds its number to the name."""
+        """`path`: the file; if there are several ranks, each adds its number to the name."""
         path = Path(path)
         self._shared, self._world = path, world
         self.path = path if world == 1 else path.with_name(f"{path.name}-{rank + 1}-of-{world}")
@@ -47,10 +47,10 @@ class Checkpoint:
         except OSError as error:
             if not self._warned:
                 self._warned = True
-                kept = "the one before is kept" if self.path.exists() else "there is none yet"
+                kept = "the previous one is kept" if self.path.exists() else "there is none yet"
                 reason = error.strerror or str(error)
                 print(
-                    f"fastheads: warning: cannot write the checkpoint {self.path}: {reason}; {kept}, and the run goes on",
+                    f"fastheads: warning: cannot write the checkpoint {self.path}: {reason}; {kept}, and the run continues",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -62,15 +62,15 @@ class Checkpoint:
         """Read the tensors and the document of the file; None if there is no file.
 
         Raises:
-            CheckpointError: if it is no checkpoint, or a damaged one, or there are only those of another number of processes.
-            OSError: if it cannot be read.
+            CheckpointError: it is no checkpoint, or damaged, or there are only checkpoints of another number of processes.
+            OSError: it cannot be read.
         """
         if not self.path.exists():
             others = self._of_other_numbers()
             if others:
                 raise CheckpointError(
-                    f"cannot resume: {self.path} is not there, and {', '.join(others)} of another number of processes "
-                    f"{'is' if len(others) == 1 else 'are'}. Start as many processes, or go without --resume to start afresh"
+                    f"cannot resume: there is no {self.path}, but {', '.join(others)} from another number of processes. Start as "
+                    "many processes, or leave out --resume to start from the beginning"
                 )
             return None
         try:
@@ -85,7 +85,7 @@ class Checkpoint:
             _check_counts(document)
         except (ContainerError, UnreadableError) as error:
             raise CheckpointError(
-                f"{self.path} is not a checkpoint: {error}. Without --resume the run starts afresh"
+                f"{self.path} is not a checkpoint: {error}. Leave out --resume to start from the beginning"
             ) from error
         return tensors, document
 
@@ -117,15 +117,15 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is not a checkpoint: it has no configuration")
         for key in dict.fromkeys((*now, *then)):
             if then.get(key) != now.get(key):
-                difference = f": {shown(then.get(key))} then and {shown(now.get(key))} now"
+                difference = f"{shown(then.get(key))} then and {shown(now.get(key))} now"
                 raise CheckpointError(
-                    f"cannot resume from {self.path}: {key.replace('_', ' ')} is not what it was{difference}. "
-                    "Without --resume the run starts afresh"
+                    f"cannot resume from {self.path}: {key.replace('_', ' ')} is not what it was: {difference}. "
+                    "Leave out --resume to start from the beginning"
                 )
 
 
 def check_state(path: Path, buffers: list[Tensor], notes: dict[str, Any]) -> None:
-    """Raise CheckpointError unless a run can have written these moments and notes (`HookManager.state`)."""
+    """Raise CheckpointError for moments and notes that no run can have written (`HookManager.state`)."""
     used, missed = notes.get("used"), notes.get("missed")
     names = used if isinstance(used, list) and all(isinstance(some, list) for some in used) else [[None]]
     if not (
@@ -140,14 +140,14 @@ def check_state(path: Path, buffers: list[Tensor], notes: dict[str, Any]) -> Non
         for channel in buffer:
             m = RunningMoments.over(
                 channel.contiguous()
-            ).views()  # [metrics, rows, heads], all of the same samples
+            ).views()  # [metrics, rows, heads], every metric with the same samples
             totals = m.count + m.nonfinite
             if bool(impossible(m, least=0.0).any()) or not bool((totals == totals[:1]).all()):
                 raise CheckpointError(f"{path} is not a checkpoint: its moments contradict each other")
 
 
 def _check_counts(document: dict[str, Any]) -> None:
-    """Raise ContainerError unless the counts are whole numbers from 0 on, and the seconds a float."""
+    """Raise ContainerError unless the counts are integers ≥ 0, and the seconds a float ≥ 0."""
     for key in COUNTS:
         if key in document and not (type(document[key]) is int and 0 <= document[key] < 2**62):
             raise ContainerError(f"its number of {key} is {shown(document[key])}")

@@ -1,10 +1,10 @@
-"""End a forward of the decoder after the last profiled projection: the rest is not needed.
+"""End a forward of the decoder after the last profiled projection, since the rest is not needed.
 
-The first forward runs to its end and shows the order of the projections. From then on a hook on the last of them closes the
-forward for the HookManager, which counts it as ended normally, and leaves it by an exception that `call()` catches.
+The first forward runs to its end and shows the order of the projections. From then on a hook on the last one ends the forward for
+the HookManager, which counts it as ended normally, and raises an exception that `call()` catches.
 
-A forward is run to its end where leaving it might be noticed: other hooks are on the model, some projection runs more than once
-or not at all, code is compiled, accelerate moves weights about.
+Forwards run to their end if an early exit might be noticed: the model has other hooks, a projection runs more than once or not at
+all, code is compiled, or accelerate moves weights.
 """
 
 from collections.abc import Iterator
@@ -18,11 +18,11 @@ from fastheads.models.sites import HeadSite, decoder_of
 
 
 class _EnoughError(Exception):
-    """Leaves the forward: everything that is profiled has run."""
+    """Ends the forward, once all profiled projections have run."""
 
 
 class EarlyExit:
-    """Call a decoder as far as it is needed. Make it before the HookManager attaches: it looks for hooks of others."""
+    """Call a decoder up to the last profiled projection. Create it before the HookManager attaches, since it looks for hooks."""
 
     def __init__(self, model: nn.Module, *, allowed: bool = True) -> None:
         self.decoder = decoder_of(model)
@@ -76,6 +76,6 @@ class EarlyExit:
             self._allowed = False
 
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if module is self._last and self._hooks is not None:  # and no copy of it
+        if module is self._last and self._hooks is not None:  # not a copy of the module
             self._hooks.end_forward()
             raise _EnoughError

@@ -1,9 +1,9 @@
-"""Several processes that profile one corpus together: their ranks, their heartbeats, and the merge of their moments.
+"""Profile one corpus with several processes: ranks, heartbeats, collectives, and the merge of their moments.
 
-`torchrun` starts them and gives each its rank in the environment. Each runs its own windows of the corpus and needs no other
-until the end. So that none then waits for one that died hours ago, each writes a heartbeat to torchrun's store every second.
+`torchrun` starts them and sets their ranks in the environment. Each runs its own windows of the corpus, independently until the
+end. Each writes a heartbeat to torchrun's store every second, so that none waits at the end for one that has died.
 
-Only numbers and JSON go between processes, never pickled objects.
+Processes exchange only numbers and JSON, never pickled objects.
 """
 
 import datetime
@@ -23,13 +23,13 @@ from torch import Tensor
 from fastheads.errors import JobError, OptionError, RankLostError, one_line
 from fastheads.stats.moments import Moments
 
-HEARTBEAT = 1.0  # seconds between two of a rank
-HEARTBEAT_TIMEOUT = 25.0  # seconds without one, after which a rank counts as lost
-GRACE = 10.0  # seconds that a rank has to end by itself once another is lost
-RESUME = "its last checkpoint is kept, and the same command with --resume goes on from it"
-LONGEST_REASON = 200  # characters of an error, as it is told to the other ranks
+HEARTBEAT = 1.0  # seconds between heartbeats
+HEARTBEAT_TIMEOUT = 25.0  # seconds without a heartbeat after which a rank counts as lost
+GRACE = 10.0  # seconds for a rank to end by itself once another is lost
+RESUME = "its last checkpoint is kept; run the same command with --resume to continue from it"
+LONGEST_REASON = 200  # characters of an error that other ranks are shown
 STAGES = ("works", "measured", "saved", "ended")  # of a process that did not fail
-# Ranks wait for the slowest as long as it lives: heartbeats decide, not the timeout of a collective.
+# Heartbeats decide whether a rank is lost, not the timeout of a collective: the slowest may take any time.
 NEVER = datetime.timedelta(days=30)
 
 
@@ -52,19 +52,19 @@ def rank_info_from_environment(tp: int = 1) -> RankInfo:
     """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; without them, return one process alone.
 
     Raises:
-        OptionError: if they are not valid ranks, or `tp` does not divide the number of processes.
+        OptionError: they are not valid ranks, or `tp` does not divide the number of processes.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = [os.environ.get(name) for name in names]
     if given[0] is None or given[1] is None:
         rank, world, local = 0, 1, 0
     else:
-        said = ", ".join(f"{name}={value}" for name, value in zip(names, given, strict=True))
+        variables = ", ".join(f"{name}={value}" for name, value in zip(names, given, strict=True))
         if not all(value is None or (value.isascii() and value.isdecimal()) for value in given):
-            raise OptionError(f"the environment's {said} are not whole numbers")
+            raise OptionError(f"the environment's {variables} are not whole numbers: start with torchrun")
         rank, world, local = (int(value or 0) for value in given)
         if not rank < world:
-            raise OptionError(f"the environment's {said} contradict each other")
+            raise OptionError(f"the environment's {variables} contradict each other: start with torchrun")
     if tp < 1 or world % tp:
         raise OptionError(
             f"tp={tp} does not divide the number of processes, {world}: start them with torchrun"
@@ -73,7 +73,7 @@ def rank_info_from_environment(tp: int = 1) -> RankInfo:
 
 
 class Job:
-    """All processes of one `torchrun`; alone where there is no torchrun. A context manager.
+    """All processes of one `torchrun`; one process without torchrun. A context manager.
 
     With `profile(model, data, job=job)` the data are sharded over the processes, and each returns the profile of all of them.
     Every process must make the same calls.
@@ -85,8 +85,8 @@ class Job:
     """
 
     def __init__(self, tp: int = 1, device: str = "auto", *, place: RankInfo | None = None) -> None:
-        """`tp`: how many processes share one model by tensor parallelism. `device`: as for `load_model`. `place`: its
-        rank; None: as in the environment.
+        """`tp`: number of processes that share one model by tensor parallelism. `device`: as for `load_model`. `place`: this
+        process's rank; None: from the environment.
 
         Raises:
             OptionError: as `rank_info_from_environment`.
@@ -94,7 +94,7 @@ class Job:
         self.place = rank_info_from_environment(tp) if place is None else place
         self._device = device
         self._owns_group = False
-        self._group: Any = None  # of all processes, for tensors on the CPU
+        self._group: Any = None  # all processes, for CPU tensors
         self._tp_group: Any = None
         self._mesh: Any = None
         self._heartbeat: Heartbeat | None = None
@@ -111,7 +111,7 @@ class Job:
         if on_gpu:
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            # Without tensor parallelism nothing but the moments, on the CPU, ever goes between processes.
+            # Without tensor parallelism processes exchange only the moments, on the CPU.
             backend = "cpu:gloo,cuda:nccl" if on_gpu and self.place.tp > 1 else "gloo"
             dist.init_process_group(backend)
             self._owns_group = True
@@ -141,28 +141,30 @@ class Job:
         self._heartbeat.publish(
             *(("ended", "") if error is None else ("failed", one_line(error, LONGEST_REASON)))
         )
-        if error is None and self._heartbeat.owns_store:  # which goes with this process
+        if (
+            error is None and self._heartbeat.owns_store
+        ):  # the store ends with this process, so wait for the others
             end = time.monotonic() + GRACE
             while not self._heartbeat.all_reached("ended") and time.monotonic() < end:
                 time.sleep(0.05)
         self._heartbeat.stop()
         if self._owns_group and error is None:
             torch.distributed.destroy_process_group()
-        # After an error the others may be gone: to end the groups in order would wait for them.
+        # After an error do not destroy the group: that would wait for processes that may be gone.
 
     def check_entered(self) -> None:
         """Raise JobError outside the `with` block, where the processes are not connected."""
         if self.place.world > 1 and self._heartbeat is None:
-            raise JobError("the processes do not know of each other yet: use the job in `with Job() as job:`")
+            raise JobError("the processes are not connected yet: use the job inside `with Job() as job:`")
 
     def begin(self) -> None:
-        """Start the next `profile()`: heartbeats of the one before no longer count."""
+        """Start the next `profile()`: heartbeats of the previous one no longer count."""
         if self._heartbeat is not None:
             self._heartbeat.begin()
 
     @property
     def device(self) -> str:
-        """The device of this process's model: with several GPUs, the one of its local rank."""
+        """The device of this process's model; with several GPUs, the one of its local rank."""
         if self.place.world == 1 or self._device not in ("auto", "cuda"):
             return self._device
         if torch.cuda.is_available():
@@ -176,7 +178,7 @@ class Job:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens done by all processes, by their last heartbeats; None for one process alone."""
+        """Tokens done by all processes, by their last heartbeats; None for a single process."""
         return None if self._heartbeat is None else self._heartbeat.total
 
     def report(self, tokens: int) -> None:
@@ -194,7 +196,7 @@ class Job:
         """Publish that this rank has reached `stage`, and wait until all have.
 
         Raises:
-            RankLostError: if a rank is lost meanwhile.
+            RankLostError: a rank is lost meanwhile.
         """
         if self._heartbeat is None:
             return
@@ -204,10 +206,10 @@ class Job:
             time.sleep(0.05)  # not a collective: a signal must get through
 
     def barrier(self, number: int) -> None:
-        """Wait until every rank has reached barrier `number`, or a later one, or has no more.
+        """Wait until every rank has reached barrier `number` or a later one.
 
         Raises:
-            RankLostError: if a rank is lost meanwhile.
+            RankLostError: a rank is lost meanwhile.
         """
         if self._heartbeat is None:
             return
@@ -229,7 +231,7 @@ class Job:
         return int(maximum.item())
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """all_gather of a CPU tensor, of one shape on all ranks: one for each part of the data, in order. Collective."""
+        """all_gather of a CPU tensor of the same shape on all ranks: one for each part of the data, in order. Collective."""
         if self.place.world == 1:
             return [tensor]
         here = tensor.contiguous()
@@ -238,7 +240,7 @@ class Job:
         return everyone[:: self.place.tp]  # one for each group that shares a model
 
     def all_gather_object(self, document: Any) -> list[Any]:
-        """all_gather of `document` (JSON): one for each part of the data, in order. Collective."""
+        """all_gather of JSON values: one for each part of the data, in order. Collective."""
         if self.place.world == 1:
             return [document]
         text = torch.frombuffer(bytearray(json.dumps(document).encode()), dtype=torch.uint8)
@@ -255,9 +257,7 @@ class Job:
         ]
 
     def merged(self, moments: dict[str, Moments]) -> dict[str, Moments]:
-        """Merge the moments of all parts of the data by Chan's formula, in the order of the parts: the same bits on every
-        rank. Collective.
-        """
+        """Merge the moments of all parts of the data by Chan's formula, in order: the same bits on every rank. Collective."""
         if self.place.shard[1] == 1:
             return moments
         counts = torch.stack([torch.stack([m.count, m.nonfinite]) for m in moments.values()])
@@ -273,11 +273,11 @@ class Job:
     def _collective(self, call: Any) -> None:
         try:
             call()
-        except RuntimeError as error:  # gloo raises as soon as a peer is gone
+        except RuntimeError as error:  # gloo raises when a peer is gone
             self.check()
             reason = one_line(error, LONGEST_REASON)
             raise RankLostError(
-                f"rank {self.place.rank}: the connection to another rank broke ({reason}). Ended; {RESUME}"
+                f"rank {self.place.rank}: the connection to another rank was lost ({reason}). Ended; {RESUME}"
             ) from error
 
 
@@ -288,9 +288,9 @@ class Heartbeat:
         import torch.distributed as dist
 
         self._rank_info = rank_info
-        # A connection of its own: a wait on that of the process group would delay heartbeats.
+        # A separate connection, since a wait on that of the process group would delay heartbeats.
         connection, self.owns_store = _connection()
-        # With torchrun --max-restarts the store, and what earlier attempts left in it, outlives the processes.
+        # With torchrun --max-restarts the store outlives the processes, with the entries of earlier attempts.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._store = dist.PrefixStore(f"fastheads/{attempt}", connection)
         self._thread = threading.Thread(target=self._run_thread, name="fastheads-heartbeat", daemon=True)
@@ -300,7 +300,7 @@ class Heartbeat:
         self._heard: dict[int, tuple[str, float]] = {}
         self._beats: dict[int, dict[str, Any]] = {}
         self._barrier = 0
-        self._run = 0  # which profile() of the job
+        self._run = 0  # number of the profile() call in the job
         self.tokens = 0
         self.total = 0
         self.lost: str | None = None
@@ -325,7 +325,7 @@ class Heartbeat:
         """Publish the state of this rank at once."""
         with self._lock:
             self._state, self._reason = state, reason
-            with suppress(RuntimeError):  # the store is gone; the thread notices
+            with suppress(RuntimeError):  # the store is gone; the thread reports that
                 self._write()
 
     def stop(self) -> None:
@@ -371,7 +371,7 @@ class Heartbeat:
                     self._write()
                     self._read()
             except RuntimeError as error:
-                if self._state == STAGES[-2]:  # all is done, and rank 0 has taken its store along
+                if self._state == STAGES[-2]:  # all is done, and rank 0 has ended with its store
                     self._beats = {rank: _beat_of(STAGES[-1], run=self._run) for rank in self._heard}
                     return
                 if not self._stopped.is_set():
@@ -394,7 +394,7 @@ class Heartbeat:
             if text != last:
                 self._heard[rank] = (text, now)
             elif beat["state"] != STAGES[-1] and now - heard_at > HEARTBEAT_TIMEOUT:
-                self._lose(f"nothing was heard of rank {rank} for {HEARTBEAT_TIMEOUT:.0f} s")
+                self._lose(f"no heartbeat of rank {rank} for {HEARTBEAT_TIMEOUT:.0f} s")
             if beat["state"] == "failed":
                 self._lose(f"rank {rank} failed: {beat['reason']}")
             self._beats[rank] = beat
@@ -406,7 +406,7 @@ class Heartbeat:
             self.lost = f"rank {self._rank_info.rank}: {reason}. Ended; {RESUME}"
 
     def _exit_if_stuck(self) -> None:
-        """Exit after GRACE seconds if the process has not ended by itself: it may block in a collective for ever."""
+        """Exit after GRACE seconds if the process has not ended by itself: it may block forever in a collective."""
         if not self.loss_noticed.wait(GRACE) and not self._stopped.is_set():
             print(f"fastheads: {self.lost}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -426,7 +426,7 @@ def _beat_of(
 
 
 def _connection() -> tuple[Any, bool]:
-    """Connect to the store of the process group; also return whether this process hosts it, which under torchrun none does."""
+    """Connect to the store of the process group; also return True if this process hosts it (under torchrun none does)."""
     import torch.distributed as dist
 
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
@@ -436,7 +436,7 @@ def _connection() -> tuple[Any, bool]:
         )
     own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and os.environ.get("RANK") == "0"
     if own:
-        # The process group would make this store itself; `multi_tenant` lets it share the one made here.
+        # The process group would create this store itself; `multi_tenant` lets it share the one created here.
         store = dist.TCPStore(address, int(port), is_master=True, wait_for_workers=False, multi_tenant=True)
         return store, True
     return dist.TCPStore(address, int(port), is_master=False, wait_for_workers=False), False

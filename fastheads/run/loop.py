@@ -1,6 +1,4 @@
-"""One run of a model over data: its forwards, the count of what they finished, its checkpoints, and the profile at its end.
-`run.api.profile()` prepares it.
-"""
+"""Run a model over data: forwards, counts, checkpoints, and the profile at the end. `run.api.profile()` prepares it."""
 
 import os
 import signal
@@ -57,8 +55,8 @@ class Settings:
     compile: bool
     every: float
     until_stable: StableRule | None
-    shard: tuple[int, int]  # of all processes together
-    options: dict[str, Any]  # of the HookManager
+    shard: tuple[int, int]  # the shard of all processes together
+    options: dict[str, Any]  # for the HookManager
     name: str | None
 
 
@@ -83,26 +81,26 @@ class Run:
         self.say = say  # prints a line to the user
         self.device = input_device(model)
         self.tokens = self.sequences = self.area = self.batches = 0
-        self.seconds = 0.0  # those of the runs that this one resumes included
+        self.seconds = 0.0  # including the runs that this one resumes
         self.ended = False
-        self.complete = False  # ended, with all of the data
+        self.complete = False  # True: ended with all of the data
         self.stability = StabilityChecks(settings.until_stable, job, hooks)
         self.feed: Feed | None = None
         self.sharing = _sharing(model, corpus)
         self.rotary = RotaryState(model)
         self.overhead = Overhead(self.device)
         self.signals = SignalHandler(patient=job.place.tp > 1)
-        # Before the first forward, in which some quantized layers repack their weights; once, for it reads all of them.
+        # Before the first forward, in which some quantized layers repack their weights; only once, since it reads all weights.
         needed = checkpoint is not None or job.place.shard[1] > 1
         self._weights = (hooks._weights or fingerprint(model))["sha256"] if needed else ""
         self._takes_cache = takes_argument(early_exit.decoder, "use_cache")
         self._due = 0.0
-        # The mask must be an argument of what is compiled: elsewhere it would be taken to have one shape.
-        # None without compilation: a bound method of itself would keep a run, and its data, until the garbage collector comes.
+        # The mask must be an argument of the compiled function, else its shape would be assumed constant.
+        # None without compilation: a reference cycle would keep the run and its data until garbage collection.
         self._compiled: Any = torch.compile(self._call, dynamic=True) if settings.compile else None
 
     def check_together(self) -> None:
-        """Raise OptionError, on all ranks alike, unless they have the same model, data and options."""
+        """Raise OptionError, on all ranks, unless they have the same model, data and options. Collective."""
         own = self.configuration() | {
             "shard": list(self.settings.shard),
             "checkpoints": self.checkpoint is not None,
@@ -115,7 +113,7 @@ class Run:
         """Resume from the checkpoint, if `resume` and there is one, and say so.
 
         Raises:
-            CheckpointError: if it cannot be resumed; or there is none, and the output exists.
+            CheckpointError: it cannot be resumed; or there is none, and the output exists.
         """
         assert self.checkpoint is not None
         self.checkpoint.tidy()
@@ -123,32 +121,32 @@ class Run:
             return
         loaded = self.checkpoint.load()
         self._load(loaded)
-        told = self.job.all_gather_object(
+        states = self.job.all_gather_object(
             [loaded is not None, self.tokens, output is not None and Path(output).exists()]
         )
-        if any(found for found, _, _ in told):
+        if any(found for found, _, _ in states):
             self.say(
-                f"resuming from {self.checkpoint.path} at {sum(tokens for _, tokens, _ in told):,} tokens"
+                f"resuming from {self.checkpoint.path} at {sum(tokens for _, tokens, _ in states):,} tokens"
             )
-        elif any(finished for _, _, finished in told):
+        elif any(finished for _, _, finished in states):
             raise CheckpointError(
-                f"nothing to resume: there is no checkpoint {self.checkpoint.path}, and {output} is a profile already. Without "
-                "--resume it is replaced"
+                f"nothing to resume: there is no checkpoint {self.checkpoint.path}, and {output} is a finished profile. Leave "
+                "out --resume to replace it"
             )
         else:
             self.say(
-                f"nothing to resume: there is no checkpoint {self.checkpoint.path}, so the run starts afresh"
+                f"nothing to resume: there is no checkpoint {self.checkpoint.path}, so the run starts from the beginning"
             )
 
     def _load(self, loaded: tuple[dict[str, Tensor], dict[str, Any]] | None) -> None:
         """Restore the state that the checkpoint holds."""
         assert self.checkpoint is not None
-        if self.job.place.tp > 1:  # they share a model, so they must be at the same batch
+        if self.job.place.tp > 1:  # ranks that share a model must be at the same batch
             step = -1 if loaded is None else loaded[1].get("batches", -1)
             if self.job.all_reduce_max(step) != step or self.job.all_reduce_max(-step) != -step:
                 raise CheckpointError(
-                    "cannot resume: the checkpoints of the processes that share a model are of different moments. "
-                    "Without --resume the run starts afresh"
+                    "cannot resume: the checkpoints of the processes that share a model are at different batches. "
+                    "Leave out --resume to start from the beginning"
                 )
         if loaded is None:
             return
@@ -180,7 +178,7 @@ class Run:
         self.feed = self._make_feed(position)
 
     def configuration(self) -> dict[str, Any]:
-        """Return everything that the result depends on (JSON)."""
+        """Return everything that the result depends on, as JSON values."""
         settings, place = self.settings, self.job.place
         rule = self.sharing.described()
         if isinstance(self.corpus, Corpus):
@@ -255,7 +253,7 @@ class Run:
             with_mask=not is_causal(self.model, self.hooks.sites),
             pinned=self.device.type == "cuda",
             embeddings=getattr(input_embedding(self.model), "num_embeddings", None),
-            each_window=settings.until_stable is not None,  # after each a check
+            each_window=settings.until_stable is not None,  # a check follows each window
             sharing=self.sharing,
             position=position,
         )
@@ -271,7 +269,7 @@ class Run:
                 if not self.ended:
                     self._run_batches()
                 if self.job.place.world > 1:
-                    self.save()  # others may fail yet
+                    self.save()  # other processes may still fail
                     self.job.finish("measured")
             except KeyboardInterrupt as interrupt:
                 number = interrupt.number if isinstance(interrupt, Stopped) else None
@@ -284,7 +282,7 @@ class Run:
         return self._merged()
 
     def _interrupted(self, number: int | None) -> ProfileInterrupted:
-        # Interrupted inside a batch, it is not known whether that counted: the previous checkpoint holds.
+        # If a batch was interrupted, it is unknown whether it counted: keep the previous checkpoint.
         written = number is not None and self.save()
         exists = self.checkpoint is not None and (written or self.checkpoint.path.exists())
         path = self.checkpoint.path if exists and self.checkpoint is not None else None
@@ -304,7 +302,7 @@ class Run:
                 not self.stability.catch_up(self.feed.stretches) and (batch := self.feed.next()) is not None
             ):
                 if first:
-                    self._tell()
+                    self._report()
                     first = False
                 with self.signals.guarded():
                     fitted = self._forward(batch)
@@ -315,17 +313,17 @@ class Run:
                 if not fitted:
                     self._halve(batch)
                     continue
-                self._tell()
+                self._report()
                 self.job.check()
                 self._stop_or_save()
             self.stability.finish()
-        if self.device.type == "cuda":  # the last batches may still run
+        if self.device.type == "cuda":  # the last batches may still be running
             torch.cuda.synchronize(self.device)
         self.seconds = before + time.monotonic() - start
         self.ended, self.complete = True, self.feed.exhausted
 
     def _stop_or_save(self) -> None:
-        """Between two batches: stop, or write a checkpoint. Ranks that share a model do so together."""
+        """Between two batches, stop or write a checkpoint if it is time to; ranks that share a model act together."""
         action = 2 if self.signals.number is not None else 0
         if self.checkpoint is not None and time.monotonic() >= self._due:
             action = max(action, 1)
@@ -336,34 +334,34 @@ class Run:
             self.save()
 
     def _forward(self, batch: Batch) -> bool:
-        """Run one batch; False if memory ran out, and then nothing is counted."""
+        """Run one batch; False if memory ran out, in which case nothing is counted."""
         self.rotary.reset()
         try:
             arguments = {key: _to(value, self.device) for key, value in batch.arguments.items()}
-            real = None if batch.real is None else _to(batch.real, self.device) != 0
+            valid = None if batch.valid is None else _to(batch.valid, self.device) != 0
             if self._takes_cache:
                 arguments["use_cache"] = False
             if self.settings.compile:
-                if real is None and "attention_mask" not in arguments:
-                    # With and without a mask there would be two graphs.
-                    real = torch.ones_like(arguments["input_ids"], dtype=torch.bool)
-                self._compiled(real, arguments)
+                if valid is None and "attention_mask" not in arguments:
+                    # Always with a mask, else there would be two graphs.
+                    valid = torch.ones_like(arguments["input_ids"], dtype=torch.bool)
+                self._compiled(valid, arguments)
             else:
-                with self.hooks.token_mask(real) if real is not None else nullcontext():
+                with self.hooks.token_mask(valid) if valid is not None else nullcontext():
                     self.overhead.run(lambda: self.early_exit.call(arguments), self.hooks)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             if self.job.place.tp > 1:
                 raise ForwardError(
-                    f"out of memory with {batch.area:,} tokens in a batch: give --batch-tokens (batch_tokens=) less"
+                    f"out of memory with {batch.area:,} tokens in a batch: lower --batch-tokens (batch_tokens=)"
                 ) from error
         else:
             return True
         return False
 
-    def _call(self, real: Tensor | None, arguments: dict[str, Any]) -> None:
-        with self.hooks.token_mask(real) if real is not None else nullcontext():
+    def _call(self, valid: Tensor | None, arguments: dict[str, Any]) -> None:
+        with self.hooks.token_mask(valid) if valid is not None else nullcontext():
             self.early_exit.decoder(**arguments)
 
     def _halve(self, batch: Batch) -> None:
@@ -373,11 +371,11 @@ class Run:
         if not self.feed.halve():
             if len(batch.lengths) > 1:
                 raise ForwardError(
-                    f"out of memory with a batch of {len(batch.lengths):,} rows, which cannot be halved, for in this model rows "
-                    "of one batch affect each other: give smaller batches"
+                    f"out of memory with a batch of {len(batch.lengths):,} rows, which cannot be halved, since in this model the "
+                    "rows of a batch affect each other: use smaller batches"
                 )
             raise ForwardError(
-                f"out of memory with one sequence of {batch.width:,} tokens: a shorter seq_len is needed"
+                f"out of memory with one sequence of {batch.width:,} tokens: use a smaller seq_len"
             )
 
     def _count(self, batch: Batch) -> None:
@@ -386,7 +384,7 @@ class Run:
         self.area += batch.area
         self.batches += 1
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         assert self.feed is not None
         self.job.report(self.tokens)
         everywhere, parts = self.job.tokens, self.job.place.shard[1] * self.settings.shard[1]
@@ -396,7 +394,7 @@ class Run:
             expected = min(expected, most // parts)
         expected = total if total is not None else expected
         if everywhere is not None:
-            total = None  # the others' are not known
+            total = None  # the other ranks' totals are unknown
             expected = None if expected is None else expected * self.job.place.shard[1]
         self.report(
             Status(
@@ -454,13 +452,13 @@ class Run:
 
 
 def _sharing(model: nn.Module, corpus: Any) -> Sharing:
-    """Return which rows may share a batch. Batches that the caller made are run in any case."""
+    """Return the rule for rows that may share a batch; the caller's own batches are never refused."""
     try:
         return sharing_of(model)
     except OptionError:
         if isinstance(corpus, Corpus):
             raise
-        return Sharing(alone="the batches before matter")
+        return Sharing(alone="earlier batches matter")
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -469,5 +467,5 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    # Pinned memory is copied while the GPU computes; other memory as ever.
+    # From pinned memory the copy overlaps with computation.
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

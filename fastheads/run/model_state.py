@@ -1,4 +1,4 @@
-"""What a run needs to know of a model, and the mode that it runs in."""
+"""Query properties of a model that a run needs, and put it in evaluation mode."""
 
 import hashlib
 import inspect
@@ -23,7 +23,7 @@ def config_digest(model: nn.Module) -> str:
 
 
 def is_causal(model: nn.Module, sites: list[HeadSite]) -> bool:
-    """True if no token attends to later ones, in any layer: padding on the right then needs no mask."""
+    """True if no token attends to later ones in any layer, so that padding on the right needs no mask."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
@@ -34,7 +34,7 @@ def is_causal(model: nn.Module, sites: list[HeadSite]) -> bool:
 
 
 def input_embedding(model: nn.Module) -> nn.Module | None:
-    """Return the module that embeds `input_ids`, or None if the model names none."""
+    """Return the module that embeds `input_ids`; None if unknown."""
     get_input_embeddings = getattr(model, "get_input_embeddings", None)
     embedding = get_input_embeddings() if callable(get_input_embeddings) else None
     return embedding if isinstance(embedding, nn.Module) else None
@@ -56,7 +56,7 @@ def takes_argument(module: nn.Module, argument: str) -> bool:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode, and each module back in its own mode afterwards."""
+    """Put the model in evaluation mode, and restore each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

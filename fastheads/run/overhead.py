@@ -1,7 +1,7 @@
 """Measure what profiling adds to a forward, on batches of the run itself.
 
-Now and then a batch is run a second time with the hooks paused, right before or right after the forward that counts, and the two
-are timed: on a GPU by events that are read much later, so that nothing waits.
+One batch in `EVERY` is run a second time with the hooks paused, directly before or after the forward that counts, and both are
+timed: on a GPU by events that are read later, so that nothing waits.
 """
 
 import statistics
@@ -14,9 +14,9 @@ import torch
 
 from fastheads.capture.manager import HookManager
 
-FIRST = 16  # batches before the first sample: warm-ups and short runs are left alone
-EVERY = 256  # batches from one sample to the next: they cost 0.4 % of the time
-KEPT = 101  # samples, the latest
+FIRST = 16  # batches before the first sample, so that warm-ups and short runs are not measured
+EVERY = 256  # batches between samples, which cost 0.4 % of the time
+KEPT = 101  # latest samples
 
 
 class Overhead:
@@ -29,7 +29,7 @@ class Overhead:
         self._pending: deque[tuple[tuple[Any, Any], tuple[Any, Any]]] = deque()
 
     def run(self, forward: Callable[[], None], hooks: HookManager) -> None:
-        """Run a forward that counts, and now and then one that does not."""
+        """Run a forward that counts, and for a sample one that does not."""
         self._batches += 1
         number, rest = divmod(self._batches - FIRST, EVERY)
         if rest or number < 0:
@@ -40,7 +40,8 @@ class Overhead:
             with hooks.paused():
                 forward()
 
-        # In turn, for the second finds its data in the caches. The one that counts must not be followed by one that can fail.
+        # In alternating order, since the second finds its data in the caches. If the plain one comes last, its failure must not
+        # make the batch count twice.
         plain_first = number % 2 == 0
         if plain_first:
             without = self._timed(plain)
@@ -49,7 +50,7 @@ class Overhead:
             profiled = self._timed(forward)
             try:
                 without = self._timed(plain)
-            except (RuntimeError, MemoryError):  # out of memory, say; the batch has counted all the same
+            except (RuntimeError, MemoryError):  # out of memory, say; the batch has already counted
                 return
         self._pending.append((profiled, without))
 

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Status:
-    """What is done so far. `all_tokens` counts those of all ranks, the rest is this rank's."""
+    """The work done so far; `all_tokens` is for all ranks, the rest for this rank."""
 
-    tokens: int = 0  # valid ones
+    tokens: int = 0  # valid tokens
     all_tokens: int = 0
-    total: int | None = None  # of `all_tokens`, where that is known
-    expected: int | None = None  # the same, by what was read of the corpus so far
-    padding: float = 0.0  # share of the tokens run that were padding
-    overhead: float | None = (
-        None  # what profiling adds to a forward, as a share of it, on the batches that were sampled
-    )
+    total: int | None = None  # final value of `all_tokens`; None if unknown
+    expected: int | None = None  # estimate of the same, from what was read of the corpus so far
+    padding: float = 0.0  # share of padding in the tokens run
+    overhead: float | None = None  # time that profiling adds, as a share of a forward, on the sampled batches

@@ -1,4 +1,4 @@
-"""Across the ranks of a job: check that all were given the same, and merge what each measured."""
+"""Across the ranks of a job: check that all have the same configuration, and merge their profiles."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from fastheads.results.head_profile import HeadProfile
 from fastheads.run.checkpoint import shown
 from fastheads.run.job import Job
 
-# Entries of the configuration in which ranks may differ. Copies of one file have times of their own.
+# Entries of the configuration in which ranks may differ; copies of one file have different times.
 OF_ONE_RANK = ("process", "data shard", "data modified_ns", "data source")
 
 
 def check_same(job: Job, configuration: dict[str, Any]) -> None:
-    """Raise OptionError, on all ranks alike, unless they have the same configuration. Collective."""
+    """Raise OptionError, on all ranks, unless they have the same configuration. Collective."""
     if job.place.shard[1] == 1:
         return
     own = {key: value for key, value in configuration.items() if key not in OF_ONE_RANK}
@@ -23,14 +23,15 @@ def check_same(job: Job, configuration: dict[str, Any]) -> None:
         if different is not None:
             values = f"{shown(everyone[0].get(different))} and {shown(other.get(different))}"
             raise OptionError(
-                f"ranks 0 and {part * job.place.tp} were given different things: {different.replace('_', ' ')} is {values}"
+                f"ranks 0 and {part * job.place.tp} were given different options: {different.replace('_', ' ')} is {values}; "
+                "give all ranks the same"
             )
 
 
 def merge_profiles(job: Job, profile: HeadProfile, shard: tuple[int, int]) -> None:
-    """Make of this rank's profile, in place, that of all parts of the data, the same on every rank. Collective.
+    """Merge the profiles of all parts of the data into `profile`, in place, the same on every rank. Collective.
 
-    `shard`: that of all ranks together.
+    `shard`: the shard of all ranks together.
     """
     if job.place.shard[1] == 1:
         return

@@ -1,4 +1,4 @@
-"""Handle SIGINT and SIGTERM between two batches, so that no batch is half counted."""
+"""Handle SIGINT and SIGTERM between batches, so that no batch is counted in part."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-AGAIN = 1.0  # seconds after which another signal is a new one, and not the same passed on
+AGAIN = 1.0  # seconds after which a second signal counts as new, not as the first one passed on
 NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM"}
 
 
@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class SignalHandler:
-    """Raise Stopped on a signal, inside a `guarded()` block at its end. A second signal interrupts that block too."""
+    """Raise Stopped on a signal, but inside a `guarded()` block only at its end. A second signal interrupts the block."""
 
     def __init__(self, *, patient: bool = False) -> None:
         """`patient`: raise nothing; `number` holds the signal that came."""
@@ -32,7 +32,7 @@ class SignalHandler:
 
     @contextmanager
     def handling(self) -> Iterator[None]:
-        """Handle the signals within this context, if it is entered in the main thread: no other can."""
+        """Handle the signals in this context, if it is entered in the main thread: no other thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -41,7 +41,7 @@ class SignalHandler:
             for wanted in NAMES:
                 if (
                     signal.getsignal(wanted) is not signal.SIG_IGN
-                ):  # as for a job that a script left in the background
+                ):  # ignored in a background job of a script: leave it so
                     before[wanted] = signal.signal(wanted, self._handle)
             yield
         finally:
@@ -51,7 +51,7 @@ class SignalHandler:
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Delay signals to the end of this context: a forward and the count of it belong together."""
+        """Delay signals to the end of this context, so that a forward and its count are not separated."""
         self._guarded = True
         try:
             yield
@@ -62,7 +62,7 @@ class SignalHandler:
 
     @contextmanager
     def ignore_signals(self) -> Iterator[None]:
-        """Ignore signals within this context, while the last checkpoint is written."""
+        """Ignore signals in this context, while the last checkpoint is written."""
         self._ignored = True
         try:
             yield
@@ -74,7 +74,7 @@ class SignalHandler:
             return
         now = time.monotonic()
         if self.number is not None:
-            # torchrun passes on what the terminal has sent to everybody already: the same signal twice at once.
+            # torchrun passes on a signal that the terminal has already sent to every process: twice the same at once.
             if now - self._since > AGAIN:
                 raise KeyboardInterrupt
             return

@@ -1,7 +1,7 @@
-"""Ask, after each window of the corpus, whether the ranking of heads has settled (`stats.confidence`).
+"""Check after each window of the corpus whether the ranking of heads has settled (`stats.confidence`).
 
-All processes of a job check equally often, as often as the one with the most windows, and each check uses the samples of
-all of them: so all come to the same answer, and stop together.
+All processes of a job make the same number of checks, as many as the one with the most windows, and each check uses the samples
+of all: so they get the same answer and stop together.
 """
 
 from fastheads.capture.manager import HookManager
@@ -11,25 +11,25 @@ from fastheads.stats.confidence import StableRule, judge
 
 
 class StabilityChecks:
-    """The checks that were made. `checks` and `settled` are part of a checkpoint."""
+    """The checks made so far. `checks` and `settled` are part of a checkpoint."""
 
     def __init__(self, rule: StableRule | None, job: Job, hooks: HookManager) -> None:
-        """`rule`: None makes no checks."""
+        """`rule`: None for no checks."""
         self.rule, self._job, self._hooks = rule, job, hooks
         self.checks = 0
         self.settled = False
-        self._known_checks = 0  # that some process had made before this run began
-        self._settled_at: int | None = None  # which of the known checks found the ranking settled
+        self._known_checks = 0  # most checks that a process had made before this run began
+        self._settled_at: int | None = None  # number of the known check that found the ranking settled
         self._all_done = False  # all processes have run all their windows
 
     def share_known(self, *, ended: bool) -> None:
-        """Exchange what each process found before this run began: one may have gone further than another."""
+        """Exchange the checks that each process made before this run began: some may have made more than others."""
         if self.rule is None:
             return
         known = self._job.all_gather_object([self.checks, self.settled, ended])
         self._known_checks = max(checks for checks, _, _ in known)
         self._settled_at = next((checks for checks, settled, _ in known if settled), None)
-        # One that has ended, and has not settled, knew that all had run their windows.
+        # A process that ended without settling knew that all had run their windows.
         self._all_done = any(ended for _, _, ended in known)
 
     def catch_up(self, windows: int) -> bool:
@@ -45,10 +45,7 @@ class StabilityChecks:
             self._check(self.rule, done=True)
 
     def _check(self, rule: StableRule, *, done: bool) -> None:
-        """Find out whether the ranking has settled, by the samples of all processes.
-
-        `done`: this process has run all its windows.
-        """
+        """Check whether the ranking has settled by the samples of all processes. `done`: this one has run all its windows."""
         number = self.checks + 1
         if number <= self._known_checks:
             settled = number == self._settled_at
@@ -57,7 +54,7 @@ class StabilityChecks:
             self._all_done = all(self._job.all_gather_object(done))
             moments = {RANKING_METRIC: self._hooks.to_profile().moments[RANKING_METRIC]}
             settled = judge(self._job.merged(moments)[RANKING_METRIC], rule).settled
-        self.checks, self.settled = number, settled  # only now: a check that was interrupted is made again
+        self.checks, self.settled = number, settled  # last, so that an interrupted check is made again
 
     def _others_are_done(self) -> bool:
         return self._job.place.shard[1] == 1 or (self._all_done and self.checks >= self._known_checks)

@@ -1,4 +1,4 @@
-"""What people see of a profile in a terminal: progress, tables, a heatmap. Works without colour and in ASCII."""
+"""Show a profile in a terminal: progress, tables, a heatmap. Works without colors and in ASCII."""
 
 import math
 import time
@@ -17,10 +17,11 @@ from rich.text import Text
 from fastheads.results.head_profile import HeadProfile
 from fastheads.run.progress import Status
 
-BAR_FROM = 70  # columns from which on the numbers leave room for a bar
-NOTES_FROM = 110  # columns from which on padding and overhead are shown beside it
-SOON, A_MINUTE = 2.0, 60.0  # seconds to the first line where there is no terminal, and from one to the next
-SIDE_BY_SIDE = 72  # columns from which on the two tables stand beside each other
+# Minimum width of the terminal, in columns, for:
+BAR_FROM = 70  # a progress bar beside the numbers
+NOTES_FROM = 110  # padding and overhead beside the bar
+SIDE_BY_SIDE = 72  # both tables side by side
+SOON, A_MINUTE = 2.0, 60.0  # without a terminal: seconds to the first line, and between lines
 
 # matplotlib's viridis at nine equal steps
 VIRIDIS = (
@@ -29,12 +30,12 @@ VIRIDIS = (
 )
 SHADES = " ░▒▓█"
 ASCII_SHADES = " .:-=+*#%@"
-LEGEND = 24  # columns of the scale below the heatmap, where there is room
+LEGEND = 24  # columns of the scale below the heatmap, if there is room
 
 
 @contextmanager
 def progress_bar(console: Console | None = None) -> Iterator[Callable[[Status], None]]:
-    """Yields what takes the status of a run: a bar on a terminal, a line a minute elsewhere."""
+    """Yield a function that shows the status of a run: a bar on a terminal, else a line a minute."""
     console = console or Console(stderr=True, highlight=False)
     if not console.is_terminal:
         yield _PlainProgress(console)
@@ -49,7 +50,7 @@ def progress_bar(console: Console | None = None) -> Iterator[Callable[[Status], 
         def report(status: Status) -> None:
             nonlocal begun
             if not begun:
-                # What an earlier run did tells nothing of the speed of this one.
+                # Work of an earlier run must not count for the speed of this one.
                 bar.reset(task, completed=status.all_tokens, total=status.expected)
                 begun = True
             bar.update(task, completed=status.all_tokens, total=status.expected, status=status)
@@ -58,12 +59,12 @@ def progress_bar(console: Console | None = None) -> Iterator[Callable[[Status], 
 
 
 class _PlainProgress:
-    """A line soon after the start, and then one a minute."""
+    """Print a line soon after the start, and then one a minute."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.start: float | None = None  # when the first status came, and the tokens done then
-        self.before = 0
+        self.start: float | None = None  # time of the first status
+        self.before = 0  # tokens done by then
         self.next = SOON
 
     def __call__(self, status: Status) -> None:
@@ -101,7 +102,7 @@ class _Speed(ProgressColumn):
 
 
 class _Notes(ProgressColumn):
-    """The padding's share, and what profiling costs where that is known."""
+    """The share of padding, and the overhead of profiling if known."""
 
     def render(self, task: Task) -> Text:
         status = task.fields.get("status")
@@ -109,14 +110,14 @@ class _Notes(ProgressColumn):
 
 
 def show(profile: HeadProfile, metric: str, console: Console, listed: int | None) -> None:
-    """Print what was measured, the `listed` highest and lowest heads by `metric`, and a heatmap of its means.
+    """Print a summary, tables of the `listed` highest and lowest heads by `metric`, and a heatmap of its means.
 
-    Where the two tables would hold all heads, and with None, one does.
+    If `listed` is None, or the two tables would list all heads, print one table of all.
     """
     cells = profile.ranked_cells(metric, descending=True)
     console.print(_summary(profile, metric))
     if not cells:
-        console.print("no head got a sample")
+        console.print("no head has samples")
         return
     console.print()
     console.print(_tables(profile, metric, cells, console.width, listed=listed))
@@ -125,7 +126,7 @@ def show(profile: HeadProfile, metric: str, console: Console, listed: int | None
 
 
 def clean(text: object) -> str:
-    """`text` without control characters: what a file says must not steer the terminal."""
+    """Replace control characters in `text`, so that text from a file cannot control the terminal."""
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
@@ -147,7 +148,9 @@ def _summary(profile: HeadProfile, metric: str) -> RenderableType:
         "samples", Text(f"{count:,} {unit} a head, token_agg {clean(metadata.get('token_agg', '?'))}")
     )
     if nonfinite := int(profile.arrays[metric].nonfinite.sum()):
-        table.add_row("", Text(f"{nonfinite:,} samples were NaN or infinite and are left out", style="red"))
+        table.add_row(
+            "", Text(f"{nonfinite:,} samples were NaN or infinite and are not included", style="red")
+        )
     relative = " (1 is the layer's average)" if metric.startswith("relative_") else ""
     table.add_row("metric", Text(f"{metric}{relative}"))
     return table
@@ -184,7 +187,7 @@ def _tables(
 
 
 def heatmap(profile: HeadProfile, metric: str, console: Console) -> RenderableType:
-    """The means, a line for each layer; heads that do not fit the width go on in a block below."""
+    """Draw the means, one line per layer; heads that do not fit the width are in further blocks below."""
     moments = profile.arrays[metric]
     means = np.where(moments.count == 0, math.nan, moments.mean).tolist()
     found = [value for row in means for value in row if not math.isnan(value)]
@@ -199,7 +202,7 @@ def heatmap(profile: HeadProfile, metric: str, console: Console) -> RenderableTy
     cell = min(max(room // heads, 1), 4)
     columns = min(room // cell, heads)
     if 8 <= columns < heads:
-        columns -= columns % 8  # blocks that start with a head whose number is easy to find
+        columns -= columns % 8  # blocks start at multiples of eight
 
     lines: list[Text] = []
     for first in range(0, heads, columns):
@@ -224,7 +227,7 @@ def heatmap(profile: HeadProfile, metric: str, console: Console) -> RenderableTy
 
 
 def _ticks(block: range, cell: int) -> str:
-    """The numbers of some heads, above the first column of each."""
+    """Label some heads with their number, above the first column of each."""
     widest = len(str(block[-1]))
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 1000) if step * cell > widest)
     line = ""
@@ -235,7 +238,7 @@ def _ticks(block: range, cell: int) -> str:
 
 
 def _painter(console: Console) -> Callable[[float, int], Text]:
-    """What makes a cell of a value between 0 and 1: a colour where there are enough of them, else a shade."""
+    """Return a function that draws a cell for a value between 0 and 1: a color if the terminal has enough, else a shade."""
     if (
         console.is_terminal
         and not console.no_color

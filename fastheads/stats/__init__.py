@@ -1,1 +1,1 @@
-"""What is measured, and how it adds up: metrics, token layout, running moments, confidence."""
+"""Statistics: metrics, token layout, running moments, confidence."""

@@ -1,4 +1,4 @@
-"""Moments as NumPy arrays: what is done with a profile that was read from a file, which needs no torch."""
+"""Moments as NumPy arrays, so that profiles read from files need no torch."""
 
 from typing import Any, NamedTuple, Self
 
@@ -9,18 +9,18 @@ Array = NDArray[Any]
 
 
 class MomentArrays(NamedTuple):
-    """The planes of `stats.moments.Moments`, as arrays of one shape. Its formulas give the same numbers, to the last bit."""
+    """`stats.moments.Moments` as arrays of one shape; the formulas give the same numbers, bit for bit."""
 
     count: Array  # type: ignore[assignment]  # int64 (hides tuple.count)
     nonfinite: Array  # int64
-    mean: Array  # float64, as the three below
+    mean: Array  # float64, like the three below
     m2: Array
     min: Array
     max: Array
 
     def merged(self, other: Self) -> Self:
-        """The moments of both streams together, by Chan's formula."""
-        with np.errstate(all="ignore"):  # squares may be infinite
+        """Merge with the moments of another stream, by Chan's formula."""
+        with np.errstate(all="ignore"):  # squares may overflow
             count = self.count + other.count
             n = np.maximum(count, 1).astype(np.float64)
             delta = other.mean - self.mean
@@ -29,7 +29,7 @@ class MomentArrays(NamedTuple):
                 count=count,
                 nonfinite=self.nonfinite + other.nonfinite,
                 mean=self.mean + delta * (other.count / n),
-                # In this order: where one side is empty the weight is 0, and a square may be infinite.
+                # In this order, since delta² may overflow where one side is empty and the weight 0.
                 m2=self.m2 + other.m2 + delta * weight * delta,
                 min=np.minimum(self.min, other.min),
                 max=np.maximum(self.max, other.max),
@@ -42,10 +42,10 @@ class MomentArrays(NamedTuple):
 
 
 def as_arrays(moments: Any) -> MomentArrays:
-    """The planes of `Moments` or `MomentArrays`, of memory that is shared where it is the CPU's."""
+    """Convert `Moments` or `MomentArrays` to arrays, which share memory with tensors on the CPU."""
     return MomentArrays(*map(_as_array, moments))
 
 
 def _as_array(plane: Any) -> Array:
-    # By its method, for torch need not be here. Forced: one that takes part in gradients too.
+    # A tensor: called by its method, so that torch is not imported. force: also if it requires gradients.
     return plane if isinstance(plane, np.ndarray) else plane.numpy(force=True)

@@ -1,18 +1,18 @@
-"""When the ranking of heads has settled: the rule of `--until-stable`.
+"""Decide when the ranking of heads has settled: the rule of `--until-stable`.
 
-It is asked again and again while samples come in, and a run ends as soon as it says yes. So it must hold at every look at once:
-an ordinary interval of mean ± 2 standard errors, looked at often enough, misses at some time or other.
+It is evaluated repeatedly while samples come in, and a run ends when it first holds. So its error rate must hold for all looks
+together: an interval of mean ± 2 standard errors, looked at often enough, misses eventually.
 
 **The rule.** Each head gets a confidence sequence: an interval around its mean that covers the true mean at all sample sizes at
 once, except with probability `alpha` / heads. By Bonferroni all heads' intervals [L, U] hold together, at every look, except
 with probability `alpha`, however the heads depend on each other (those of one model see the same sequences). A ranking is
-*settled* where, for every head a that stands below a head b,
+*settled* if, for every head a ranked below a head b,
 
     U_a - L_b <= tolerance * (the average head's mean).
 
-Then no two heads stand in the wrong order that differ by more than the tolerance: an error rate of `alpha` at most. Heads that
-differ by less are ties, and a tie settles too: once the intervals are narrower than half the tolerance. With `lowest`, only
-pairs of one head within the lowest part and one outside are looked at: what a choice of heads to prune needs, and sooner known.
+Then, except with probability `alpha`, no two heads that differ by more than the tolerance are in the wrong order. Heads that
+differ by less are ties, and a tie settles too, once the intervals are narrower than half the tolerance. With `lowest`, only
+pairs of one head in the lowest part and one outside are compared: enough to choose heads to prune, and settled sooner.
 
 **The intervals.** For n samples with the mean m and the unbiased standard deviation s, with k = 1 + n rho² and nu = n - 1,
 
@@ -21,21 +21,21 @@ pairs of one head within the lowest part and one outside are looked at: what a c
 It inverts, by Ville's inequality, the mixture of the t statistic over normal effect sizes of standard deviation rho under the
 right Haar prior of the variance, which is a martingale at the true mean: T. L. Lai, "On confidence sequences", Annals of
 Statistics 4 (1976), with the normal mixture of H. Wang and A. Ramdas, "Anytime-valid t-tests and confidence sequences for
-Gaussian means with unknown variance" (arXiv:2310.03722). For large n it is Robbins' normal mixture. rho only says where it is
+Gaussian means with unknown variance" (arXiv:2310.03722). For large n it is Robbins' normal mixture. rho only sets where it is
 narrowest: at about `NARROWEST_AT` samples.
 
-**What it takes for granted.** Sequences that are independent draws of one distribution, in the order in which they are looked at:
+**Assumptions.** Sequences are independent draws from one distribution, in the order in which they are measured:
 
 - Not tokens of a text, which are correlated: token_agg "token" is refused. Blocks of one long text, and pieces of one document,
   are correlated too, more weakly; the intervals are then too narrow. A corpus sorted by topic settles on its first topic.
-- Looks only where what was measured is a fair part of the corpus. Sequences that are sorted by length within a window of the
-  corpus are one at the window's end, and not before.
-- Normal samples, for the error rate to be exact at every n. For others it holds as n grows, as the central limit theorem does:
-  hence `min_samples` before the first look. A long right tail costs coverage (means are too low while its rare large
-  samples are not there yet). `tests/stats/test_stable.py` measures it: one interval at alpha 5 %, looked at after each of the samples
-  100 to 4,000, misses the mean at some time in 2.9 % of the runs for normal samples, in 3 % for lognormal ones of sigma 0.5
-  (skewness 1.8) and in 7.5 % for sigma 1 (skewness 6.2). A wrong verdict takes two intervals that miss in opposite ways, and was
-  not seen there. Worse tails (a head that speaks once in 1,000 sequences) are beyond any rule that looks at moments.
+- Looks only when what was measured is representative of the corpus. Sequences are sorted by length within a window, so that
+  is at a window's end.
+- Normal samples, for the error rate to be exact at every n. For others it holds asymptotically, by the central limit theorem;
+  hence `min_samples` before the first look. A long right tail costs coverage (means are too low until its rare large samples
+  occur). `tests/stats/test_stable.py` measures it: an interval at alpha 5 %, looked at after each of the samples 100 to 4,000,
+  misses the mean at some time in 2.9 % of the runs for normal samples, in 3 % for lognormal ones of sigma 0.5 (skewness 1.8)
+  and in 7.5 % for sigma 1 (skewness 6.2). A wrong verdict takes two intervals that miss in opposite directions, and did not
+  occur there. Heavier tails (a head that is active once in 1,000 sequences) defeat any rule that uses moments alone.
 """
 
 import math
@@ -53,18 +53,18 @@ TOLERANCE = 0.05
 MIN_SAMPLES = 100
 NARROWEST_AT = 1_000
 
-_FOREVER = 2.0**40  # times the samples that there are
+_MAX_GROWTH = 2.0**40  # of the number of samples; beyond it the ranking counts as never settling
 
 
 @dataclass(frozen=True)
 class StableRule:
     """When to stop. Raises OptionError for numbers out of range.
 
-    alpha: the probability with which a verdict of "settled" may be wrong, over all looks and heads.
-    tolerance: heads whose means differ by less than this part of the average head's are ties. 0: no ties; equal heads then never
-        settle.
-    lowest: a fraction of the heads: only which heads are the lowest must be settled. None: the whole ranking.
-    min_samples: of every head, before there is a verdict.
+    alpha: probability that a verdict of "settled" is wrong, over all looks and heads.
+    tolerance: heads whose means differ by less than this fraction of the average head's mean are ties. 0: no ties, so that equal
+        heads never settle.
+    lowest: settle only which heads are in this lowest fraction. None: the whole ranking.
+    min_samples: samples that every head needs before the first verdict.
     """
 
     alpha: float = ALPHA
@@ -85,14 +85,14 @@ class StableRule:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `judge` found.
+    """The result of `judge`.
 
-    settled: the ranking, or the choice of the lowest heads, will not change by more than the tolerance.
-    heads: those that were ranked: all that got a sample.
-    undecided: those of them that may still change places with another.
-    samples: of the head that has the fewest.
-    needed: about how many more samples would settle it, if means and spreads stay as they are; None where no number would, or
-        nothing can be said yet.
+    settled: True if the ranking, or the choice of the lowest heads, will not change by more than the tolerance.
+    heads: number of heads ranked: all with samples.
+    undecided: number of heads that may still change places with another.
+    samples: samples of the head with the fewest.
+    needed: estimate of how many more samples would settle it, at the present means and spreads; None if no number would, or
+        there are too few samples for an estimate.
     """
 
     settled: bool
@@ -118,17 +118,16 @@ def check_token_agg(token_agg: str) -> None:
 
 
 def judge(moments: Moments, rule: StableRule) -> Verdict:
-    """Whether the ranking by `moments`, planes of any shape, has settled by `rule`. Heads without a sample are not ranked.
+    """Judge by `rule` whether the ranking by `moments` (of any shape) has settled. Heads without samples are not ranked.
 
-    A pure function, that can be asked at any time and any number of times. Raises OptionError where `rule.lowest` of the heads is
-    none of them, or all.
+    Changes nothing. Raises OptionError if `rule.lowest` of the heads rounds to none or all of them.
     """
     ranked = moments.count > 0
     count, mean = moments.count[ranked].double(), moments.mean[ranked]
     heads = len(count)
     if heads == 0:
         return Verdict(settled=False, heads=0, undecided=0, samples=0, needed=None)
-    number_of_lowest(heads, rule)  # before anything else is said
+    number_of_lowest(heads, rule)  # raises early
     samples = int(count.min())
     if samples < 2:
         return Verdict(settled=False, heads=heads, undecided=heads, samples=samples, needed=None)
@@ -143,7 +142,7 @@ def judge(moments: Moments, rule: StableRule) -> Verdict:
 
 
 def number_of_lowest(heads: int, rule: StableRule) -> int | None:
-    """How many of so many heads the lowest ones are, as `HeadProfile.lowest` counts. Raises OptionError for none, or all."""
+    """Count the heads in the lowest fraction, as `HeadProfile.lowest` does. Raises OptionError if that is none or all."""
     if rule.lowest is None:
         return None
     number = round(rule.lowest * heads)
@@ -155,9 +154,9 @@ def number_of_lowest(heads: int, rule: StableRule) -> int | None:
 
 
 def undecided(mean: Tensor, std: Tensor, count: Tensor, rule: StableRule) -> Tensor:
-    """Which heads may stand in the wrong order with another by more than the tolerance; bool `[..., heads]`.
+    """Mark the heads that may be in the wrong order with another by more than the tolerance; bool `[..., heads]`.
 
-    `mean`, `std` (unbiased) and `count` (at least 2), float64 `[..., heads]`; the leading dimensions are rankings of their own.
+    `mean`, `std` (unbiased) and `count` (at least 2) are float64 `[..., heads]`; leading dimensions are separate rankings.
     """
     heads = mean.shape[-1]
     half = half_width(std, count, rule.alpha / heads)
@@ -165,7 +164,7 @@ def undecided(mean: Tensor, std: Tensor, count: Tensor, rule: StableRule) -> Ten
     half = half.gather(-1, order)
     margin = rule.tolerance * mean.mean(dim=-1, keepdim=True).abs()
     lower, upper = mean - half, mean + half
-    # The highest end of an interval among the heads that must stand below each one, and the lowest among those above.
+    # For each head: the largest upper bound of the heads ranked below it, and the smallest lower bound of those above.
     below = torch.full_like(upper, -torch.inf)
     above = torch.full_like(lower, torch.inf)
     boundary = number_of_lowest(heads, rule)
@@ -180,9 +179,9 @@ def undecided(mean: Tensor, std: Tensor, count: Tensor, rule: StableRule) -> Ten
 
 
 def half_width(std: Tensor, count: Tensor, alpha: float) -> Tensor:
-    """Of the interval around each mean that covers the true one at all counts at once, except with probability `alpha`.
+    """Half the width of an interval that covers the true mean at all counts at once, except with probability `alpha`.
 
-    `std`, unbiased, and `count`, at least 2: float64 of one shape. Infinite where there are too few samples to say anything.
+    `std` (unbiased) and `count` (at least 2) are float64 of one shape. Infinite where there are too few samples.
     """
     effect = 2 * math.log(1 / alpha)
     k = 1 + count * ((effect + math.log1p(effect)) / NARROWEST_AT)
@@ -193,11 +192,11 @@ def half_width(std: Tensor, count: Tensor, alpha: float) -> Tensor:
 
 
 def _least(holds: Any, start: float) -> float | None:
-    """The least number from `start` on for which `holds`, to a per cent; None where that is beyond all use."""
+    """Find the least number from `start` on for which `holds`, to a per cent; None above `_MAX_GROWTH`."""
     low, high = start, start
     while not holds(high):
         low, high = high, 2 * high
-        if high > _FOREVER:
+        if high > _MAX_GROWTH:
             return None
     while high > 1.01 * low:
         middle = math.sqrt(low * high)
@@ -206,5 +205,5 @@ def _least(holds: Any, start: float) -> float | None:
 
 
 def _rounded(number: int) -> int:
-    """To two digits: it is an estimate."""
+    """Round to two digits, since it is an estimate."""
     return number if number < 100 else int(float(f"{number:.1e}"))

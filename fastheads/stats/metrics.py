@@ -1,4 +1,4 @@
-"""The metrics, and the torch paths that compute them: loop, einsum and factored.
+"""Compute the metrics in torch: the paths loop, einsum and factored.
 
 Shapes: B rows (sequences), S positions, H heads, D = head_dim, N = B·S tokens, O = the projection's out_features.
 """
@@ -9,25 +9,25 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-# The names are public here too.
+# Re-exported.
 from fastheads.stats.names import KV_METRIC, METRICS, TOKEN_AGGS, UPDATE_METRIC  # noqa: F401
 from fastheads.stats.token_layout import mean_over_sequences, mean_over_tokens, take_last
 
-# (z [G, N, H, D]) -> contribution norms [G, N, H], of a group of G layers of one shape
+# (z [G, N, H, D]) -> contribution norms [G, N, H], for a group of G layers of one shape
 ContributionNorms = Callable[[Tensor], Tensor]
 
-# What one step of a torch path may hold beside its input, in elements: 16 MiB of float32. It is the reason
-# why the factored path's memory does not grow with tokens × hidden_size.
+# Elements that one step of a torch path may allocate: 16 MiB of float32. Because of this limit the factored path's memory does
+# not grow with tokens × hidden_size.
 SCRATCH_ELEMENTS = 2**22
 
 
 def l2(x: Tensor) -> Tensor:
-    """L2 norms over the last dimension in float64: the squares of float32 and bfloat16 leave those types' range."""
+    """L2 norms over the last dimension, in float64, since squares can overflow float32 and bfloat16."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
 
 
 def loop_norms(weights: Sequence[Tensor], num_heads: int) -> ContributionNorms:
-    """The seed's algorithm: a product with each head's slice of each layer's weight `[O, H·D]`, in turn."""
+    """The plain algorithm: for each layer and head, multiply by the head's slice of the weight `[O, H·D]`."""
 
     def norms(z: Tensor) -> Tensor:
         head_dim = z.shape[-1]
@@ -42,7 +42,7 @@ def loop_norms(weights: Sequence[Tensor], num_heads: int) -> ContributionNorms:
 
 
 def einsum_norms(weights: Sequence[Tensor], num_heads: int) -> ContributionNorms:
-    """One batched product a layer with its weight viewed `[O, H, D]`: easy to read, but it makes `[N, H, O]`."""
+    """One einsum per layer with its weight viewed `[O, H, D]`: easy to read, but it allocates `[N, H, O]`."""
 
     def norms(z: Tensor) -> Tensor:
         views = [rearrange(w.to(z.dtype), "o (h d) -> o h d", h=num_heads) for w in weights]
@@ -67,10 +67,10 @@ def factored_norms(factors: Tensor) -> ContributionNorms:
 def token_norms(
     x: Tensor, num_heads: int, contribution: ContributionNorms, scale: Tensor | None = None
 ) -> Tensor:
-    """Both norms of every token and head, float64 `[2, G, N, H]`, for `x` `[G, N, H·D]`; the contributions times `scale`
-    `[G, N]`, if there is one.
+    """Output and contribution norms of every token and head, float64 `[2, G, N, H]`, for `x` `[G, N, H·D]`.
 
-    Products are taken in float32 (float64 for a float64 model), a slice of tokens at a time.
+    Contributions are multiplied by `scale` `[G, N]`, if given. Products are computed in float32 (float64 for a float64 model), a
+    slice of tokens at a time.
     """
     groups, tokens, width = x.shape
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -95,11 +95,12 @@ def samples(
     scale: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The samples of one firing of G projections with inputs `x` `[G, B, S, H·D]`; `mask` bool `[B, S]`: the valid tokens;
-    `scale` `[G, B, S]`: of the contributions of each token.
+    """Compute the samples of one call of G projections with inputs `x` `[G, B, S, H·D]`.
 
-    Returns values, float64 `[n, 4, G, H]` in the order of METRICS, and which of the n count, bool `[n]` (None: all); n is B for
-    "last" and "all", B·S for "token". With the `cu_seqlens` `[N + 1]` of packed sequences n is N for "all"; "last" takes none.
+    `mask`, bool `[B, S]`: the valid tokens. `scale` `[G, B, S]`: factors of each token's contributions.
+
+    Returns values, float64 `[n, 4, G, H]` in the order of METRICS, and bool `[n]`, True for those that count (None: all); n is B
+    for "last" and "all", B·S for "token". With `cu_seqlens` `[N + 1]` of packed sequences n is N for "all"; "last" takes none.
     """
     present: Tensor | None
     if token_agg == "last":
@@ -120,7 +121,7 @@ def samples(
 
 
 def packed_samples(norms: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """The samples "all" of packed sequences, as `samples` returns them, from the norms `[2, G, B·S, H]` of all tokens."""
+    """As `samples`, for "all" with packed sequences, from the norms `[2, G, B·S, H]` of all tokens."""
     means, present = mean_over_sequences(norms.double(), mask.flatten(), cu_seqlens)
     return _with_relative(means), present
 
@@ -130,11 +131,10 @@ def _with_relative(norms: Tensor) -> Tensor:
 
 
 def relative_to_layer(norms: Tensor, mean: Tensor | None = None) -> Tensor:
-    """Samples `[..., H]` divided by their mean over the layer's heads, sample by sample: a running mean could not give it back.
+    """Divide samples `[..., H]` by their mean over the layer's heads; per sample, since running means cannot reproduce that.
 
-    `mean` `[..., 1]` is that mean where the layer has more heads than these.
-
-    A sample of a layer whose mean is infinite is NaN, not 0: nothing was measured there.
+    `mean` `[..., 1]` is that mean, if the layer has more heads than these. An infinite mean gives NaN, not 0, since the ratio is
+    then unknown.
     """
     mean = norms.mean(dim=-1, keepdim=True) if mean is None else mean
     return norms / mean.masked_fill(mean.isinf(), torch.nan)

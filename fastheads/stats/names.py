@@ -1,4 +1,4 @@
-"""The names of what is measured. Importing them needs no torch."""
+"""The names of the metrics and aggregations. Does not import torch."""
 
 METRICS = (
     "head_output_norm",
@@ -6,8 +6,8 @@ METRICS = (
     "relative_head_output_norm",
     "relative_head_residual_contribution_norm",
 )
-# The norm of what is really added to the residual stream (`models.residual`), and that of what the query heads which share
-# keys and values contribute together.
+# The norm of what the layer adds to the residual stream for a head (`models.residual`), and the norm of the summed contributions
+# of the query heads that share keys and values.
 UPDATE_METRIC = "head_residual_update_norm"
 KV_METRIC = "kv_group_residual_contribution_norm"
 TOKEN_AGGS = ("last", "all", "token")

@@ -1,8 +1,8 @@
-"""Which tokens are real: everything that is not padding, less the first `skip_first` of each sequence.
+"""Find the valid tokens of a call: those that are not padding, less the first `skip_first` of each sequence.
 
-The arguments of the decoder's call say it, in this order of trust: `cu_seq_lens_q` (where packed sequences begin and end; a mask
-beside it can only take tokens away), a 2D attention mask, a 4D one, positions that start again where there is neither mask nor
-cache. A sequence is one row of one call, or one segment of a packed row. What cannot be told apart for certain is refused.
+They are read from the arguments of the decoder's call, in this order of precedence: `cu_seq_lens_q` (where packed sequences begin
+and end; a mask can only remove tokens), a 2D attention mask, a 4D one, and, with neither mask nor cache, positions that restart.
+A sequence is one row of one call, or one segment of a packed row. Arguments that leave doubt are refused.
 """
 
 import inspect
@@ -19,26 +19,26 @@ from torch import Tensor, nn
 
 from fastheads.errors import TokensError
 
-# Decoders that take several rows of ids for each row of tokens: the attribute that says how many.
+# Decoders that take several rows of ids for each row of tokens: the attribute with the number.
 ROWS_OF_IDS = {r"^Musicgen": "num_codebooks"}
 
-# Arguments that are no tokens: pictures and sounds, of which a model decides how many tokens they make.
+# Arguments that are no tokens: images and audio, whose number of tokens the model decides.
 NO_TOKENS = re.compile(r"pixel|image|video|audio|input_features|input_values|pictures|spectrogram")
-# Arguments that may say of padding, by their names, and those that do not though they are called so.
+# Names of arguments that may mark padding, and names that match but do not.
 PADDING = re.compile(r"mask|pad|length", re.IGNORECASE)
 NO_PADDING = re.compile(
     r"head_mask|encoder|cross|causal|global|image|visual|vision|protein|structure|msa|conditioning|max_length|video|audio|text_row"
     r"|mask_token|masked_pos|mask_time|mask_feature|bool_masked|use_|output_|return_"
 )
 
-# How many tokens a decoder's call may have, (batch, seq): None where its arguments leave the second open.
+# A possible number of tokens of a decoder's call, (batch, seq); seq is None if the arguments leave it open.
 Shape = tuple[int, int | None]
 
-# An additive mask forbids with -10,000 (-9,984 in bfloat16) or less (-1e9, the dtype's lowest number, -inf), and may hold a bias
-# where it does not.
+# An additive mask blocks attention with -10,000 (-9,984 in bfloat16) or less (-1e9, the dtype's minimum, -inf); other entries may
+# hold a bias.
 FORBIDDEN = -9.9e3
 
-# What a caller who knows better says of one call of the decoder: the mask, or a function that makes it of the call's arguments.
+# The caller's own mask for a call of the decoder: bool [batch, seq], or a function from the call's arguments to it.
 TokenMask = Tensor | Callable[[dict[str, Any]], Tensor | None]
 
 
@@ -46,15 +46,15 @@ TokenMask = Tensor | Callable[[dict[str, Any]], Tensor | None]
 class TokenLayout:
     """The valid tokens of one call of the decoder: B rows by S positions.
 
-    `valid` is bool `[B, S]` with `skip_first` already taken off; None means that every token is real but the first
-    `skip_first` of each row.
+    `valid` is bool `[B, S]`, with `skip_first` already applied; None means that every token is valid but the first `skip_first`
+    of each row.
 
-    `cu_seqlens` is None where each row is a sequence. Of packed rows it is int64 `[N + 1]`: sequence n is the tokens
-    `cu_seqlens[n]` to `cu_seqlens[n + 1] - 1` of all B·S, row after row. Sequences may be empty (they give no samples): where
-    only the device knows how many there are, N is B·S. `valid` is then never None.
+    `cu_seqlens` is None if each row is a sequence. For packed rows it is int64 `[N + 1]`: sequence n is the tokens
+    `cu_seqlens[n]` to `cu_seqlens[n + 1] - 1` of all B·S, row after row, and `valid` is never None. Sequences may be empty (they
+    give no samples): if only the device knows their number, N is B·S.
 
-    `tokens` is (B, S); None where the arguments do not settle it. Then it is one of `shapes`, the one that the first attention
-    output has (`settled`).
+    `tokens` is (B, S); None if the arguments do not determine it. Then it is one of `shapes`: that of the first attention output
+    (`settled`).
     """
 
     valid: Tensor | None = None
@@ -64,13 +64,13 @@ class TokenLayout:
     shapes: tuple[Shape, ...] = ()
 
     def settled(self, shape: Sequence[int]) -> "TokenLayout":
-        """The same of a call whose first attention output is `[B, S, ...]`, if it may have so many tokens."""
+        """Return the layout with `tokens` set from the first attention output's shape `[B, S, ...]`, if it is one of `shapes`."""
         batch, seq = shape[0], shape[1]
         fits = any(batch == b and s in (seq, None) for b, s in self.shapes)
         return replace(self, tokens=(batch, seq)) if fits else self
 
     def described(self) -> str:
-        """The number of tokens, for messages."""
+        """Describe the number of tokens, for messages."""
         known = self.shapes if self.tokens is None else (self.tokens,)
         return (
             " or ".join(f"[{b}, {'?' if s is None else s}]" for b, s in known)
@@ -78,7 +78,7 @@ class TokenLayout:
         )
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """Bool `[B, S]` for `x` `[B, S, ...]` on x's device, or None where every token is real."""
+        """Return the valid tokens of `x` `[B, S, ...]`, bool `[B, S]` on its device; None if all are."""
         batch, seq = x.shape[:2]
         if self.valid is None:
             if self.skip_first == 0:
@@ -89,19 +89,20 @@ class TokenLayout:
             valid = valid.expand(batch, -1)  # one mask for all rows
         if valid.shape != (batch, seq):
             raise TokensError(
-                f"the attention mask speaks of {list(valid.shape)} tokens, but an attention output is {[batch, seq]}"
+                f"the attention mask is for {list(valid.shape)} tokens, but an attention output has {[batch, seq]}: set the "
+                "valid tokens with token_mask()"
             )
         return valid.to(x.device, non_blocking=True)
 
     def packed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mask `[B, S]` and the `cu_seqlens` `[N + 1]` of packed rows, for `x` `[B, S, ...]` on x's device."""
+        """Return the mask `[B, S]` and `cu_seqlens` `[N + 1]` of packed rows, for `x` `[B, S, ...]`, on its device."""
         mask = self.mask(x)
         assert mask is not None and self.cu_seqlens is not None
         return mask, self.cu_seqlens.to(x.device, non_blocking=True)
 
     @cached_property
     def last_of_sequences(self) -> tuple[Tensor, Tensor]:
-        """The last valid token of each packed sequence, int64 `[N]` among all B·S, and which have one, bool `[N]`."""
+        """The index of each packed sequence's last valid token among all B·S, int64 `[N]`, and bool `[N]`: True if it has one."""
         assert self.valid is not None and self.cu_seqlens is not None
         cu_seqlens, valid = (
             self.cu_seqlens,
@@ -115,13 +116,12 @@ class TokenLayout:
 
 
 def last_tokens(inputs: Sequence[Tensor], layout: TokenLayout) -> tuple[Sequence[Tensor], TokenLayout]:
-    """Inputs whose valid tokens are the last ones of the packed sequences of `inputs`, `[B, S, W]` each.
+    """Reduce `inputs`, `[B, S, W]` each, to the last valid token of each packed sequence; return them with their layout.
 
-    One gather a layer, of a row a sequence; nothing is copied where the number of sequences is not known, for then it may be that
-    of the tokens.
+    One gather per layer. If the number of sequences is unknown, only the layout changes: it may be as large as that of tokens.
     """
     x = inputs[0]
-    layout.mask(x)  # raises where it speaks of other tokens
+    layout.mask(x)  # raises if it is for another number of tokens
     last, present = (t.to(x.device, non_blocking=True) for t in layout.last_of_sequences)
     batch, seq = x.shape[:2]
     if last.shape[0] < batch * seq:
@@ -132,7 +132,7 @@ def last_tokens(inputs: Sequence[Tensor], layout: TokenLayout) -> tuple[Sequence
 
 
 def take_last(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The last valid token of each row of `x` `[G, B, S, W]`: `[G, B, W]`, and which rows have one, bool `[B]` (None: all)."""
+    """Take each row's last valid token from `x` `[G, B, S, W]`: `[G, B, W]`, and bool `[B]`, True if it has one (None: all)."""
     if mask is None:
         return x[:, :, -1], None
     rows, seq = mask.shape
@@ -141,34 +141,34 @@ def take_last(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def mean_over_tokens(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The mean over the valid tokens of each row, `values` `[..., B, S, H]` to `[..., B, H]`, and which rows have any."""
+    """Average `values` `[..., B, S, H]` over each row's valid tokens: `[..., B, H]`, and bool `[B]`, True if any (None: all)."""
     if mask is None:
         return values.mean(dim=-2), None
     count = mask.sum(dim=1)  # [B]
-    # Padding is selected away: it may hold NaN.
+    # Select rather than multiply by the mask: padding may hold NaN.
     total = torch.where(mask.unsqueeze(-1), values, 0.0).sum(dim=-2)
     return total / count.clamp(min=1).unsqueeze(-1), count > 0
 
 
 def mean_over_sequences(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the valid tokens of each packed sequence, `values` `[..., T, H]` to `[..., N, H]`, and which have any.
+    """Average `values` `[..., T, H]` over each packed sequence's valid tokens: `[..., N, H]`, and bool `[N]`, True if it has any.
 
-    `mask` bool `[T]`, `cu_seqlens` `[N + 1]`.
+    `mask` is bool `[T]`, `cu_seqlens` `[N + 1]`.
     """
     before = torch.cat([cu_seqlens.new_zeros(1), mask.cumsum(0)])
     count = before[cu_seqlens[1:]] - before[cu_seqlens[:-1]]
     kept = torch.where(mask.unsqueeze(-1), values, 0.0).movedim(-2, 0).contiguous()  # [T, ..., H]
-    # Added up in order, and not as differences of one running sum: a NaN would spread. `unsafe` skips a look at the values.
+    # Not by differences of a cumulative sum, where a NaN would spread. `unsafe` skips checks that would wait for the device.
     total = torch.segment_reduce(kept, "sum", offsets=cu_seqlens, axis=0, unsafe=True).movedim(0, -2)
     return total / count.clamp(min=1).unsqueeze(-1), count > 0
 
 
 class DecoderArguments:
-    """Reads the valid tokens off the arguments of a decoder's `forward`."""
+    """Read the valid tokens from the arguments of a decoder's `forward`."""
 
     def __init__(self, decoder: nn.Module) -> None:
         self._decoder = decoder
-        self._here = threading.local()  # `token_mask`, of this thread's calls
+        self._local = threading.local()  # `token_mask` for this thread's calls
         self._rows_of_ids = next(
             (name for kind, name in ROWS_OF_IDS.items() if re.search(kind, type(decoder).__name__)), None
         )
@@ -181,25 +181,27 @@ class DecoderArguments:
         self._positional = [p.name for p in parameters if p.kind in named]
 
     def follow_signature(self) -> None:
-        """Read the names of the arguments anew where somebody gave the decoder another `forward`."""
+        """Read the argument names again if the decoder's `forward` was replaced."""
         if vars(self._decoder).get("forward") is not self._forward:
             self._read_signature()
 
     @contextmanager
     def overridden(self, token_mask: TokenMask) -> Iterator[None]:
-        """A context in which `token_mask` says which tokens are padding in this thread's calls, and no attention mask is read."""
+        """In this context, use `token_mask` for this thread's calls in place of the attention mask."""
         if not isinstance(token_mask, Tensor) and not callable(token_mask):
             raise TokensError(f"token_mask must be a tensor or a function, not {type(token_mask).__name__}")
-        before = getattr(self._here, "token_mask", None)
-        self._here.token_mask = token_mask
+        before = getattr(self._local, "token_mask", None)
+        self._local.token_mask = token_mask
         try:
             yield
         finally:
-            self._here.token_mask = before
+            self._local.token_mask = before
 
     def token_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any], skip_first: int) -> TokenLayout:
-        """Raises TokensError for arguments whose valid tokens cannot be told: masks of unknown form, wrong `cu_seq_lens_q`,
-        positional ones without a name.
+        """Return the token layout of a call of the decoder with these arguments.
+
+        Raises TokensError if the valid tokens are not clear: masks of unknown shape, wrong `cu_seq_lens_q`, positional arguments
+        without a name.
         """
         if len(args) > len(self._positional):
             raise TokensError(
@@ -208,15 +210,15 @@ class DecoderArguments:
             )
         given = dict(zip(self._positional, args, strict=False)) | kwargs
         mask, cache, cu_seqlens = given.get("attention_mask"), given.get("past_key_values"), None
-        if isinstance(mask, Mapping):  # one for each type of layer; windows hide tokens that are real
+        if isinstance(mask, Mapping):  # one for each type of layer; sliding windows hide valid tokens
             mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
         if given.get("cu_seq_lens_q") is not None:
             cu_seqlens = _given_cu_seqlens(given, self._tokens_of(given))
             mask = _mask_beside_cu_seqlens(mask, self._tokens_of(given))
         elif mask is None and cache is None:
             cu_seqlens = self._cu_seqlens_of_positions(given)
-        token_mask = getattr(self._here, "token_mask", None)
-        valid = None if token_mask is None else self._told(token_mask, given)
+        token_mask = getattr(self._local, "token_mask", None)
+        valid = None if token_mask is None else self._given_mask(token_mask, given)
         if valid is None and mask is not None:
             valid = _valid(mask, given, cache, self._past(given, cache))
         elif valid is None:
@@ -232,7 +234,7 @@ class DecoderArguments:
         return TokenLayout(valid, skip_first, cu_seqlens, tokens, shapes)
 
     def _shapes(self, given: dict[str, Any]) -> tuple[Shape, ...]:
-        """How many tokens the call may have; empty where nothing tells."""
+        """Return the possible numbers of tokens of the call; empty if unknown."""
         ids = given.get("input_ids")
         if isinstance(ids, Tensor) and ids.dim():
             shape = ids.shape
@@ -252,13 +254,13 @@ class DecoderArguments:
         )
         if first is None:
             return ()
-        # Tokens by another name: ids [batch, seq], or vectors [batch, seq, width].
+        # Tokens under another name: ids [batch, seq], or embeddings [batch, seq, width].
         if first.dim() == (3 if first.is_floating_point() else 2) and not NO_TOKENS.search(name):
             return ((first.shape[0], first.shape[1]),)
         return ((first.shape[0], None),)
 
     def _tokens_of(self, given: dict[str, Any]) -> tuple[int, int]:
-        """(batch, seq) of the call."""
+        """Return (batch, seq) of the call; raise TokensError if unknown."""
         batch, seq = next(iter(self._shapes(given)), (0, None))
         if seq is None:
             for name in ("position_ids", "attention_mask"):
@@ -266,21 +268,23 @@ class DecoderArguments:
                     batch, seq = given[name].shape[:2]
                     return batch, seq
             raise TokensError(
-                "the decoder's call has no input_ids, inputs_embeds or hidden_states to tell its tokens by"
+                "the decoder's call has no input_ids, inputs_embeds or hidden_states, so that its number of tokens is unknown: "
+                "pass one of them"
             )
         return batch, seq
 
     def _past(self, given: dict[str, Any], cache: Any) -> int | Tensor | None:
-        """Tokens before this call's, as the cache says it; None where it does not."""
+        """Return the number of cached tokens before this call's; None if unknown."""
         past = None if not hasattr(cache, "get_seq_length") else cache.get_seq_length()
         position = given.get("cache_position") if "cache_position" in self._positional else None
         if isinstance(position, Tensor) and not isinstance(past, int):
-            # Decoders of older releases, which read it: some keep a cache that nobody passes, and static caches count the keys
-            # that are not zero. Those of padding may be, for its embedding is.
+            # Only decoders of older releases read it. Some keep a cache of their own; and static caches count the nonzero keys,
+            # which misses padding with a zero embedding.
             return position[0]
         return past
 
-    def _told(self, token_mask: TokenMask, given: dict[str, Any]) -> Tensor | None:
+    def _given_mask(self, token_mask: TokenMask, given: dict[str, Any]) -> Tensor | None:
+        """Return the mask that the caller set with `token_mask()`, checked; None if the function returned None."""
         mask = token_mask if isinstance(token_mask, Tensor) else token_mask(given)
         if mask is None:
             return None
@@ -290,23 +294,23 @@ class DecoderArguments:
         tokens = self._tokens_of(given)
         if mask.shape != tokens:
             raise TokensError(
-                f"token_mask must speak of the call's own tokens, [batch, seq] = {list(tokens)}, not {list(mask.shape)}"
+                f"token_mask must have the shape of the call's tokens, [batch, seq] = {list(tokens)}, not {list(mask.shape)}"
             )
-        return mask.clone()  # the caller may change it while the inputs wait
+        return mask.clone()  # the caller may change it before the inputs are measured
 
     def _cu_seqlens_of_positions(self, given: dict[str, Any]) -> Tensor | None:
-        """Where the positions do not go up by one, as transformers tells packed rows: cu_seqlens `[N + 1]`; None where all do.
+        """Detect packed rows as transformers does, by positions that do not go up by one: cu_seqlens `[N + 1]`; None if all do.
 
-        Where they are not read, there are as many sequences as tokens, all but the first of them empty.
+        If the positions must not be read (on a GPU), N is the number of tokens, and the sequences that are not there are empty.
         """
         positions = given.get("position_ids")
         if not isinstance(positions, Tensor):
             return None
         if positions.dim() == 3 and positions.shape[0] == 4:
-            positions = positions[0]  # of models with several axes: the text's, then theirs
+            positions = positions[0]  # models with several axes: the text's come first
         if positions.dim() != 2 or positions.shape[1] < 2:
             return None
-        starts = positions.diff(dim=1, prepend=positions[:, :1]) != 1  # a row's first always
+        starts = positions.diff(dim=1, prepend=positions[:, :1]) != 1  # the first of a row always is one
         read = self._reads_positions(given, positions)
         if read and not bool(starts[:, 1:].any()):
             return None
@@ -317,9 +321,9 @@ class DecoderArguments:
         return torch.cat([first, first.new_full((1,), tokens)])
 
     def _reads_positions(self, given: dict[str, Any], positions: Tensor) -> bool:
-        """Whether the positions may be looked at: on a CPU, and where transformers itself waits for them to make its mask.
+        """True if reading the positions costs no extra wait: on a CPU, and where transformers reads them itself for its mask.
 
-        It does so where the decoder neither makes a cache nor is compiled.
+        It does so if the decoder neither makes a cache nor is compiled.
         """
         if torch.compiler.is_compiling():
             return False
@@ -334,16 +338,14 @@ class DecoderArguments:
 
 
 def _check_unread(given: dict[str, Any]) -> None:
-    """Raises TokensError for arguments that seem to say of padding, where no attention mask does (FSMT, XLM, XLNet)."""
+    """Raise TokensError if, without an attention mask, another argument seems to mark padding (FSMT, XLM, XLNet)."""
     for name, value in given.items():
         if value is None or name == "attention_mask" or not isinstance(value, Tensor | list | tuple):
             continue
         if isinstance(value, Tensor) and value.dim() == 0:
             continue  # one number for all rows
         if PADDING.search(name) and not NO_PADDING.search(name):
-            raise TokensError(
-                f"padding that is given as {name} is not read: say which tokens are real with token_mask()"
-            )
+            raise TokensError(f"padding given as {name} is not read: set the valid tokens with token_mask()")
 
 
 def _given_cu_seqlens(given: dict[str, Any], call: tuple[int, int]) -> Tensor:
@@ -357,12 +359,12 @@ def _given_cu_seqlens(given: dict[str, Any], call: tuple[int, int]) -> Tensor:
         if values[0] < 0 or values[-1] > tokens or values != sorted(values):
             raise TokensError(f"cu_seq_lens_q must go up from 0 to at most {tokens} tokens, not {values}")
         return cu_seqlens
-    # On a GPU nobody looks: what goes beyond the tokens must not be read all the same.
+    # On a GPU the values are not checked, but must not lead to reads out of bounds.
     return cu_seqlens.clamp(min=0, max=tokens).cummax(0).values
 
 
 def _mask_beside_cu_seqlens(mask: Any, call: tuple[int, int]) -> Any:
-    """The mask where it can say which tokens of packed rows are padding; None where it only keeps the sequences apart."""
+    """Return the mask if it can mark padding in packed rows; None if it only separates the sequences."""
     if not isinstance(mask, Tensor):
         return None
     _, seq = call
@@ -370,25 +372,25 @@ def _mask_beside_cu_seqlens(mask: Any, call: tuple[int, int]) -> Any:
 
 
 def _within(cu_seqlens: Tensor, valid: Tensor | None, skip_first: int, tokens: tuple[int, int]) -> Tensor:
-    """Bool `[B, S]`: the tokens that lie in some sequence, are valid, and are not among its first `skip_first` that are."""
+    """Mark the tokens that are in a sequence, valid, and not among its first `skip_first` valid ones; bool `[B, S]`."""
     token = torch.arange(tokens[0] * tokens[1], device=cu_seqlens.device)
     inside = (token >= cu_seqlens[0]) & (token < cu_seqlens[-1])
     if valid is not None:
         inside = inside & valid.expand(tokens).flatten().to(cu_seqlens.device, non_blocking=True)
     if skip_first:
         before = torch.cat([cu_seqlens.new_zeros(1), inside.cumsum(0)])  # [T + 1]
-        sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1  # the one that each token lies in
+        sequence = torch.searchsorted(cu_seqlens, token, right=True) - 1  # of each token
         first = cu_seqlens[sequence.clamp(min=0)]
         inside = inside & (before[1:] - before[first] > skip_first)
     return inside.view(tokens)
 
 
 def _valid(mask: Any, given: dict[str, Any], cache: Any, past: int | Tensor | None) -> Tensor:
-    """Bool `[B, S]` (or `[1, S]`), from a mask of 2 or 4 dimensions; `past` tokens are in the cache."""
+    """Return the valid tokens, bool `[B, S]` or `[1, S]`, by a mask of 2 or 4 dimensions; `past` tokens are in the cache."""
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         form = f"{mask.dim()}D" if isinstance(mask, Tensor) else type(mask).__name__
         raise TokensError(
-            f"an attention mask of 2 or 4 dimensions is needed to tell valid tokens, got {form}"
+            f"an attention mask of 2 or 4 dimensions is needed to find the valid tokens, got {form}"
         )
     queries = _num_queries(given, mask)
     if mask.dim() == 4:
@@ -399,7 +401,7 @@ def _valid(mask: Any, given: dict[str, Any], cache: Any, past: int | Tensor | No
 
 
 def _longest_layer(cache: Any) -> int:
-    """Tokens in a cache that says 0: its first layer may keep none (MiniMax's). -1 where nothing tells."""
+    """Return the number of tokens in a cache that reports 0, since its first layer may keep none (MiniMax); -1 if unknown."""
     layers = getattr(cache, "layers", None)
     if layers is None:
         return -1
@@ -414,15 +416,17 @@ def _num_queries(given: dict[str, Any], mask: Tensor) -> int:
 
 
 def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
-    """The columns of a 2D mask that speak of this call's S tokens: those after the `past` ones, and a mask may run past them.
+    """Return the columns of a 2D mask for this call's S tokens: those after `past`; a mask may have more columns.
 
-    They are the last where the cache does not know (-1), or holds no more than a window.
+    They are the last ones if the cache does not know (-1), or holds only a window.
     """
     keys = mask.shape[1]
     if keys < queries:
-        raise TokensError(f"the attention mask has {keys} columns for {queries} tokens")
+        raise TokensError(
+            f"the attention mask has {keys} columns for {queries} tokens: one for each is needed"
+        )
     start = keys - queries
-    if isinstance(past, Tensor):  # a static cache's: it stays on its device
+    if isinstance(past, Tensor):  # from a static cache: it stays on the device
         first = past.to(mask.device, non_blocking=True).clamp(max=start)
         return mask[:, first + torch.arange(queries, device=mask.device)] != 0
     if past is None or 0 <= past <= start:
@@ -431,20 +435,18 @@ def _columns(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
 
 
 def _diagonal(mask: Tensor, queries: int, past: int | Tensor | None) -> Tensor:
-    """A 4D mask `[B, 1, S, keys]`: a token is real where it may attend to itself (True, or more than FORBIDDEN of
-    an additive mask).
-    """
+    """Return the valid tokens by a 4D mask `[B, 1, S, keys]`: those that may attend to themselves (True, or above FORBIDDEN)."""
     keys = mask.shape[-1]
     if mask.shape[-2] != queries or keys < queries or (past is None and keys != queries):
         raise TokensError(
             f"a 4D attention mask {list(mask.shape)} does not fit {queries} tokens without a cache"
         )
     query = torch.arange(queries, device=mask.device)
-    # The cache of a window holds no more than its length: the call's own keys are then the last.
+    # A sliding-window cache holds at most its length; the call's own keys are then the last.
     start = torch.as_tensor(0 if past is None else past, device=mask.device).clamp(max=keys - queries)
     diagonal = mask[:, 0, query, query + start]
     if diagonal.dtype == torch.bool:
         return diagonal
     if not diagonal.is_floating_point():
-        raise TokensError(f"a 4D attention mask is needed in bool or in floating point, not {diagonal.dtype}")
+        raise TokensError(f"a 4D attention mask must be in bool or in floating point, not {diagonal.dtype}")
     return diagonal > FORBIDDEN

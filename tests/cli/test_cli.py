@@ -171,7 +171,10 @@ def test_merging_leaves_other_files_alone(run, here, model):
     assert err.startswith("fastheads: b.safetensors is not a head profile")
     code, out, err = run("merge", "a.safetensors", "a.safetensors", "-o", "b.safetensors", "--allow-repeated")
     assert (code, out) == (1, "")
-    assert err == "fastheads: b.safetensors exists and is no head profile: it is not overwritten\n"
+    assert (
+        err
+        == "fastheads: b.safetensors exists and is no head profile: it is not overwritten, choose another name\n"
+    )
     assert (here / "b.safetensors").read_bytes() == b"no profile"
     assert not (here / "new.safetensors").exists()
 
@@ -204,7 +207,7 @@ def test_all_the_data_are_profiled_unless_a_limit_is_given(run, here, model, lim
 def test_python_s_own_text_is_cut_and_that_is_said(run, here, model):
     code, out, err = run("profile", model, "--layers", "0")
     assert code == 0
-    assert "fastheads: no --data: the first 32,768 tokens of Python's own English text" in err
+    assert "fastheads: no --data: using the first 32,768 tokens of Python's own English text" in err
     assert "(incomplete)" in out
     found = HeadProfile.load("head_profile.safetensors").metadata["data"]
     assert (found["tokens"], found["complete"]) == (32_768, False)
@@ -259,9 +262,9 @@ def test_several_files_patterns_and_folders_are_one_corpus(run, here, model):
         (["no*.jsonl"], 1, "no data file matches 'no\\*.jsonl'"),
         (["text.txt", "./text.txt"], 1, "the data file text.txt is given twice: .*"),
         (["text.txt", "t*.txt"], 1, "the data file text.txt is given twice: .*"),
-        (["text.txt", "d.jsonl"], 2, "text.txt \\+ d.jsonl: some are texts, .*cut='documents'.*"),
-        (["text.txt", "-"], 2, "--data - must be the only one: .*"),
-        (["owner/name", "text.txt"], 2, "--data owner/name must be the only one: .*"),
+        (["text.txt", "d.jsonl"], 2, "text.txt \\+ d.jsonl: text files .*cut='documents'.*"),
+        (["text.txt", "-"], 2, "--data - must be the only --data: .*"),
+        (["owner/name", "text.txt"], 2, "--data owner/name must be the only --data: .*"),
         (["empty"], 1, "the data folder empty holds no files"),
         (["odd"], 1, "the data folder odd holds README beside other kinds of files: .*'odd/\\*.jsonl'"),
     ],
@@ -322,8 +325,8 @@ def test_resume_says_what_it_does_and_replaces_no_finished_profile(run, here, mo
     code, _, err = run(*arguments, "-o", "p.safetensors", "--resume")
     assert code == 1
     assert err.splitlines()[-1] == (
-        f"fastheads: nothing to resume: there is no checkpoint {checkpoint}, and p.safetensors is a profile already. Without "
-        "--resume it is replaced"
+        f"fastheads: nothing to resume: there is no checkpoint {checkpoint}, and p.safetensors is a finished profile. Leave out "
+        "--resume to replace it"
     )
     assert (here / "p.safetensors").read_bytes() == before
     code, _, err = run(*arguments, "-o", "p.safetensors")
@@ -373,7 +376,7 @@ def test_a_profile_may_be_written_again_but_no_other_file(run, here, model):
     code, _, err = run(*arguments)
     assert (code, err.splitlines()[-1]) == (
         1,
-        "fastheads: p.safetensors exists and is no head profile: it is not overwritten",
+        "fastheads: p.safetensors exists and is no head profile: it is not overwritten, choose another name",
     )
     assert (here / "p.safetensors").read_bytes() == b"the weights of a model"
 
@@ -398,7 +401,7 @@ WRONG_USAGE = {
     "unknown dtype 'int3': choose one of .*",
     "--layers '1-': expected numbers and ranges, as in 0-3,8",
     "--layers '2-1': expected numbers and ranges, as in 0-3,8",
-    "--data is empty: name a file, or leave --data out",
+    "--data is empty: name a file, or leave out --data",
     "field is for JSON lines, .*: the text text.txt has .*",
     "chat is for JSON lines, .*: the text text.txt has .*",
     "chat is for JSON lines, .*: the cells of cells.csv are .*",
@@ -433,7 +436,7 @@ WRONG_USAGE = {
             ["{model}", "--data", "/no/such/text"],
             "cannot read the data file /no/such/text: No such file or .*",
         ),
-        (["{model}", "--data", ""], "--data is empty: name a file, or leave --data out"),
+        (["{model}", "--data", ""], "--data is empty: name a file, or leave out --data"),
         (
             ["{model}", "--data", "text.txt", "--field", "a"],
             "field is for JSON lines, .*: the text text.txt has .*",
@@ -461,7 +464,7 @@ WRONG_USAGE = {
         (["{model}", "--backend", "magic"], "unknown backend 'magic': choose one of auto, loop, .*"),
         (["{model}", "--precision", "high"], "unknown precision 'high': choose one of exact, fast"),
         (["{model}", "--dtype", "int3"], "unknown dtype 'int3': choose one of .*"),
-        (["{model}", "--device", "quantum"], "no device 'quantum' here: .*"),
+        (["{model}", "--device", "quantum"], "no device 'quantum' on this machine: .*"),
         (["{model}", "--layers", "1-"], "--layers '1-': expected numbers and ranges, as in 0-3,8"),
         (["{model}", "--layers", "2-1"], "--layers '2-1': expected numbers and ranges, as in 0-3,8"),
         (
@@ -475,7 +478,7 @@ WRONG_USAGE = {
         (["{model}", "--plot", "p.bmp"], "a picture's name must end in one of .png, .pdf, .svg, not 'p.bmp'"),
         (["{model}", "--plot", "text.txt/p.png"], "cannot write to the folder text.txt: it is a file"),
         (["./none"], "no model './none': there is no such folder or GGUF file, and it is no Hub id"),
-        (["nobody/nothing"], "no model 'nobody/nothing': .* the Hub is switched off by HF_HUB_OFFLINE"),
+        (["nobody/nothing"], "no model 'nobody/nothing': .* HF_HUB_OFFLINE turns the Hub off"),
         (["text.txt"], "text.txt is not a GGUF file; name a folder, a GGUF file or a Hub id"),
         (["."], "the folder . holds no model: it has no config.json"),
     ],
@@ -524,7 +527,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(run, here, mod
         (["show", "a", "--heads", "few"], "'few' is neither a whole number nor all"),
         (["show", "a", "--heads", "0"], "--heads must be at least 1, or all, not 0"),
         (["merge", "a", "b"], "Missing option '--output'"),
-        (["merge", "a", "-o", "c.safetensors"], "merge needs two files or more"),
+        (["merge", "a", "-o", "c.safetensors"], "merge needs two or more files"),
         (["merge", "a", "b", "-o", "c.pt"], "the output's name must end in .safetensors, not 'c.pt'"),
         (["show"], "Missing argument"),
     ],
@@ -629,8 +632,8 @@ def test_ctrl_c_while_measuring_saves_what_there_is_and_says_so(here, model):
     assert 1_000 <= data["tokens"] < 1_000_000
     assert found.results()["head_output_norm"]["count"].unique().tolist() == [data["sequences"]]
     assert err.splitlines()[-1] == (
-        f"fastheads: interrupted: what {data['tokens']:,} tokens gave is saved in head_profile.safetensors; "
-        "--resume goes on from head_profile.safetensors.checkpoint"
+        f"fastheads: interrupted: the results of {data['tokens']:,} tokens are saved in head_profile.safetensors; "
+        "--resume continues from head_profile.safetensors.checkpoint"
     )
     assert "Traceback" not in err
     assert files(here) == {
@@ -725,7 +728,7 @@ def test_ctrl_c_twice_does_not_say_that_nothing_is_saved_where_a_checkpoint_is(r
     arguments = ["--data", "text.txt", "--seq-len", "8", "--batch-tokens", "24"]
     code, out, err = run("profile", model, *arguments, "-o", "p.safetensors")
     assert (code, out) == (130, "")
-    assert err.splitlines()[-1] == "fastheads: interrupted; --resume goes on from p.safetensors.checkpoint"
+    assert err.splitlines()[-1] == "fastheads: interrupted; --resume continues from p.safetensors.checkpoint"
     assert files(here) == {"text.txt", "p.safetensors.checkpoint"}
 
 
@@ -753,7 +756,7 @@ def test_warnings_are_lines_of_their_own(run, here, model, monkeypatch):
     code, out, err = run("profile", model, "--data", "text.txt")
     assert code == 0
     assert re.search(r"^fastheads: warning: \d+ samples were NaN or infinite", err, re.MULTILINE)
-    assert "samples were NaN or infinite and are left out" in out
+    assert "samples were NaN or infinite and are not included" in out
 
 
 def test_a_bug_is_not_hidden(here, model, monkeypatch):
@@ -808,14 +811,14 @@ def test_a_stopped_run_is_resumed_and_a_completed_one_leaves_no_checkpoint(run, 
     code, _, err = run(*arguments, "-o", "p.safetensors")
     assert code == 128 + signal.SIGTERM
     assert err.splitlines()[-1] == (
-        "fastheads: ended by SIGTERM: what 96 tokens gave is saved in p.safetensors; "
-        "--resume goes on from p.safetensors.checkpoint"
+        "fastheads: ended by SIGTERM: the results of 96 tokens are saved in p.safetensors; "
+        "--resume continues from p.safetensors.checkpoint"
     )
     code, _, err = run(*arguments, "-o", "p.safetensors", "--resume", "--token-agg", "last")
     assert code == 1
     assert err.splitlines()[-1] == (
         'fastheads: cannot resume from p.safetensors.checkpoint: token agg is not what it was: "all" then and "last" now. '
-        "Without --resume the run starts afresh"
+        "Leave out --resume to start from the beginning"
     )
     monkeypatch.setattr(loading, "load_model", load_model)
     code, _, err = run(*arguments, "-o", "p.safetensors", "--resume")

@@ -79,7 +79,7 @@ def test_profile_takes_include_too(capsys, tmp_path, monkeypatch):
         with pytest.raises(SystemExit) as exit_:
             main([*arguments, "--include", pattern])
         assert exit_.value.code == code
-    assert "is called '*.vision'" in capsys.readouterr().err.splitlines()[-1]
+    assert "matches include='*.vision'" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -165,7 +165,7 @@ def test_a_stream_resumes_without_a_loss_whatever_it_went_through(chain):
 
 
 def test_a_text_file_is_one_stream_and_resumes_anywhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE_BYTES", 64)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 64)
     tokenizer = special_tokenizer()
     text = "\ufeff" + "\n\n".join(TEXTS) + "\n" + "one " * 100 + "zwölf"
     path = tmp_path / "a.txt"
@@ -182,7 +182,7 @@ def test_a_text_file_is_one_stream_and_resumes_anywhere(tmp_path, monkeypatch):
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ])  # fmt: skip
 def test_the_pieces_of_a_text_have_the_tokens_of_the_whole(pattern, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE_BYTES", 2**12)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 2**12)
     source = data.default_text()
     text = "".join(source.items())
     backend = Tokenizer(models.BPE())
@@ -516,7 +516,7 @@ def test_a_chat_among_texts_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        (None, r"a\.jsonl: the tokenizer makes no text of document 0: .*chat_template"),
+        (None, r"a\.jsonl: the tokenizer cannot make a text of document 0: .*chat_template"),
         (
             "{{ raise_exception('never so') }}",
             r"a\.jsonl: the tokenizer's chat template refuses document 0: never so",
@@ -573,7 +573,7 @@ def test_shards_are_disjoint_and_together_the_whole(cut, budget, ranks):
             assert_resumes(corpus(TEXTS, cut=cut, max_tokens=budget, shard=(rank, ranks)), shards[rank])
 
 
-def test_with_documents_a_rank_tokenises_only_its_own_windows():
+def test_with_documents_a_rank_tokenizes_only_its_own_windows():
     seen: list[str] = []
 
     class Tokenizer:
@@ -622,7 +622,7 @@ def test_windows_follow_the_size_of_the_corpus():
 def test_no_more_windows_are_read_ahead_than_wanted():
     read = []
 
-    class Counting(readers.Held):
+    class Counting(readers.InMemoryReader):
         def __next__(self):
             read.append(self.next)
             return super().__next__()
@@ -663,7 +663,7 @@ def test_positions_of_other_corpora_and_damaged_ones_are_refused():
     found = corpus(TEXTS, cut="stream")
     record = list(found.windows())[2].resume
     for other in ({"cut": "documents"}, {"seq_len": 9}, {"max_tokens": 5}, {"window_characters": 301}):
-        with pytest.raises(DataError, match="in another corpus than texts"):
+        with pytest.raises(DataError, match="belongs to another corpus than texts"):
             corpus(TEXTS, **({"cut": "stream"} | other)).windows(record)
     with pytest.raises(DataError, match="another corpus"):
         corpus(TEXTS, special_tokenizer(bos=False), cut="stream").windows(record)
@@ -672,9 +672,9 @@ def test_positions_of_other_corpora_and_damaged_ones_are_refused():
     changes = [{"index": -1}, {"index": True}, {"tokens": "3"}, {"rest": [1] * 8}, {"rest": [2**31]}, {"rest": "a"},
                {"position": 3}, {"position": {"item": -1}}, {"position": {"other": 1}}, {"sha256": 1}, {"new": 1}]  # fmt: skip
     for change in changes:
-        with pytest.raises(DataError, match="no position in a corpus"):
+        with pytest.raises(DataError, match="position to resume from is not one in this corpus"):
             list(found.windows(record | change))
-    with pytest.raises(DataError, match="no position in a corpus"):
+    with pytest.raises(DataError, match="position to resume from is not one in this corpus"):
         found.windows([])
 
 
@@ -802,7 +802,7 @@ def test_a_process_that_dies_is_an_error_that_says_so(monkeypatch):
     next(windows)
     for pid in children() - before:
         os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"a tokenising process was ended by SIGKILL \(out of memory\?\)"):
+    with pytest.raises(RuntimeError, match=r"a tokenizing process was ended by SIGKILL \(out of memory\?\)"):
         list(windows)
     assert children() == before
 
@@ -817,7 +817,7 @@ def test_a_tokenizer_that_fails_in_a_process_is_an_error_of_one_line():
         def __reduce__(self):
             return int, ("no number",)
 
-    with pytest.raises(RuntimeError, match=r"^the tokenizer failed in a process of its own: .*no number.*$"):
+    with pytest.raises(RuntimeError, match=r"^the tokenizer failed in its worker process: .*no number.*$"):
         list(corpus(TEXTS, Broken(), workers=1).windows())
 
 
@@ -826,7 +826,7 @@ def test_a_tokenizer_that_cannot_be_given_away_is_refused_for_processes():
         def __call__(self, text, **_):
             return {"input_ids": [1]}
 
-    with pytest.raises(OptionError, match="cannot be given to other processes.*workers=0"):
+    with pytest.raises(OptionError, match="cannot be sent to other processes.*workers=0"):
         list(corpus(TEXTS, Local(), workers=1).windows())
 
 

@@ -67,7 +67,7 @@ def test_a_stream_has_one_bos_at_its_start(write):
 def test_a_long_stream_is_read_in_pieces_that_end_where_tokenizers_split(write, monkeypatch, text, pieces):
     source = data.text_file(write("a.txt", text))
     whole = sequences(source, 5, bos=True)
-    monkeypatch.setattr(readers, "PIECE_BYTES", 8)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 8)
     assert list(source.items()) == pieces
     assert sequences(source, 5, bos=True) == whole  # blocks run on across pieces, no second BOS
 
@@ -138,7 +138,7 @@ def test_text_that_is_not_utf8_is_refused(write, name):
 
 
 def test_text_that_is_not_utf8_further_on_is_refused(write, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE_BYTES", 4)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 4)
     source = data.text_file(write("a.txt", b"abc\n" * 4000 + b"\xff"))
     with pytest.raises(DataError, match=r"a\.txt is not UTF-8 text"):
         sequences(source)

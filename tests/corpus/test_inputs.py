@@ -358,7 +358,7 @@ WORDS = ["one two three one two three one two three\n" * 3, "four five\n" * 9, "
 
 
 def test_texts_of_several_files_are_a_stream_with_an_eos_between(here, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE_BYTES", 32)
+    monkeypatch.setattr(readers, "CHUNK_BYTES", 32)
     tokenizer = special_tokenizer()
     for name, text in zip("abc", WORDS, strict=True):
         (here / f"{name}.txt").write_text(text)
@@ -386,7 +386,7 @@ def test_documents_of_files_of_several_kinds(here):
     assert ids_of(source, tokenizer, cut="stream") == joined([*ids, tokenizer.eos_token_id] for ids in alone)
     mixed = files_source(["a.jsonl", "d.txt"])
     for cut in (None, "stream"):
-        with pytest.raises(OptionError, match="some are texts, which are streams, and some are documents"):
+        with pytest.raises(OptionError, match=r"text files \(streams\) and documents cannot be mixed"):
             Corpus(mixed, tokenizer, seq_len=8, cut=cut)
     texts = ["one two", "three", "three four", "five"]
     assert ids_of(mixed, tokenizer, cut="documents") == joined(tokenizer(t)["input_ids"] for t in texts)
@@ -422,7 +422,7 @@ def test_a_position_in_other_files_is_refused(here):
     assert resume["position"]["file"] == 1
     fewer = Corpus(files_source(["a.jsonl"]), tokenizer, seq_len=8, window_characters=10)
     for position in ({"file": 2, "byte": 0}, {"file": -1}, {"file": "a"}):
-        with pytest.raises(DataError, match="no position"):
+        with pytest.raises(DataError, match="position to resume from is not one"):
             list(found.windows(resume | {"position": position}))
     with pytest.raises(DataError, match="position"):
         list(fewer.windows(resume))

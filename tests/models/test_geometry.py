@@ -216,7 +216,7 @@ def test_queries_alone():
     assert heads_of(owner) == (4, 4)
 
 
-def test_adapters_and_quantised_projections_of_queries():
+def test_adapters_and_quantized_projections_of_queries():
     import peft
 
     model = build(hidden_size=HIDDEN, head_dim=DIM, num_hidden_layers=2)

@@ -339,7 +339,7 @@ def test_what_others_put_around_the_attention_may_do_anything():
         model(**families.batch("llama", MASK))
         results = hooks.get_results()
     assert results["metadata"]["residual_update"][0] == "as it is"
-    assert "Halved, which is none of transformers" in results["metadata"]["residual_update"][1]
+    assert "Halved, which is not of transformers" in results["metadata"]["residual_update"][1]
     assert results[METRIC]["mean"][1].isnan().all() and not results[METRIC]["mean"][0].isnan().any()
 
 

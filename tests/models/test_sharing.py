@@ -229,7 +229,7 @@ def coupled():
     return model
 
 
-def test_rows_that_quantisation_couples_run_alone(texts):
+def test_rows_that_quantization_couples_run_alone(texts):
     model = coupled()
     rows = [ids_of(text) for text in texts]
     one_by_one = profile(model, [torch.tensor([row]) for row in rows])

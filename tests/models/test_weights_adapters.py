@@ -1,4 +1,4 @@
-"""Adapters on projections: each forward by the weight that acted in it, also over quantised weights."""
+"""Adapters on projections: each forward by the weight that acted in it, also over quantized weights."""
 
 import copy
 import io
@@ -143,7 +143,7 @@ OVER = [name for name in FORMS if name not in ("bitnet", "gguf permuted") and no
 
 @pytest.mark.parametrize("backend", ["factored", "einsum"])
 @pytest.mark.parametrize("name", OVER)
-def test_lora_over_a_quantised_weight(name, backend, monkeypatch):
+def test_lora_over_a_quantized_weight(name, backend, monkeypatch):
     form = FORMS[name]
     plain = model_with(form.make)
     if getattr(form, "stand_in", None):
@@ -170,8 +170,8 @@ MERGE = ["bitsandbytes nf4", "bitsandbytes fp4, nested", "bitsandbytes int8", "h
 
 
 @pytest.mark.parametrize("name", MERGE)
-def test_lora_merged_into_a_quantised_weight(name):
-    """The sum is quantised anew, and that is the weight; disabled, it would be quantised once more as the layer runs."""
+def test_lora_merged_into_a_quantized_weight(name):
+    """The sum is quantized anew, and that is the weight; disabled, it would be quantized once more as the layer runs."""
     form = FORMS[name]
     model = lora(model_with(form.make))
 

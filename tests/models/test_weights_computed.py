@@ -161,7 +161,7 @@ STATEFUL = {
     "a dictionary": (by(lambda: Stepping("dict")), "changes table"),
     "its own parameter": (by(Overwriting, unsafe=True), "changes original"),
     "one after a pure one": (lambda m: (weight_norm(m), by(Counting)(m)), "_WeightNorm, Counting"),
-    "something outside": (by(GlobalState), "gives another one each time"),
+    "something outside": (by(GlobalState), "differs each time"),
 }
 
 
@@ -374,7 +374,7 @@ def test_what_is_cached_acts_until_the_cache_is_left(backend):
 # ---------------------------------------------------------------- properties, hooks, adapters
 
 
-class Quantising(nn.Linear):
+class Quantizing(nn.Linear):
     """A weight that is a property over the parameter."""
 
     @property
@@ -398,7 +398,7 @@ def as_kind(kind):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_weight_that_is_a_property(backend):
-    model = with_weights(as_kind(Quantising))
+    model = with_weights(as_kind(Quantizing))
     weights = [torch.round(m._parameters["weight"].detach() * 8) / 8 for m in projections(model)]
     with (
         torch.no_grad(),

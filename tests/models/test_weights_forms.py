@@ -132,8 +132,8 @@ def test_a_change_behind_autograds_back_raises(made, name, change):
 # ---------------------------------------------------------------- what runs changes, or makes no one weight
 
 
-def test_a_weight_that_is_quantised_while_hooks_are_on_it():
-    """By quanto: the weight that acts is quantised all along."""
+def test_a_weight_that_is_quantized_while_hooks_are_on_it():
+    """By quanto: the weight that acts is quantized all along."""
     form = Quanto("qint8")
     quanto = pytest.importorskip("optimum.quanto", reason="quanto is not installed")
     model = model_with(lambda _: quanto.QLinear.from_module(linear(), weights="qint8"))
@@ -152,7 +152,7 @@ def test_a_weight_that_is_quantised_while_hooks_are_on_it():
         assert_results(hooks.get_results(), sites, inputs, [None] * 2, "all", 1e-5, weights=weights)
 
 
-def test_torchao_quantises_a_plain_weight_while_hooks_are_on_it():
+def test_torchao_quantizes_a_plain_weight_while_hooks_are_on_it():
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     form = FORMS["torchao int8"]
     changed_between_forwards(
@@ -214,7 +214,7 @@ def int8_with_float_weights(_layer):
     return bnb.nn.Linear8bitLt(WIDTH, HIDDEN, bias=False)
 
 
-def unquantised_4bit(_layer):
+def unquantized_4bit(_layer):
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     return bnb.nn.Linear4bit(WIDTH, HIDDEN, bias=False)
 
@@ -230,13 +230,13 @@ def packed_fp4(_layer):
     return module
 
 
-def normalising_bitnet(_layer):
+def normalizing_bitnet(_layer):
     from transformers.integrations.bitnet import BitLinear
 
     return BitLinear(WIDTH, HIDDEN, bias=False, dtype=torch.float32, use_rms_norm=True)
 
 
-def normalising_auto_bitnet(_layer):
+def normalizing_auto_bitnet(_layer):
     from transformers.integrations.bitnet import AutoBitLinear
 
     return AutoBitLinear(WIDTH, HIDDEN, bias=False, use_rms_norm=True)
@@ -303,11 +303,11 @@ def old_weight_norm(_layer):
     ("make", "says"),
     [
         (int8_with_float_weights, "has_fp16_weights"),
-        (unquantised_4bit, "not quantised yet"),
-        (quanto_with_activations, "quantises its input"),
+        (unquantized_4bit, "not quantized yet"),
+        (quanto_with_activations, "quantizes its input"),
         (packed_fp4, "dtype torch.int8"),
-        (normalising_bitnet, "normalises its input"),
-        (normalising_auto_bitnet, "normalises its input"),
+        (normalizing_bitnet, "normalizes its input"),
+        (normalizing_auto_bitnet, "normalizes its input"),
         (scaled_torchao, "act_pre_scale"),
         (metal, "MetalLinear of transformers.integrations.metal_quantization"),
         (grouped_fp8, "is a FP8GroupedLinear"),

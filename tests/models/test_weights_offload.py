@@ -174,7 +174,7 @@ def behind_another_hook(model, _folder):
     return model
 
 
-def quantised(model, _folder):
+def quantized(model, _folder):
     from transformers.integrations.gemma_quant import QuantizedLinear
 
     for layer in model.model.layers:
@@ -184,7 +184,7 @@ def quantised(model, _folder):
 
 @pytest.mark.parametrize(
     ("way", "says"),
-    [(by_blocks, "meta device"), (behind_another_hook, "forward of its own"), (quantised, "meta device")],
+    [(by_blocks, "meta device"), (behind_another_hook, "forward of its own"), (quantized, "meta device")],
 )
 def test_what_accelerate_does_otherwise_is_refused(way, says, tmp_path):
     model = way(build(), tmp_path)

@@ -365,7 +365,7 @@ def test_checkpoints_of_the_earlier_format_are_refused_by_version(model, checkpo
     arrays, document = read(checkpoint, CHECKPOINT_KEY)
     del document["sha256"]
     path.write_bytes(written(arrays, CHECKPOINT_KEY, document | {"format": 2}))
-    with pytest.raises(CheckpointError, match="its format is 2; this version reads 3. Without --resume"):
+    with pytest.raises(CheckpointError, match="its format is 2; this version reads 3. Leave out --resume"):
         profile(model, DATA, resume=True, **options(path))
 
 
@@ -375,7 +375,7 @@ def test_a_file_without_its_digest_is_refused(good, key, tmp_path):
     document[key] = document.pop("sha256") if key != "sha256" else "0" * 64
     path = tmp_path / "p"
     path.write_bytes(written(arrays, FILE_KEY, document))
-    with pytest.raises(ProfileFileError, match="damaged: its content is not that of its checksum"):
+    with pytest.raises(ProfileFileError, match="damaged: its content does not match its checksum"):
         HeadProfile.load(path)
 
 

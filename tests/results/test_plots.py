@@ -217,7 +217,7 @@ def test_the_summary_says_what_was_measured():
 
 
 def test_a_profile_without_samples_says_so():
-    assert "no head got a sample" in printed(make([[math.nan]]), console())
+    assert "no head has samples" in printed(make([[math.nan]]), console())
 
 
 @pytest.mark.parametrize("width", [40, 60, 100])

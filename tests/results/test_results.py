@@ -378,7 +378,7 @@ def weights(seed: str = "w", layout: str = "l", dtype: str = "float32", unseen: 
         ({"weights": weights("v")}, "weights: names and shapes are the same, the numbers are not"),
         (
             {"weights": weights(layout="m", dtype="bfloat16")},
-            "weights: those of one are float32, of the other bfloat16",
+            "weights: one has float32, the other bfloat16",
         ),
         ({"weights": weights(layout="m")}, "weights: they have other names or shapes"),
         ({"weights": weights(layout="m", unseen=3)}, "weights: they have other names or shapes"),

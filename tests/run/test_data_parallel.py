@@ -11,7 +11,7 @@ from fastheads.errors import OptionError
 from fastheads.run import job as distributed
 from fastheads.run.job import Job, RankInfo, rank_info_from_environment
 
-RESUME = "Ended; its last checkpoint is kept, and the same command with --resume goes on from it"
+RESUME = "Ended; its last checkpoint is kept; run the same command with --resume to continue from it"
 
 processes = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this torch has no distributed package"
@@ -54,7 +54,7 @@ def test_where_one_is_killed_the_other_ends_and_says_so_and_both_go_on(happened)
     happened("two")
     found, folder = happened("lost")
     assert found["codes"] == [1, -9]
-    assert f"rank 0: nothing was heard of rank 1 for 2 s. {RESUME}" in found["said"][0]
+    assert f"rank 0: no heartbeat of rank 1 for 2 s. {RESUME}" in found["said"][0]
     assert found["left"] == ["lost.checkpoint-1-of-2", "lost.checkpoint-2-of-2"]
     assert (found["again"], found["at_last"], found["rests"]) == ([0, 0], ["", ""], [])
     assert_same(

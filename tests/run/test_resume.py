@@ -342,10 +342,10 @@ def test_a_run_by_another_number_of_processes_does_not_start_afresh_unasked(mode
     checkpoint(1, 3).save({}, {})
     assert checkpoint(0, 3).load() is None  # was ended before it wrote one
     for rank, world in ((0, 1), (1, 2)):
-        with pytest.raises(CheckpointError, match=r"c\[1\]-2-of-3 of another number of processes is\. Start"):
+        with pytest.raises(CheckpointError, match=r"c\[1\]-2-of-3 from another number of processes\. Start"):
             checkpoint(rank, world).load()
     checkpoint(0, 1).save({}, {})
-    with pytest.raises(CheckpointError, match=r"c\[1\], c\[1\]-2-of-3 of another number of processes are"):
+    with pytest.raises(CheckpointError, match=r"c\[1\], c\[1\]-2-of-3 from another number of processes"):
         checkpoint(0, 2).load()
     assert checkpoint(0, 1).load() is not None
     data = torch.ones(2, 4, dtype=torch.long)
@@ -726,8 +726,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so_once(happened):
     assert found["code"] == -signal.SIGKILL  # it went on until then
     assert found["kept"]
     assert found["said"].splitlines() == [
-        "fastheads: warning: cannot write the checkpoint full.checkpoint: File too large; the one before is kept, "
-        "and the run goes on"
+        "fastheads: warning: cannot write the checkpoint full.checkpoint: File too large; the previous one is kept, "
+        "and the run continues"
     ]
     assert_same(saved(folder, "full"), saved(folder, "one"))
 
@@ -740,8 +740,8 @@ def test_a_full_file_system_keeps_the_checkpoint_before_and_says_so_once(happene
         pytest.skip(found["no"])
     warning, error, kept = found["said"].splitlines()
     assert warning == (
-        "fastheads: warning: cannot write the checkpoint disk/tiny.checkpoint: No space left on device; the one before is "
-        "kept, and the run goes on"
+        "fastheads: warning: cannot write the checkpoint disk/tiny.checkpoint: No space left on device; the previous one is "
+        "kept, and the run continues"
     )
     assert json.loads(error) == [errno.ENOSPC, "disk/tiny.safetensors"]
     assert json.loads(kept) == [True, ["filler", "tiny.checkpoint"]]

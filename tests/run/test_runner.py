@@ -507,7 +507,7 @@ def test_a_corpus_is_shared_out_between_the_processes_of_a_job(model, tokenizer)
         (corpus_of(texts, tokenizer, shard=(0, 2)), {"shard": (1, 2)}, (1, 2)),
         (corpus_of(texts, tokenizer, shard=(1, 2)), {"shard": (1, 2), "job": jobs[0]}, (1, 4)),
     ):
-        with pytest.raises(OptionError, match=re.escape(f"make {expected}: give Corpus(...) that shard")):
+        with pytest.raises(OptionError, match=re.escape(f"make {expected}: pass Corpus(...) that shard")):
             count(other, **more)
 
 
@@ -539,7 +539,7 @@ def test_processes_with_other_models_data_or_options_are_refused(model, tokenize
                     profile(model_of, corpus, **given)
             else:
                 with pytest.raises(
-                    OptionError, match=f"ranks 0 and 1 were given different things: {what} is"
+                    OptionError, match=f"ranks 0 and 1 were given different options: {what} is"
                 ):
                     profile(model_of, corpus, **given)
 

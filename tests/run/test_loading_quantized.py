@@ -1,4 +1,4 @@
-"""Quantised checkpoints: loaded so that their weights can be had, or refused in one line."""
+"""Quantized checkpoints: loaded so that their weights can be had, or refused in one line."""
 
 import json
 import warnings
@@ -24,13 +24,13 @@ def quiet():
         yield
 
 
-def checkpoint(folder, quantised, change=lambda name, weight: {name: weight}):
-    """A tiny Llama whose config says how it is quantised, and whose tensors are what `change` makes of them."""
+def checkpoint(folder, quantized, change=lambda name, weight: {name: weight}):
+    """A tiny Llama whose config says how it is quantized, and whose tensors are what `change` makes of them."""
     model = tiny_llama()
     model.config.save_pretrained(folder)
     ascii_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantized}))
     tensors = {}
     for name, weight in model.state_dict().items():
         tensors |= change(name, weight.contiguous()) if "_proj" in name else {name: weight.contiguous()}
@@ -85,15 +85,15 @@ INT8 = {
 
 
 @pytest.mark.parametrize(
-    ("quantised", "change", "package"),
+    ("quantized", "change", "package"),
     [
         pytest.param(FP8, in_fp8, "transformers", id="fp8"),
         pytest.param(INT8, in_int8, "compressed_tensors", id="compressed-tensors"),
     ],
 )
-def test_a_checkpoint_that_is_made_dense_on_a_cpu(quantised, change, package, tmp_path):
+def test_a_checkpoint_that_is_made_dense_on_a_cpu(quantized, change, package, tmp_path):
     pytest.importorskip(package, reason=f"{package} is not installed")
-    tensors = checkpoint(tmp_path, quantised, change)
+    tensors = checkpoint(tmp_path, quantized, change)
     model = load(tmp_path)
     for site in fastheads.find_sites(model):
         want = dense(tensors, f"{site.name}.weight")
@@ -124,8 +124,8 @@ def test_a_checkpoint_of_bitsandbytes(bits, tmp_path):
     options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if bits == 4 else {"load_in_8bit": True}
     AutoModelForCausalLM.from_pretrained(
         tmp_path / "dense", quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
-    ).save_pretrained(tmp_path / "quantised")
-    model = load(tmp_path / "quantised")
+    ).save_pretrained(tmp_path / "quantized")
+    model = load(tmp_path / "quantized")
     assert type(fastheads.find_sites(model)[0].module).__name__ == {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
     form = Bnb4("nf4", nested=False) if bits == 4 else Bnb8()
     with torch.no_grad():
@@ -136,14 +136,14 @@ def test_a_checkpoint_of_bitsandbytes(bits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("quantised", "says"),
+    ("quantized", "says"),
     [
-        ({"quant_method": "gone"}, "is quantised by 'gone', which transformers does not know: .*gptq"),
+        ({"quant_method": "gone"}, "is quantized by 'gone', which transformers does not know: .*gptq"),
         ({"bits": 4}, "quant_method"),
     ],
 )
-def test_a_method_that_nobody_knows_is_refused(quantised, says, tmp_path):
-    checkpoint(tmp_path, quantised)
+def test_a_method_that_nobody_knows_is_refused(quantized, says, tmp_path):
+    checkpoint(tmp_path, quantized)
     with pytest.raises(LoadError, match=says) as error:
         load(tmp_path)
     assert "\n" not in str(error.value)
