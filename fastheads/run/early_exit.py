@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from fastheads.capture.manager import HookManager
-from fastheads.models.sites import HeadSite, decoder_of
+from fastheads.capture.manager import HookManager, recorder_of
+from fastheads.capture.recorder import Recorder
+from fastheads.models.sites import decoder_of
 
 
 class _EnoughError(Exception):
@@ -29,13 +30,13 @@ class EarlyExit:
         self._allowed = allowed and not any(
             m._forward_pre_hooks or m._forward_hooks or hasattr(m, "_hf_hook") for m in model.modules()
         )
-        self._hooks: HookManager | None = None
+        self._recorder: Recorder | None = None
         self._last: nn.Module | None = None
         self._handle: Any = None
 
-    def follow(self, hooks: HookManager, sites: list[HeadSite]) -> None:
-        """Set the manager and the sites that it profiles."""
-        self._hooks, self._sites = hooks, sites
+    def follow(self, hooks: HookManager) -> None:
+        """Set the manager whose forwards are to end."""
+        self._recorder = recorder_of(hooks)
 
     def call(self, arguments: dict[str, Any]) -> None:
         """Run a forward of the decoder."""
@@ -57,10 +58,11 @@ class EarlyExit:
     @contextmanager
     def _order(self) -> Iterator[list[nn.Module]]:
         """Collect the projections in the order in which they run."""
+        assert self._recorder is not None  # `follow` was called
         order: list[nn.Module] = []
         handles = [
             site.module.register_forward_pre_hook(lambda module, _: order.append(module))
-            for site in self._sites
+            for site in self._recorder.scope.chosen.values()
         ]
         try:
             yield order
@@ -69,13 +71,14 @@ class EarlyExit:
                 handle.remove()
 
     def _choose(self, order: list[nn.Module]) -> None:
-        if len({id(module) for module in order}) == len(order) == len(self._sites):
+        assert self._recorder is not None  # `follow` was called
+        if len({id(module) for module in order}) == len(order) == len(self._recorder.scope.chosen):
             self._last = order[-1]
             self._handle = self._last.register_forward_hook(self._leave)
         else:
             self._allowed = False
 
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if module is self._last and self._hooks is not None:  # and no copy of it
-            self._hooks.end_forward()
+        if module is self._last and self._recorder is not None:  # and no copy of it
+            self._recorder.end_forward()
             raise _EnoughError

@@ -32,7 +32,7 @@ narrowest: at about `NARROWEST_AT` samples.
   corpus are one at the window's end, and not before.
 - Normal samples, for the error rate to be exact at every n. For others it holds as n grows, as the central limit theorem does:
   hence `min_samples` before the first look. A long right tail costs coverage (means are too low while its rare large
-  samples are not there yet). `tests/stats/test_stable.py` measures it: one interval at alpha 5 %, looked at after each of the samples
+  samples are not there yet). `test_stable.py` measures it: one interval at alpha 5 %, looked at after each of the samples
   100 to 4,000, misses the mean at some time in 2.9 % of the runs for normal samples, in 3 % for lognormal ones of sigma 0.5
   (skewness 1.8) and in 7.5 % for sigma 1 (skewness 6.2). A wrong verdict takes two intervals that miss in opposite ways, and was
   not seen there. Worse tails (a head that speaks once in 1,000 sequences) are beyond any rule that looks at moments.
