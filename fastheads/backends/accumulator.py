@@ -32,7 +32,6 @@ from fastheads.stats.token_layout import TokenLayout, last_tokens
 
 TORCH_BACKENDS = ("loop", "einsum", "factored")
 BACKENDS = ("auto", *TORCH_BACKENDS, "triton")
-PRECISIONS = ("exact", "fast")
 
 
 # Samples of a layer, at most, that wait for the other layers': 32 KiB.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.backends.launch import TracedSite
+from fastheads.capture.phases import Phase
 from fastheads.capture.queue import DeviceQueue
 from fastheads.models.residual import OutputNorms
 from fastheads.stats.token_layout import TokenLayout
@@ -56,6 +57,15 @@ class Forward:
     def is_live(self) -> bool:
         """True if the forward is under way: its call is on its thread's stack."""
         return self.module is not None and on_stack(self.frame, self.thread)
+
+    @property
+    def phase(self) -> Phase:
+        """Where it is."""
+        if self.module is None:
+            return Phase.IDLE
+        if self.decoder_traced:
+            return Phase.TRACED
+        return Phase.BEGUN if self.decoder_frame is None else Phase.DECODING
 
     def suspend(self) -> None:
         """Keep no input while another forward runs inside this one."""

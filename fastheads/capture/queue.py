@@ -5,30 +5,21 @@ launch at the end of the decoder's call serves all layers; the smallest wait unt
 bounds what is kept.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastheads.backends.launch import CachedLaunch, Kept, Profiled, TracedSite
-from fastheads.errors import ForwardError
+from fastheads.capture.deferral.backlog import DeferredForwards
 from fastheads.models.residual import OutputNorms
-from fastheads.stats.moments import PendingMoments
-from fastheads.stats.token_layout import TokenLayout
+from fastheads.stats.moments import CommittedMoments, PendingMoments
 
 # On a CPU a product over a few tokens costs less than its call; a larger one would only push the model's data out of the cache.
 CPU_KEEP_BYTES = 256 * 2**10
-
-
-# Forwards that wait, at most; of how many the inputs must fit into the budget, and how many must come between changes of the
-# weights, or it is not worth while.
-FORWARDS_IN_BACKLOG = 32
-LEAST_IN_BUDGET = 4
-FEWEST_IN_BACKLOG = 4
 
 # A site that is measured behind its projection too: its input, and the norms of its output.
 Scaled = tuple[Profiled, Tensor, OutputNorms]
@@ -46,116 +37,6 @@ class Group:
     extras: list[Any] = field(default_factory=list)
 
 
-class EndedForward(NamedTuple):
-    """A forward that is measured once it has ended: its inputs and where they lie, the launches for them, its valid tokens."""
-
-    cached_launch: CachedLaunch
-    kept: list[Kept]
-    addresses: list[int]
-    layout: TokenLayout
-
-    def spans(self) -> list[tuple[int, int]]:
-        """From where to where each input reaches."""
-        return [(start, start + self.cached_launch.extent) for start in self.addresses]
-
-
-def overlap(spans: list[tuple[int, int]]) -> bool:
-    """Whether any two of these have an address in common."""
-    spans = sorted(spans)
-    return any([stop > start for (_, stop), (start, _) in pairwise(spans)])
-
-
-class DeferredForwards:
-    """Inputs of forwards that ended, which wait: where a forward is a decode step, a launch between its kernels costs more of
-    the host's time than all its hooks. Launches right after one another cost a fraction.
-    """
-
-    def __init__(self) -> None:
-        self.forwards: list[EndedForward] = []
-        self.size = 0  # bytes that these keep from being freed
-        self._candidate: EndedForward | None = None  # of the forward under way, which may yet fail
-        self._form_size = 0  # bytes of a forward of the form that was launched last
-        # The inputs of a forward that was launched at once: where those of the next lie elsewhere, the model does not reuse their
-        # memory, and they may wait.
-        self._probe: list[Kept] | None = None
-        self._is_safe = False
-        self._pays = True
-
-    def watch(self, kept: list[Kept], budget: int) -> None:
-        """`kept` was just launched, and those that are like it may wait if that is safe."""
-        self.forget_form()
-        self._form_size = sum(x.untyped_storage().nbytes() for _, x, _ in kept)
-        if self._pays and LEAST_IN_BUDGET * self._form_size <= budget:
-            self._probe = kept
-
-    def may_take(self) -> bool:
-        """Whether the inputs of the forward under way might wait."""
-        return (self._is_safe or self._probe is not None) and self._candidate is None
-
-    def offer(self, ended: EndedForward) -> bool:
-        """Keep inputs that are like those watched until the forward has ended; False where they have to be measured now."""
-        if not self._is_safe:
-            probe, self._probe = self._probe, None
-            if probe is None or not _apart([x for _, x, _ in (*probe, *ended.kept)]):
-                return False
-            self._is_safe = True
-        self._candidate = ended
-        return True
-
-    def overwritten_by(self, inputs: Iterable[Tensor]) -> bool:
-        """Whether one of these may lie where one lies that waits, or of the forward under way will."""
-        waiting = self.forwards if self._candidate is None else [*self.forwards, self._candidate]
-        if not waiting:
-            return False
-        theirs = {x.untyped_storage().data_ptr() for ended in waiting for _, x, _ in ended.kept}
-        return not theirs.isdisjoint([x.untyped_storage().data_ptr() for x in inputs])
-
-    def confirm(self) -> bool:
-        """The forward ended: whether something of it waits now."""
-        if self._candidate is None:
-            return False
-        self.forwards.append(self._candidate)
-        self.size += self._form_size
-        self._candidate = None
-        return True
-
-    def withdraw(self) -> list[Tensor]:
-        """The forward failed: what it left."""
-        left, self._candidate = self._candidate, None
-        return [] if left is None else [x for _, x, _ in left.kept]
-
-    def is_full(self, budget: int) -> bool:
-        """Whether it is time for the launches."""
-        return len(self.forwards) >= FORWARDS_IN_BACKLOG or self.size + self._form_size > budget
-
-    def take(self) -> list[EndedForward]:
-        """What waited; nothing waits any more."""
-        taken, self.forwards, self.size = self.forwards, [], 0
-        return taken
-
-    def interrupted(self) -> None:
-        """A weight changed: where that happens every few forwards, as in training, waiting does not pay."""
-        if 0 < len(self.forwards) < FEWEST_IN_BACKLOG:
-            self._pays = False
-            self.forget_form()
-
-    def forget_form(self) -> None:
-        """Nothing waits any more until `watch`."""
-        self._is_safe, self._probe = False, None
-
-    def held(self) -> list[EndedForward]:
-        """All whose inputs are held: those that wait, and that of the forward under way."""
-        candidate = self._candidate
-        return [*self.forwards] if candidate is None else [*self.forwards, candidate]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.take()
-        self.withdraw()
-        self.forget_form()
-        self._pays = True
-
-
 M = TypeVar("M", bound=PendingMoments)
 
 
@@ -167,12 +48,10 @@ class DeviceQueue(Generic[M]):
     moments: M
     budget: int  # bytes; an input that does not fit is not kept
     kept: list[Kept] = field(default_factory=list)
-    scaled: list[Scaled] = field(
-        default_factory=list
-    )  # of the kept ones, those that are measured with a scale too
-    room: int = (
-        -1
-    )  # bytes that may still be kept; -1 while no call of the decoder is under way in plain Python
+    # Of the kept ones, those that are measured with a scale too.
+    scaled: list[Scaled] = field(default_factory=list)
+    # Bytes that may still be kept; -1 while no call of the decoder is under way in plain Python.
+    room: int = -1
     thread: int = 0  # the one that runs the forward whose inputs are kept
     cached_launch: CachedLaunch | None = None
     deferred: DeferredForwards = field(default_factory=DeferredForwards)
@@ -252,46 +131,43 @@ class DeviceQueue(Generic[M]):
         self.stream.wait_stream(current)
 
 
-def check_shape(site: Profiled | TracedSite, x: Tensor, layout: TokenLayout) -> None:
-    """Raises ForwardError for an input that is not `[batch, seq, width]` over the tokens of the decoder's call."""
-    if x.dim() != 3 or x.shape[-1] != site.width:
-        raise ForwardError(f"{site.name}: expected an input [batch, seq, {site.width}], got {list(x.shape)}")
-    if layout.tokens != x.shape[:2]:
-        raise ForwardError(
-            f"{site.name}: its input is over {list(x.shape[:2])} tokens and the decoder's call over {layout.described()}: the "
-            "model pads, shortens, splits or transposes its sequences on the way, so that its valid tokens are not known"
-        )
+# The manager's own queues: those of a forward beside others hold its samples alone.
+ManagerQueue = DeviceQueue[CommittedMoments]
 
 
-def _apart(inputs: Sequence[Tensor]) -> bool:
-    """Whether all lie in memory of their own."""
-    # By address: of one memory there may be several storages, as a replayed CUDA graph makes them for its outputs.
-    return len({x.untyped_storage().data_ptr() for x in inputs}) == len(inputs)
+class DeviceQueues:
+    """The manager's own queues, one a device; a device gets its queue when the first input lies there."""
 
+    def __init__(self, shape: tuple[int, int, int], channels: int, budget: int) -> None:
+        """`shape`: (metrics, rows, heads) of the moments of a channel; `budget`: bytes of inputs to keep on each device."""
+        self.by_device: dict[torch.device, ManagerQueue] = {}
+        self._shape, self._channels, self._budget = shape, channels, budget
+        self.in_use = False  # a forward is under way on these queues
 
-OVERWRITTEN = (
-    "was {} before it was measured: the model reuses its memory. "
-    "HookManager(..., group_bytes=0) measures each input at once"
-)
+    def on(self, device: torch.device) -> ManagerQueue:
+        """The queue of that device."""
+        queue = self.by_device.get(device)
+        if queue is None:
+            moments = CommittedMoments(*self._shape, device, channels=self._channels)
+            if self.in_use:  # if the forward under way fails, what it leaves here must go
+                moments.begin(always=False)
+            queue = self.by_device[device] = DeviceQueue(device, moments, self._budget)
+            queue.follow_stream()
+        return queue
 
+    def beside(self, device: torch.device) -> DeviceQueue[PendingMoments]:
+        """A queue on that device for a forward that runs beside the one on these queues."""
+        queue = DeviceQueue(device, self.on(device).moments.like(), self._budget)
+        queue.follow_stream()
+        return queue
 
-def is_changed(kept: list[Kept]) -> bool:
-    """Whether an input is known to have been changed in place."""
-    return any([version is not None and x._version != version for _, x, version in kept])
+    def __iter__(self) -> Iterator[ManagerQueue]:
+        return iter(self.by_device.values())
 
-
-def check_unchanged(kept: list[Kept]) -> None:
-    """Raises ForwardError where a kept input was changed, or may have been: another one lies in the same memory."""
-    if _apart([x for _, x, _ in kept]) and not is_changed(kept):
-        return
-    storages: set[int] = set()
-    for profiled, x, version in kept:
-        storage = x.untyped_storage().data_ptr()
-        changed = version is not None and x._version != version
-        if changed or (storage in storages and x.numel()):
-            what = "modified in place" if changed else "overwritten"
-            raise ForwardError(f"the input of {profiled.name} {OVERWRITTEN.format(what)}")
-        storages.add(storage)
+    def is_capturing(self) -> bool:
+        """True if a CUDA graph is captured on the current stream."""
+        on_gpu = any([queue.is_cuda for queue in self.by_device.values()])
+        return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 def grouped(inputs: Iterable[tuple[Profiled | TracedSite, Tensor, Any]]) -> list[Group]:

@@ -43,20 +43,18 @@ def check_options(
     checkpoint_every: float,
 ) -> None:
     """Raise OptionError or BackendError for options that would otherwise fail only after the model is loaded."""
-    from fastheads.backends.accumulator import PRECISIONS, check_backend
+    from fastheads.backends.accumulator import check_backend
     from fastheads.corpus.sources import check_lengths
     from fastheads.run.api import check_options as check_options_of_a_run
     from fastheads.run.loading import DTYPES
+    from fastheads.stats.options import MeasureOptions
 
     check_backend(backend)
-    if precision not in PRECISIONS:
-        raise OptionError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    MeasureOptions(precision=precision, skip_first=skip_first)
     if dtype not in DTYPES:
         raise OptionError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     check_lengths(1 if seq_len is None else seq_len, max_tokens)
     check_options_of_a_run(batch_size, batch_tokens, checkpoint_every, (0, 1))
-    if skip_first < 0:
-        raise OptionError(f"skip_first must be 0 tokens or more, not {skip_first}")
 
 
 def check_files(output: Path, plot: Path | None, checkpoint: Path | None = None) -> None:

@@ -212,7 +212,7 @@ def profile(
         "include": [include] if isinstance(include, str) else list(include),
     }
     with HookManager(module, **options) as hooks, _progress(progress, job) as (report, say):
-        early_exit.follow(hooks, hooks.profiled_sites)
+        early_exit.follow(hooks)
         settings = Settings(
             batch_size=batch_size,
             batch_tokens=batch_tokens,

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from fastheads.capture.manager import HookManager
-from fastheads.models.sites import HeadSite, decoder_of
+from fastheads.capture.manager import HookManager, recorder_of
+from fastheads.capture.recorder import Recorder
+from fastheads.models.sites import decoder_of
 
 
 class _EnoughError(Exception):
@@ -29,13 +30,14 @@ class EarlyExit:
         self._allowed = allowed and not any(
             m._forward_pre_hooks or m._forward_hooks or hasattr(m, "_hf_hook") for m in model.modules()
         )
-        self._hooks: HookManager | None = None
+        self._recorder: Recorder | None = None
         self._last: nn.Module | None = None
         self._handle: Any = None
 
-    def follow(self, hooks: HookManager, sites: list[HeadSite]) -> None:
-        """Set the manager and the sites that it profiles."""
-        self._hooks, self._sites = hooks, sites
+    def follow(self, hooks: HookManager) -> None:
+        """Set the manager whose forwards are to end."""
+        self._recorder = recorder_of(hooks)
+        self._sites = list(self._recorder.scope.chosen.values())
 
     def call(self, arguments: dict[str, Any]) -> None:
         """Run a forward of the decoder."""
@@ -76,6 +78,6 @@ class EarlyExit:
             self._allowed = False
 
     def _leave(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        if module is self._last and self._hooks is not None:  # not a copy of the module
-            self._hooks.end_forward()
+        if module is self._last and self._recorder is not None:  # not a copy of the module
+            self._recorder.end_forward()
             raise _EnoughError

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.capture.manager import HookManager
+from fastheads.capture.collect import load_state, state
+from fastheads.capture.manager import HookManager, recorder_of, weights_of
 from fastheads.corpus.windows import Corpus
 from fastheads.errors import (
     CheckpointError,
@@ -92,7 +93,7 @@ class Run:
         self.signals = SignalHandler(patient=job.place.tp > 1)
         # Before the first forward, in which some quantized layers repack their weights; only once, since it reads all weights.
         needed = checkpoint is not None or job.place.shard[1] > 1
-        self._weights = (hooks._weights or fingerprint(model))["sha256"] if needed else ""
+        self._weights = (weights_of(hooks) or fingerprint(model))["sha256"] if needed else ""
         self._takes_cache = takes_argument(early_exit.decoder, "use_cache")
         self._due = 0.0
         # The mask must be an argument of the compiled function, else its shape would be assumed constant.
@@ -167,7 +168,7 @@ class Run:
         buffers = [tensors[name] for name in names]
         check_state(self.checkpoint.path, buffers, notes)
         try:
-            self.hooks.load_state(buffers, notes)
+            load_state(recorder_of(self.hooks), buffers, notes)
         except ValueError as error:
             raise CheckpointError(f"cannot resume from {self.checkpoint.path}: {error}") from error
         self.tokens, self.sequences, self.area, self.batches, self.stability.checks = counts  # type: ignore[assignment]
@@ -202,7 +203,7 @@ class Run:
         """Write the checkpoint; False if there is none or writing failed."""
         if self.checkpoint is None or self.feed is None:
             return False
-        buffers, notes = self.hooks.state()
+        buffers, notes = state(recorder_of(self.hooks))
         document = {
             "configuration": self.configuration(),
             "position": self.feed.position(),

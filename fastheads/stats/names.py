@@ -11,3 +11,4 @@ METRICS = (
 UPDATE_METRIC = "head_residual_update_norm"
 KV_METRIC = "kv_group_residual_contribution_norm"
 TOKEN_AGGS = ("last", "all", "token")
+PRECISIONS = ("exact", "fast")

@@ -156,7 +156,7 @@ def test_what_a_graph_reads_of_a_hooked_projection_is_constants():
     """Else Dynamo looks at each layer of the model anew in each call, where it looks at constants once."""
     model = build()
     with fastheads.HookManager(model), fastheads.HookManager(model, "all") as hooks:
-        for site in hooks.profiled_sites:
+        for site in hooks.sites:
             read = vars(site.module)[TRACED_ATTRIBUTE]
             assert type(read) is tuple and len(read) == 2
             leaves = list(read)

@@ -11,6 +11,8 @@ from oracle import METRICS, assert_results, captured_inputs
 from tiny_models import build, tokens
 
 import fastheads
+from fastheads.capture.collect import load_state, state
+from fastheads.capture.manager import recorder_of
 from fastheads.errors import ForwardError
 
 RTOL = 2e-5
@@ -506,7 +508,14 @@ def test_a_forward_that_is_compiled_as_a_whole_is_not_disturbed_from_another_thr
     under_way, asked = threading.Event(), threading.Event()
     with fastheads.HookManager(model, "all", group_bytes=0) as hooks, torch.no_grad():
         compiled(**calls[0])
-        state = hooks.state()
+        recorder = recorder_of(hooks)
+        saved = state(recorder)
+        ask_for = {
+            "get_results": hooks.get_results,
+            "state": lambda: state(recorder),
+            "reset": hooks.reset,
+            "load_state": lambda: load_state(recorder, *saved),
+        }
 
         def slow():
             under_way.set()
@@ -520,7 +529,7 @@ def test_a_forward_that_is_compiled_as_a_whole_is_not_disturbed_from_another_thr
             under_way.wait(timeout=60)
             try:
                 with pytest.raises(fastheads.FastheadsError, match="as a whole is under way"):
-                    getattr(hooks, what)(*(state if what == "load_state" else ()))
+                    ask_for[what]()
             finally:
                 asked.set()
 

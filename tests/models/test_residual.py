@@ -17,6 +17,8 @@ from tiny_models import build, tokens
 import fastheads
 from fastheads.basic import HookManager as BasicHookManager
 from fastheads.capture.channels import Updates
+from fastheads.capture.collect import state
+from fastheads.capture.manager import recorder_of
 from fastheads.models.residual import RULES, UNKNOWN, Rule, UnknownUpdateError, Update, scales, update_of
 
 MASK = [[0, 0, 1, 1, 1, 1, 1], [1] * 7]
@@ -233,7 +235,7 @@ def test_a_multiplier_that_changes_in_the_middle_is_refused(family):
         model(**batch)
         model.model.layers[1].residual_multiplier = 0.5
         model(**batch)
-        for ask in (hooks.get_results, hooks.state):
+        for ask in (hooks.get_results, lambda: state(recorder_of(hooks))):
             with pytest.raises(
                 fastheads.StaleFactorError, match=r"multiplies the output of model\.layers\.1"
             ):

@@ -1,29 +1,23 @@
-"""Small forwards that ended wait until there are several (`queue.DeferredForwards`): when they may, and what then measures them.
+"""When a small forward that ended may wait for others (`backlog.DeferredForwards`), and what then measures them all.
 
 They count. So an error in their late measurement must not pass for one of the forward in which it shows: from then on nobody gets
 results, until a reset.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from fastheads.backends.accumulator import Accumulator
 from fastheads.backends.launch import Kept
-from fastheads.capture.queue import DeviceQueue, EndedForward, check_unchanged, is_changed, overlap
+from fastheads.capture.deferral.backlog import EndedForward
+from fastheads.capture.memory import REUSED, check_unchanged, is_changed, overlap
+from fastheads.capture.queue import DeviceQueues, ManagerQueue
 from fastheads.capture.stats import LaunchCounter
 from fastheads.errors import ForwardError, ResultsError
-from fastheads.stats.moments import CommittedMoments, PendingMoments
+from fastheads.stats.moments import PendingMoments
 from fastheads.stats.token_layout import TokenLayout
-
-Queue = DeviceQueue[CommittedMoments]
-
-
-def is_capturing(queues: Mapping[torch.device, Queue]) -> bool:
-    """Whether a CUDA graph is captured on the current stream."""
-    on_gpu = any([queue.is_cuda for queue in queues.values()])
-    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 class DeferredLaunches:
@@ -31,7 +25,7 @@ class DeferredLaunches:
 
     def __init__(
         self,
-        queues: Mapping[torch.device, Queue],
+        queues: DeviceQueues,
         accumulator: Accumulator,
         is_used_elsewhere: Callable[[], bool],
         counter: LaunchCounter,
@@ -45,10 +39,10 @@ class DeferredLaunches:
 
     def waiting(self) -> int:
         """How many forwards wait; one whose inputs lie on several devices is one."""
-        waiting = [ended for queue in list(self._queues.values()) for ended in [*queue.deferred.forwards]]
+        waiting = [ended for queue in list(self._queues) for ended in [*queue.deferred.forwards]]
         return len({id(ended.layout) for ended in waiting})  # its forward's own
 
-    def takes(self, queue: Queue, kept: list[Kept], layout: TokenLayout) -> bool:
+    def takes(self, queue: ManagerQueue, kept: list[Kept], layout: TokenLayout) -> bool:
         """Whether what was kept waits for the next forwards: small ones, all of whose inputs were kept, like the one before."""
         cached_launch = queue.cached_launch
         if cached_launch is None or not queue.deferred.may_take() or queue.off_stream():
@@ -58,30 +52,30 @@ class DeferredLaunches:
             EndedForward(cached_launch, kept, addresses, layout)
         )
 
-    def check_not_overwritten(self, queue: Queue, inputs: Iterable[Tensor]) -> None:
+    def check_not_overwritten(self, queue: ManagerQueue, inputs: Iterable[Tensor]) -> None:
         """Before these are measured at once. Raises ForwardError where one lies in the memory of one that waits."""
         if queue.deferred.overwritten_by(inputs):
             self._lose(queue)
-            raise ForwardError(_REUSED)
+            raise ForwardError(REUSED)
 
-    def withdraw(self, queue: Queue) -> None:
+    def withdraw(self, queue: ManagerQueue) -> None:
         """The forward under way failed. What it left in the memory of those that wait is found by what it kept."""
         left = queue.deferred.withdraw() + [x for _, x, _ in queue.kept]
         if left and queue.deferred.overwritten_by(left):
             self._lose(queue)
 
-    def _lose(self, queue: Queue) -> None:
+    def _lose(self, queue: ManagerQueue) -> None:
         self._lost += len(queue.deferred.forwards)
         queue.deferred.take()
 
-    def catch_up(self, queue: Queue) -> None:
+    def catch_up(self, queue: ManagerQueue) -> None:
         """Measure what waits of forwards that ended: into the committed moments, and into the pending ones of a forward that may
         be under way.
         """
         forwards = queue.deferred.forwards
         if not forwards:
             return
-        if is_capturing(self._queues):
+        if self._queues.is_capturing():
             raise ForwardError(
                 "forwards before this CUDA graph's are not measured yet: call get_results() before its capture"
             )
@@ -98,18 +92,18 @@ class DeferredLaunches:
 
     def catch_up_all(self) -> None:
         """The same on every device."""
-        for queue in self._queues.values():
+        for queue in self._queues:
             self.catch_up(queue)
 
     def weights_changed(self) -> None:
         """Before the factors follow: what waits was made with the weights as they were."""
-        for queue in self._queues.values():
+        for queue in self._queues:
             queue.deferred.interrupted()
         self.catch_up_all()
 
     def weights_changed_in_graph(self) -> None:
         """The same in compiled code, which has begun with the moments without them."""
-        if any(queue.deferred.forwards for queue in self._queues.values()):
+        if any(queue.deferred.forwards for queue in self._queues):
             raise ForwardError(
                 "a weight changed between eager forwards and compiled ones: call get_results() or reset() after such a change"
             )
@@ -128,19 +122,19 @@ class DeferredLaunches:
 
     def clear_backlogs(self) -> None:
         """Hold no input any more."""
-        for queue in self._queues.values():
+        for queue in self._queues:
             queue.deferred.clear()
 
-    def _measure(self, queue: Queue, forwards: list[EndedForward]) -> None:
+    def _measure(self, queue: ManagerQueue, forwards: list[EndedForward]) -> None:
         for ended in forwards:
             if is_changed(ended.kept):
                 check_unchanged(ended.kept)  # which says of what
             if [
                 x.data_ptr() for _, x, _ in ended.kept
             ] != ended.addresses:  # somebody freed or replaced its data
-                raise ForwardError(_REUSED)
+                raise ForwardError(REUSED)
         if overlap([span for ended in forwards for span in ended.spans()]):
-            raise ForwardError(_REUSED)
+            raise ForwardError(REUSED)
         moments = queue.moments
         with torch.no_grad(), queue.as_current_device(), queue.on_own_stream():
             # Most often nothing is pending that is not committed: then a copy does for the second time.
@@ -166,9 +160,3 @@ class DeferredLaunches:
                 moments.commit()
             elif apart is not None:
                 moments.add(apart.pending_buffer)
-
-
-_REUSED = (
-    "inputs of earlier forwards were overwritten or freed before they were measured: the model reuses its memory. "
-    "HookManager(..., group_bytes=0) measures each input at once"
-)

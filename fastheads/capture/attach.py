@@ -1,0 +1,120 @@
+"""Hooks on a model: a tap before each projection, a hook behind it where its output is needed, and those at a forward's ends."""
+
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fastheads.backends.launch import Profiled
+from fastheads.capture import forward_hooks
+from fastheads.capture.projection_hook import RetraceHandle, Tap, add_tap, takes_taps
+from fastheads.capture.recorder import Recorder
+from fastheads.models.residual import Update
+
+
+def attach(recorder: Recorder, handles: list[Any]) -> None:
+    """Put the hooks on the recorder's model; `handles` gets what takes each of them off, as soon as it is on."""
+    scope = recorder.scope
+    handles.append(RetraceHandle({p.site.name: p.site.module for p in recorder.profiled}))
+    handles.append(register_optimizer_step_post_hook(_marking_changes(recorder)))
+    for profiled in recorder.profiled:
+        tap = _tap(recorder, profiled)
+        if scope.ranks is not None:
+            tap = scope.ranks.own_heads(profiled.row, tap)
+        module = profiled.site.module
+        if takes_taps(module):
+            handles.append(add_tap(module, tap, recorder.handle, profiled.traced()))
+        else:
+            handles.append(module.register_forward_pre_hook(_pre_hook(recorder, tap, profiled)))
+        update = scope.updates.normed.get(profiled.row)
+        if update is not None:
+            hook = _output_hook(recorder, profiled, update)
+            if scope.ranks is not None:
+                hook = scope.ranks.own_heads(profiled.row, hook)
+            # Before hooks of others, which may change the output.
+            handles.append(module.register_forward_hook(hook, prepend=True))
+    # Last, and from within: another thread may run the model meanwhile, and a forward that begins has all that is in it.
+    for module in {id(m): m for m in (scope.decoder, scope.model)}.values():
+        handles.append(forward_hooks.register(recorder, module))
+
+
+def _tap(recorder: Recorder, profiled: Profiled) -> Tap:
+    """What is called with each input of the projection."""
+    own, queue = profiled.site.module, profiled.queue
+    raw_stream = torch._C._cuda_getCurrentRawStream if queue.is_cuda else None
+    transposed = profiled.row in recorder.scope.sequence_first
+    measure = recorder.measure
+
+    def tap(module: nn.Module, args: tuple[Any, ...]) -> None:
+        # A decode step's layer takes 100 µs on a GPU: here every look at the tensor counts.
+        x = args[0]
+        size = x.nbytes
+        if (
+            size <= queue.room  # never so outside a call of the decoder
+            and size <= queue.largest
+            and module is own
+            and get_ident() == queue.thread
+            and x.get_device() == queue.index
+            and not x.requires_grad
+            and not transposed
+            and (raw_stream is None or raw_stream(queue.index) == queue.raw_stream)
+        ):
+            queue.room -= size
+            queue.kept.append((profiled, x, None if x.is_inference() else x._version))
+        elif module is own:
+            measure(profiled, x)
+        # else a copy of the model
+
+    return tap
+
+
+def _pre_hook(recorder: Recorder, tap: Tap, profiled: Profiled) -> Tap:
+    """The tap as a forward pre-hook, for modules whose `forward` is not torch's own."""
+    own, traced = profiled.site.module, profiled.traced()
+
+    def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            tap(module, args)
+        elif module is own:
+            recorder.trace(module, args, traced)
+
+    return pre_hook
+
+
+def _output_hook(recorder: Recorder, profiled: Profiled, update: Update) -> Callable[..., None]:
+    """What is called with each output of a projection behind which there is a norm."""
+    own, traced = profiled.site.module, profiled.traced()
+    transposed = profiled.row in recorder.scope.sequence_first
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        compiling = torch.compiler.is_compiling()
+        forward = recorder.forwards.traced() if compiling else recorder.forwards.current()
+        if forward is None or not forward.counts or module is not own:
+            return
+        x, output = args[0].detach(), output.detach()
+        if transposed:
+            x, output = x.transpose(0, 1), output.transpose(0, 1)
+        with torch.no_grad():
+            norms = update.of_output(output)
+        if compiling:
+            recorder.graph.put_scaled(forward, traced, x, norms)
+        else:
+            recorder.measure_scaled(forward, profiled, x, norms)
+
+    return hook
+
+
+def _marking_changes(recorder: Recorder) -> Callable[..., None]:
+    """What is called after each step of an optimizer: fused ones write weights without a trace."""
+
+    def step_hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        own = {id(parameter) for p in recorder.profiled for parameter in p.site.module.parameters()}
+        own |= {id(p) for update in recorder.scope.updates.normed.values() for p in update.parameters()}
+        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            for channel in recorder.scope.channels:
+                channel.accumulator.mark_changed()
+
+    return step_hook

@@ -1,0 +1,135 @@
+"""Results: from the committed moments of every device and rank to a HeadProfile, or to a checkpoint and back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastheads.capture.channels import Channel
+from fastheads.capture.coverage import samples_of_rows
+from fastheads.capture.recorder import Recorder
+from fastheads.errors import CheckpointError, ForwardError, ResultsError, StaleFactorError
+from fastheads.models.metadata import describe
+from fastheads.results.head_profile import HeadProfile
+from fastheads.stats.metrics import METRICS, UPDATE_METRIC
+from fastheads.stats.moments import Moments
+
+
+def collect(recorder: Recorder, weights: dict[str, Any] | None) -> tuple[HeadProfile, int]:
+    """The profile of the forwards that counted, and how many samples were NaN or infinite; `weights` is the fingerprint of the
+    model's. Waits for the device, and with tensor parallelism for the other ranks. Raises StaleFactorError and ResultsError.
+    """
+    scope = recorder.scope
+
+    def measured() -> Moments:
+        """The moments `[channels * metrics, rows, heads]` of the heads that are measured here, on the CPU."""
+        check_fresh(recorder)
+        totals = [_total(recorder, channel) for channel in scope.channels]
+        return Moments(*(torch.cat(planes) for planes in zip(*totals, strict=True)))
+
+    whole = measured() if scope.ranks is None else scope.ranks.whole(measured)
+    by_channel = zip(*(plane.split(len(METRICS)) for plane in whole), strict=True)
+    totals = [Moments(*planes) for planes in by_channel]
+    recorder.settle_whole()
+    recorder.coverage.check(totals[0])
+    _check_verified(recorder, totals[0])
+    by_metric = {
+        name: Moments(*(plane[m].clone() for plane in total))
+        for channel, total in zip(scope.channels, totals, strict=True)
+        for name, m in channel.metrics.items()
+    }
+    nonfinite = sum(int(of_metric.nonfinite.sum()) for of_metric in by_metric.values())
+    by_metric[UPDATE_METRIC] = scope.updates.moments(by_metric)
+    return HeadProfile(by_metric, _metadata(recorder, weights)), nonfinite
+
+
+def check_fresh(recorder: Recorder) -> None:
+    """Measure what waits; raise StaleFactorError or ResultsError where what was measured may be wrong or is not whole."""
+    recorder.check_no_whole(ResultsError)
+    recorder.deferred.catch_up_all()
+    recorder.deferred.check_complete()
+    channels = recorder.scope.channels
+    stale = list(dict.fromkeys(name for channel in channels for name in channel.accumulator.stale()))
+    if stale:
+        raise StaleFactorError(
+            f"the weight of {', '.join(stale)} was changed in place behind autograd's back while profiling: what was "
+            "measured since may be wrong. Call reset() after such a change, or use backend='einsum', which reads it each time"
+        )
+    if changed := recorder.scope.updates.changed():
+        raise StaleFactorError(
+            f"what the layer multiplies the output of {', '.join(changed)} with was changed while profiling: all samples of "
+            f"{UPDATE_METRIC} are multiplied with one number. Call reset() after such a change"
+        )
+
+
+def state(recorder: Recorder) -> tuple[list[Tensor], dict[str, Any]]:
+    """The committed moments bit for bit, float64 `[channels, 6, metrics, rows, heads]` on the CPU for each device that holds
+    some, and what else belongs to them (JSON): for `load_state` of a manager on the same model with the same options.
+    Raises StaleFactorError as `collect` does.
+    """
+    with recorder.lock:
+        check_fresh(recorder)
+        recorder.settle_whole()
+        buffers = []
+        for queue in recorder.queues:
+            with queue.on_its_stream():
+                buffers.append(queue.moments.committed_buffer.cpu().clone())
+        used = [sorted(channel.accumulator.used) for channel in recorder.scope.channels]
+        return buffers, {"used": used, "missed": sorted(recorder.coverage.missed)}
+
+
+def load_state(recorder: Recorder, buffers: list[Tensor], notes: dict[str, Any]) -> None:
+    """Go on from what `state` gave. Raises CheckpointError where it does not fit this recorder."""
+    with recorder.lock:
+        recorder.check_no_whole(ForwardError)
+        recorder.forwards.forget_all()
+        channels, queues = recorder.scope.channels, list(recorder.queues)
+        here = [queue.moments.committed_buffer for queue in queues]
+        used, missed = notes.get("used"), notes.get("missed")
+        if not (isinstance(used, list) and len(used) == len(channels) and isinstance(missed, list)):
+            raise CheckpointError("the moments come without what belongs to them")
+        if [(b.shape, b.dtype) for b in buffers] != [(b.shape, b.dtype) for b in here]:
+            raise CheckpointError("the moments are those of another model or other options")
+        for queue, buffer in zip(queues, buffers, strict=True):
+            queue.deferred.clear()
+            with queue.on_its_stream():
+                for own in queue.moments.buffers():
+                    own.copy_(buffer)
+        for channel, names in zip(channels, used, strict=True):
+            channel.accumulator.used.update(map(str, names))
+        recorder.coverage.missed.update(row for row in missed if type(row) is int)
+
+
+def _total(recorder: Recorder, channel: Channel) -> Moments:
+    """The committed moments of a channel, on the CPU."""
+    total: Moments | None = None
+    for queue in recorder.queues:  # a layer that moved between devices has samples on both
+        with queue.on_its_stream():
+            here = Moments(*(plane.cpu() for plane in queue.moments.committed[channel.index].views()))
+        total = here if total is None else total.merged(here)
+    assert total is not None  # there is a queue for each weight's device
+    return total
+
+
+def _metadata(recorder: Recorder, weights: dict[str, Any] | None) -> dict[str, Any]:
+    scope, accumulator = recorder.scope, recorder.scope.accumulator
+    used = sorted(accumulator.used)
+    return describe(
+        scope.model,
+        scope.sites,
+        **scope.options.metadata(backend="+".join(used) if used else accumulator.backend),
+        residual_update=scope.updates.describe(range(len(scope.sites))),
+        weights=weights,
+    )
+
+
+def _check_verified(recorder: Recorder, moments: Moments) -> None:
+    """Raise ResultsError naming the sites that were measured and not verified, where that was asked for."""
+    unchecked = set() if recorder.check is None else set(recorder.check.unchecked())
+    given = samples_of_rows(moments)
+    missed = [p.name for p in recorder.profiled if p.name in unchecked and given[p.row]]
+    if missed:
+        raise ResultsError(
+            f"verify=True could not check {', '.join(missed)}, which ran in compiled code or CUDA graphs only: run a "
+            "batch before that"
+        )

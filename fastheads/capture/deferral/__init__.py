@@ -1,0 +1,1 @@
+"""Small forwards that ended wait until several can be measured together."""

@@ -1,0 +1,199 @@
+"""The eager sink: inputs of projections are kept for one launch at the end of the decoder's call, or measured at once."""
+
+import torch
+from torch import Tensor
+
+from fastheads.backends.launch import Kept, Profiled
+from fastheads.capture.coverage import Coverage
+from fastheads.capture.deferral.launches import DeferredLaunches
+from fastheads.capture.forward import Forward
+from fastheads.capture.forwards import Forwards
+from fastheads.capture.graphs import GraphSink
+from fastheads.capture.input_check import InputCheck
+from fastheads.capture.memory import check_unchanged
+from fastheads.capture.queue import DeviceQueue, DeviceQueues, Scaled, grouped
+from fastheads.capture.scope import Scope
+from fastheads.capture.stats import LaunchCounter
+from fastheads.models.residual import OutputNorms, scales
+
+
+class EagerSink:
+    """Takes inputs in plain Python: `put` and `put_scaled` during the decoder's call, `flush` at its end."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        queues: DeviceQueues,
+        forwards: Forwards,
+        *,
+        deferred: DeferredLaunches,
+        coverage: Coverage,
+        inputs: InputCheck,
+        graph: GraphSink,
+        counter: LaunchCounter,
+    ) -> None:
+        """`graph` takes what runs in plain Python between the graphs of a compiled decoder: nobody flushes there."""
+        self._scope, self._queues, self._forwards = scope, queues, forwards
+        self._deferred, self._coverage, self._inputs, self._graph = deferred, coverage, inputs, graph
+        self._counter = counter
+
+    def queue_of(self, forward: Forward, device: torch.device) -> DeviceQueue:
+        """The queue where the forward puts what lies on `device`."""
+        if forward is self._forwards.main:
+            return self._queues.on(device)
+        if device not in forward.queues:
+            queue = forward.queues[device] = self._queues.beside(device)
+            if forward.layout is not None:
+                queue.open(forward.thread)
+        return forward.queues[device]
+
+    def put(self, forward: Forward, profiled: Profiled, x: Tensor) -> None:
+        """Keep an input `[batch, seq, width]`, or measure it now where it is large, or lies on another stream."""
+        self._inputs.check(forward, profiled, x)
+        x = x.detach()  # what is kept would hold autograd's graph
+        if forward.decoder_traced:
+            forward.ran.add(profiled.row)
+            self._graph.put_eagerly(forward, profiled, x)
+            return
+        queue = self.queue_of(forward, x.device)
+        size = x.nbytes
+        if size > queue.largest or queue.off_stream():
+            forward.ran.add(profiled.row)
+            self._deferred.check_not_overwritten(self._queues.on(x.device), [x])
+            self._record(forward, queue, [profiled.row], [x])
+            return
+        if size > queue.room:
+            self._flush(forward, queue)
+        queue.room -= size
+        queue.kept.append((profiled, x, None if x.is_inference() else x._version))
+
+    def put_scaled(self, forward: Forward, profiled: Profiled, x: Tensor, norms: OutputNorms) -> None:
+        """The same of what is measured behind the projection: `put` has just had the input."""
+        if forward.decoder_traced:
+            self._graph.put_scaled_eagerly(forward, profiled, x, norms)
+            return
+        queue = self.queue_of(forward, x.device)
+        if x.nbytes <= queue.largest and not queue.off_stream():
+            queue.scaled.append((profiled, x, norms))
+        else:
+            self._record_scaled(forward, queue, [(profiled, x, norms)])
+
+    def flush(self, forward: Forward) -> None:
+        """The decoder's call ends: measure what was kept, or leave it to wait for the next forwards."""
+        may_defer = (
+            forward is self._forwards.main
+            and not self._coverage.captured_since_reset
+            and not forward.in_graphs
+        )
+        for queue in forward.queues.values():
+            self._flush(forward, queue, may_defer=may_defer)
+            queue.close()
+            for channel in self._scope.channels:
+                channel.accumulator.finish(queue.moments.pending[channel.index])
+
+    def _flush(self, forward: Forward, queue: DeviceQueue, may_defer: bool = False) -> None:
+        kept, scaled = queue.take()
+        if not kept:
+            return
+        assert forward.layout is not None  # within a decoder's call
+        if may_defer and not scaled and self._deferred.takes(queue, kept, forward.layout):
+            assert queue.cached_launch is not None  # which serves it
+            forward.ran |= queue.cached_launch.rows
+            return
+        # A generator: it is drawn only where something waits.
+        self._deferred.check_not_overwritten(self._queues.on(queue.device), (x for _, x, _ in kept))
+        if self._launched_again(forward, queue, kept):
+            if scaled:
+                self._record_scaled(forward, queue, scaled)
+            return
+        rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
+        kinds = {
+            (type(x), x.shape, x.stride(), x.dtype, profiled.width, profiled.head_dim)
+            for profiled, x, _ in kept
+        }
+        # Most often so: each of these lines is paid for at each token.
+        batch, seq = kept[0][1].shape[:2] if kept[0][1].dim() > 1 else (1, 0)
+        if len(kinds) == 1 and (batch != seq or seq == 1) and not self._inputs.unknown:
+            self._inputs.check(forward, *kept[0][:2])
+        else:
+            for profiled, x, _ in kept:
+                self._inputs.check(forward, profiled, x)
+        check_unchanged(kept)
+        ran = set(rows)
+        forward.ran |= ran
+        if len(kinds) == 1 and len(ran) == len(rows):
+            self._record(forward, queue, rows, inputs, alike=True)
+            self._remember(forward, queue, kept, rows, inputs, may_defer=not scaled)
+        else:
+            for group in grouped(kept):
+                self._record(forward, queue, group.rows, group.inputs)
+        if scaled:
+            self._record_scaled(forward, queue, scaled)
+
+    def _launched_again(self, forward: Forward, queue: DeviceQueue, kept: list[Kept]) -> bool:
+        """Measure them by the launch that served the last forward; False where it cannot."""
+        cached_launch, layout = queue.cached_launch, forward.layout
+        if cached_launch is None or layout is None or forward.capturing:
+            return False
+        if not queue.off_stream():
+            addresses = cached_launch.addresses_of(kept, layout)
+            state = queue.moments.pending[0].buffer
+            if addresses is not None and cached_launch.launch(addresses, state, layout.valid):
+                forward.ran |= cached_launch.rows
+                queue.recorded = True
+                self._counter.count_repeated()
+                return True
+        queue.cached_launch = None
+        return False
+
+    def _remember(
+        self,
+        forward: Forward,
+        queue: DeviceQueue,
+        kept: list[Kept],
+        rows: list[int],
+        inputs: list[Tensor],
+        *,
+        may_defer: bool,
+    ) -> None:
+        """Keep the launch that was just made, for forwards like this one."""
+        if len(self._scope.at_input) > 1 or queue.off_stream() or self._queues.is_capturing():
+            return
+        if forward is not self._forwards.main or forward.layout is None:
+            return
+        if inputs[0].shape[0] == inputs[0].shape[1] > 1:  # each time it is asked whether the batch is known
+            return
+        profiled = tuple(item[0] for item in kept)
+        pending = queue.moments.pending[0]
+        queue.cached_launch = self._scope.accumulator.cached_launch(
+            profiled, rows, inputs, forward.layout, pending, keep_scratch=True
+        )
+        if queue.cached_launch is not None and may_defer:
+            queue.deferred.watch(kept, queue.budget)
+
+    def _record(
+        self,
+        forward: Forward,
+        queue: DeviceQueue,
+        rows: list[int],
+        inputs: list[Tensor],
+        alike: bool = False,
+    ) -> None:
+        assert forward.layout is not None  # within a decoder's call
+        queue.recorded = True
+        with queue.on_its_stream():
+            for channel in self._scope.at_input:
+                pending = queue.moments.pending[channel.index]
+                channel.accumulator.record(rows, inputs, forward.layout, pending, alike=alike)
+                self._counter.launches += 1
+
+    def _record_scaled(self, forward: Forward, queue: DeviceQueue, scaled: list[Scaled]) -> None:
+        assert forward.layout is not None  # within a decoder's call
+        channel = self._scope.channels[-1]
+        queue.recorded = True
+        pending = queue.moments.pending[channel.index]
+        with torch.no_grad(), queue.on_its_stream():
+            for group in grouped(scaled):
+                scale = scales(group.extras)
+                channel.accumulator.record(group.rows, group.inputs, forward.layout, pending, scale=scale)
+                self._counter.launches += 1

@@ -1,0 +1,240 @@
+"""The graph sink: inputs of projections in compiled code. One custom op serves a group of them.
+
+What Dynamo traces is here too: the start and the end of a forward, or of the decoder's call, inside a graph.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastheads.backends.launch import CachedLaunch, Profiled, TracedSite
+from fastheads.capture import custom_op
+from fastheads.capture.channels import Channel
+from fastheads.capture.coverage import Coverage
+from fastheads.capture.deferral.launches import DeferredLaunches
+from fastheads.capture.forward import Forward
+from fastheads.capture.forwards import Forwards
+from fastheads.capture.input_check import InputCheck
+from fastheads.capture.memory import check_addresses
+from fastheads.capture.projection_hook import SITE_ATTRIBUTE
+from fastheads.capture.queue import DeviceQueues, ManagerQueue, grouped
+from fastheads.capture.scope import Scope
+from fastheads.capture.stats import LaunchCounter
+from fastheads.errors import ForwardError
+from fastheads.models.residual import OutputNorms, scales
+from fastheads.stats.moments import RunningMoments
+from fastheads.stats.token_layout import TokenLayout
+
+# Launches of compiled code that are remembered: one for each group of layers of each graph.
+_MOST_LAUNCHES = 256
+
+# What a CUDA graph captured is read and written by each replay, whenever that is: it lives until the process ends.
+_captured: list[Any] = []
+
+
+class GraphSink:
+    """Takes inputs while Dynamo makes a graph (`put`, `put_scaled`, `flush`), and measures them when it runs (`record`)."""
+
+    def __init__(
+        self,
+        scope: Scope,
+        queues: DeviceQueues,
+        forwards: Forwards,
+        *,
+        deferred: DeferredLaunches,
+        coverage: Coverage,
+        inputs: InputCheck,
+        handle: int,
+        counter: LaunchCounter,
+    ) -> None:
+        """`handle`: the one by which the custom op finds the recorder (`custom_op.register`)."""
+        self._scope, self._queues, self._forwards = scope, queues, forwards
+        self._deferred, self._coverage, self._inputs, self._handle = deferred, coverage, inputs, handle
+        self._counter = counter
+        self._launches: dict[tuple[int, ...], CachedLaunch] = {}  # by channel, GPU, and rows
+
+    # ------------------------------------------------------------------ while a graph is made
+
+    def put(self, forward: Forward, module: nn.Module, site: TracedSite, x: Tensor) -> None:
+        """Take an input. The budget is decided here, once, when the graph is made."""
+        self._inputs.check(forward, site, x)
+        if x.device != torch.device(site.device):
+            raise ForwardError(
+                "the model was moved to another device after the hooks were attached: attach a new HookManager"
+            )
+        # Guarded: where layers are compiled one by one, each gets a graph of its own.
+        getattr(module, SITE_ATTRIBUTE)
+        queue = self._queues.by_device[x.device]
+        size = x.numel() * x.element_size()
+        if not forward.decoder_traced or size > queue.largest:
+            self._put_groups([(site, x, None)], forward)
+            return
+        if sum(y.numel() * y.element_size() for _, y, _ in forward.traced) + size > queue.budget:
+            self.flush(forward)
+        forward.traced.append((site, x, None))
+
+    def put_scaled(self, forward: Forward, site: TracedSite, x: Tensor, norms: OutputNorms) -> None:
+        """The same of what is measured behind the projection: `put` has just had the input."""
+        largest = self._queues.by_device[x.device].largest
+        if not forward.decoder_traced or x.numel() * x.element_size() > largest:
+            self._put_scaled_groups([(site, x, norms)], forward)
+        else:
+            forward.traced_scaled.append((site, x, norms))
+
+    def flush(self, forward: Forward) -> None:
+        """Put the ops into the graph that measure what was taken."""
+        self._put_groups(forward.traced, forward)
+        self._put_scaled_groups(forward.traced_scaled, forward)
+        forward.traced, forward.traced_scaled = [], []
+
+    def put_eagerly(self, forward: Forward, profiled: Profiled, x: Tensor) -> None:
+        """Measure an input of plain Python between the graphs of a compiled decoder."""
+        queue = self._queues.on(x.device)
+        for channel in self._scope.at_input:
+            self._call_op(forward, channel, [profiled.row], [x], scale=None, queue=queue)
+
+    def put_scaled_eagerly(self, forward: Forward, profiled: Profiled, x: Tensor, norms: OutputNorms) -> None:
+        """The same of what is measured behind the projection."""
+        queue, channel = self._queues.on(x.device), self._scope.channels[-1]
+        self._call_op(forward, channel, [profiled.row], [x], scale=scales([norms]), queue=queue)
+
+    def _put_groups(self, inputs: list[tuple[TracedSite, Tensor, None]], forward: Forward) -> None:
+        for device, queue in self._queues.by_device.items():
+            for group in grouped([item for item in inputs if item[1].device == device]):
+                for channel in self._scope.at_input:
+                    self._call_op(forward, channel, group.rows, group.inputs, scale=None, queue=queue)
+
+    def _put_scaled_groups(
+        self, inputs: list[tuple[TracedSite, Tensor, OutputNorms]], forward: Forward
+    ) -> None:
+        channel = self._scope.channels[-1]
+        for device, queue in self._queues.by_device.items():
+            for group in grouped([item for item in inputs if item[1].device == device]):
+                scale = scales(group.extras)
+                self._call_op(forward, channel, group.rows, group.inputs, scale=scale, queue=queue)
+
+    def _call_op(
+        self,
+        forward: Forward,
+        channel: Channel,
+        rows: list[int],
+        inputs: list[Tensor],
+        *,
+        scale: Tensor | None,
+        queue: ManagerQueue,
+    ) -> None:
+        assert forward.layout is not None  # within a decoder's call
+        torch.ops.fastheads.record(
+            inputs,
+            queue.moments.pending_buffer,
+            rows,
+            channel.index,
+            self._handle,
+            valid=forward.layout.valid,
+            cu_seqlens=forward.layout.cu_seqlens,
+            scale=scale,
+        )
+
+    def begin_whole(self, module: nn.Module) -> Forward:
+        """The graph holds the whole forward, a call of `module`: put the op into it that begins one."""
+        forward = self._forwards.whole
+        forward.module = module
+        for queue in self._queues.by_device.values():
+            torch.ops.fastheads.begin(
+                queue.moments.pending_buffer, queue.moments.committed_buffer, self._handle
+            )
+        return forward
+
+    def end_whole(self) -> None:
+        """The whole forward counts when the graph has run to here."""
+        whole = self._forwards.whole
+        whole.module = whole.frame = None
+        for queue in self._queues.by_device.values():
+            queue.moments.committed_buffer.copy_(queue.moments.pending_buffer)
+
+    # ------------------------------------------------------------------ while a graph runs
+
+    def record(
+        self,
+        channel: int,
+        rows: list[int],
+        inputs: list[Tensor],
+        layout: TokenLayout,
+        *,
+        scale: Tensor | None,
+        state: Tensor,
+    ) -> None:
+        """Merge the samples of `inputs` into the channel's part of `state`: at each call of the custom op, or once while a CUDA
+        graph is captured.
+        """
+        forward = self._forwards.current()
+        if forward is not None:
+            if self._forwards.is_beside(forward):
+                raise ForwardError(
+                    "compiled code of one model cannot be profiled in two forwards at once, or in one inside another: run it in "
+                    "one thread at a time"
+                )
+            forward.in_graphs = True
+            self._queues.on(inputs[0].device).recorded = True
+        whole = self._forwards.whole
+        (whole if forward is None else forward).ran.update(rows)
+        accumulator = self._scope.channels[channel].accumulator
+        capturing = inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing:
+            self._coverage.captured(rows)
+            for row in rows:
+                if row in accumulator.factors:
+                    accumulator.factors[row].in_graph = True
+            self.keep_for_graph()
+        for queue in self._queues:
+            self._deferred.check_not_overwritten(queue, inputs)
+        if (forward is None or forward is whole) and not capturing:
+            accumulator.refresh(before=self._deferred.weights_changed_in_graph)
+        key = (channel, inputs[0].get_device(), *rows)
+        simple = not capturing and layout.cu_seqlens is None and scale is None
+        launch = self._launches.get(key) if simple else None
+        if launch is not None and launch.again_in_graph(
+            inputs, self._scope.options.skip_first, state[channel], layout.valid
+        ):
+            self._counter.count_repeated()
+            return
+        check_addresses([self._scope.sites[row].name for row in rows], inputs)
+        moments = RunningMoments.over(state[channel])
+        accumulator.record(rows, inputs, layout, moments, scale=scale)
+        accumulator.finish(moments)
+        self._counter.launches += 1
+        if simple:
+            self._remember(key, rows, inputs, layout, moments)
+
+    def _remember(
+        self,
+        key: tuple[int, ...],
+        rows: list[int],
+        inputs: list[Tensor],
+        layout: TokenLayout,
+        moments: RunningMoments,
+    ) -> None:
+        """Keep the launch that was just made, for the next call of the op."""
+        if len(self._launches) >= _MOST_LAUNCHES:
+            self._launches.clear()
+        self._launches.pop(key, None)
+        if len({(x.shape, x.stride(), x.dtype) for x in inputs}) == 1:
+            accumulator = self._scope.channels[key[0]].accumulator
+            made = accumulator.cached_launch((), rows, inputs, layout, moments, keep_scratch=False)
+            if made is not None:
+                self._launches[key] = made
+
+    def keep_for_graph(self) -> None:
+        """A CUDA graph is captured: keep all that its replays read and write."""
+        if not any(kept is self._scope.channels for kept in _captured):
+            _captured.append(self._scope.channels)
+            _captured.extend(queue.moments.buffers() for queue in self._queues)
+
+    def forget_launches(self) -> None:
+        """No launch is made again."""
+        self._launches.clear()
+
+    def release(self) -> None:
+        """The graphs do nothing any more."""
+        custom_op.release(self._handle)

@@ -1,0 +1,476 @@
+"""What the hooks and the graphs call: the life of one forward.
+
+A forward counts once or not at all. Its start copies the committed moments to pending ones, its samples go there, its normal end
+copies them back; what an exception leaves in the pending moments, the next start overwrites. A small forward only leaves its
+inputs, and once it has ended normally they wait for the next ones' (`deferral`). `phases.py` has the table of what may happen
+when.
+
+Under torch.compile the hooks are traced: the methods that end in `traced` run while Dynamo makes a graph, those that end in
+`in_graph` when the graph runs.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import get_ident
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastheads.backends.launch import Profiled, TracedSite
+from fastheads.capture import custom_op
+from fastheads.capture.coverage import Coverage
+from fastheads.capture.deferral.launches import DeferredLaunches
+from fastheads.capture.eager import EagerSink
+from fastheads.capture.forward import Forward, frame_of_compiled_call, on_stack
+from fastheads.capture.forwards import Forwards
+from fastheads.capture.graphs import GraphSink
+from fastheads.capture.input_check import InputCheck
+from fastheads.capture.queue import DeviceQueue, DeviceQueues
+from fastheads.capture.scope import Scope
+from fastheads.capture.stats import LaunchCounter, LaunchStats
+from fastheads.capture.verify import SelfCheck
+from fastheads.errors import ForwardError, TokensError
+from fastheads.models.residual import OutputNorms
+from fastheads.models.sites import HeadSite
+from fastheads.stats.token_layout import DecoderArguments, TokenLayout
+
+
+class Recorder:
+    """Follows the forwards of a model: `forward_hooks.Boundary` for the hooks, `custom_op.Recorder` for the graphs."""
+
+    def __init__(self, scope: Scope) -> None:
+        """Raises VerificationError where `verify` cannot look at a site. No hook is on the model yet but those of `verify`."""
+        self.scope = scope
+        self.lock = threading.RLock()
+        self.queues = DeviceQueues(scope.shape, len(scope.channels), scope.group_bytes)
+        self.forwards = Forwards(self.queues.by_device, self._main_ended, self._main_failed)
+        weights = scope.accumulator.weights
+        self.profiled = [
+            Profiled(row, site, self.queues.on(weights[row][0])) for row, site in scope.chosen.items()
+        ]
+        self.coverage = Coverage(self.profiled, allow_skipped=scope.options.allow_skipped)
+        self.counter = LaunchCounter()
+        self.deferred = DeferredLaunches(
+            self.queues, scope.accumulator, self.forwards.main_is_elsewhere, self.counter
+        )
+        self.arguments = DecoderArguments(scope.decoder)
+        self.handle = custom_op.register(self)
+        parts: dict[str, Any] = {
+            "deferred": self.deferred,
+            "counter": self.counter,
+            "coverage": self.coverage,
+            "inputs": InputCheck(scope.model, scope.sites, scope.chosen),
+        }
+        self.graph = GraphSink(scope, self.queues, self.forwards, handle=self.handle, **parts)
+        self.sink = EagerSink(scope, self.queues, self.forwards, graph=self.graph, **parts)
+        self.attached = False
+        self.check: SelfCheck | None = None
+        self._projections = [_slot_of(scope.model, site) for site in scope.chosen.values()]
+
+    # ------------------------------------------------------------------ a forward begins
+
+    def start(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None
+    ) -> None:
+        """A call of the model, or of its decoder, begins; `frame` is torch's of that call."""
+        with self.lock:
+            if not self.attached:
+                return  # detached in another thread
+            forward = self.forwards.innermost()
+            if self.forwards.is_paused():
+                self._start_paused(module, frame, forward)
+                return
+            if not self._is_decoder_of(forward, module):
+                forward = self._begin(module, frame, forward)
+            assert forward is not None
+            if not forward.counts:
+                return
+            _check_arguments(kwargs)
+            if module is not self.scope.decoder:
+                return
+            if forward.decoder_frame is not None:
+                raise ForwardError(_CALLED_AGAIN)
+            forward.decoder_frame = frame
+        # Without the lock: a function that somebody gave to `token_mask` may wait for other threads.
+        forward.layout = self.arguments.token_layout(args, kwargs, self.scope.options.skip_first)
+        for queue in forward.queues.values():
+            queue.open(forward.thread)
+
+    def _start_paused(self, module: nn.Module, frame: FrameType | None, outer: Forward | None) -> None:
+        if not self.queues.is_capturing():
+            self.deferred.catch_up_all()  # nobody looks at what this forward does to their memory
+        # Not the decoder's call of a paused forward.
+        if outer is not None and (module is self.scope.model or outer.counts):
+            self.forwards.push_paused(module, frame, outer)
+
+    def _is_decoder_of(self, forward: Forward | None, module: nn.Module) -> bool:
+        """True if this call is that of the decoder in the forward, and not a forward of its own that is called inside it."""
+        if forward is None or module is not self.scope.decoder or forward.module is module:
+            return False
+        # Of a decoder's call that did not end `start` makes an error.
+        return not forward.counts or not on_stack(forward.decoder_frame, forward.thread)
+
+    def _begin(self, module: nn.Module, frame: FrameType | None, outer: Forward | None) -> Forward:
+        """Begin a forward: on the manager's own queues where no other one is under way, else beside those that are."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise ForwardError("a forward under torch.func transforms (vmap, grad …) cannot be profiled")
+        for modules, name, projection in self._projections:
+            if modules.get(name) is not projection:
+                raise ForwardError(
+                    f"{name} of an attention module was replaced or wrapped while hooks were on it: attach a new HookManager"
+                )
+        self.arguments.follow_signature()
+        self.scope.updates.look()
+        capturing = self.queues.is_capturing()
+        if self.forwards.others() or self.forwards.whole.frame is not None:
+            self._check_may_run_beside(capturing)
+        if self.forwards.main is None:
+            forward = self.forwards.push_main(module, frame, outer)
+            self.queues.in_use = True
+            self._prepare(forward, capturing)
+        else:
+            forward = self.forwards.push_beside(module, frame, outer)
+            self._follow_weights()
+            for device in list(self.queues.by_device):
+                self.sink.queue_of(forward, device)
+        forward.generations = [channel.accumulator.generation for channel in self.scope.channels]
+        return forward
+
+    def _check_may_run_beside(self, capturing: bool) -> None:
+        """Raise ForwardError where a forward cannot begin while another is under way."""
+        what, main = None, self.forwards.main
+        others = self.forwards.others()
+        if self.forwards.whole_is_under_way():
+            what = "while one runs that was compiled as a whole"
+        elif others and (capturing or self.coverage.in_captured or (main is not None and main.capturing)):
+            what = "while one is captured as a CUDA graph, or parts of it were"
+        elif not others:
+            self.forwards.whole.idle()  # it failed
+        elif self.scope.ranks is not None:
+            what = "with tensor parallelism"
+        elif self.check is not None and self.check.unchecked():
+            what = "before the first one has been checked (verify=True)"
+        if what is not None:
+            raise ForwardError(
+                f"two forwards of one model at once, or one inside another, cannot be profiled {what}"
+            )
+
+    def _prepare(self, forward: Forward, capturing: bool) -> None:
+        """Make the manager's own queues ready: no launch, no wait."""
+        forward.capturing = capturing
+        for queue in self.queues:
+            self.deferred.withdraw(queue)
+            queue.close()
+            queue.recorded = False
+            if queue.deferred.forwards and queue.off_stream() and not capturing:
+                self.deferred.catch_up(queue)
+            queue.follow_stream()
+            for moments in queue.moments.pending:
+                moments.batches.clear()
+        self._follow_weights()
+        if capturing:
+            for factor in self.scope.factors():
+                factor.in_graph = factor.in_own_graph = True
+            self.graph.keep_for_graph()
+            self.coverage.captured(self.coverage.rows)
+        if self.check is not None:
+            self.check.watch()
+        for queue in self.queues:
+            queue.moments.begin(always=capturing)
+
+    def _follow_weights(self) -> None:
+        for channel in self.scope.channels:
+            channel.accumulator.refresh(before=self.deferred.weights_changed)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing that this thread runs."""
+        before = self.forwards.is_paused()
+        self.forwards.here.paused = True
+        try:
+            yield
+        finally:
+            self.forwards.here.paused = before
+
+    # ------------------------------------------------------------------ inputs come
+
+    def measure(self, profiled: Profiled, x: Tensor) -> None:
+        """Take the input of a projection that its tap could not simply keep."""
+        forward = self.forwards.current()
+        if forward is None or not forward.counts:
+            return  # not within a forward: a checkpoint's recomputation, a layer called alone
+        if profiled.row in self.scope.sequence_first and x.dim() == 3:
+            x = x.transpose(0, 1)
+        with self.lock:
+            if forward.module is not None:  # else detached in another thread
+                self.sink.put(forward, profiled, x)
+
+    def measure_scaled(self, forward: Forward, profiled: Profiled, x: Tensor, norms: OutputNorms) -> None:
+        """Take an input again behind the projection, with the norms of the projection's output."""
+        with self.lock:
+            if forward.module is not None:  # else detached in another thread
+                self.sink.put_scaled(forward, profiled, x, norms)
+
+    # ------------------------------------------------------------------ a forward ends
+
+    def finish(self, module: nn.Module, frame: FrameType | None) -> bool:
+        """A call of the model, or of its decoder, returned: measure what it left. True if it was the forward itself."""
+        forward = self.forwards.current()
+        if forward is None:
+            return False
+        is_outermost = self._is_outermost(forward, module, frame)
+        if not forward.counts:
+            return is_outermost
+        with self.lock:
+            if forward.module is None:
+                return False  # detached in another thread
+            if module is self.scope.decoder and (forward.decoder_frame is frame or forward.decoder_traced):
+                self._finish_decoder(forward)
+            if is_outermost:
+                if forward.decoder_frame is not None:
+                    raise ForwardError(
+                        "a call of the decoder in this forward did not end: an error in it was caught, and what it measured is "
+                        "not whole, so that the forward is not counted"
+                    )
+                if forward.ran:  # of a compiled decoder
+                    forward.skipped.update(self.coverage.rows - forward.ran)
+                for channel, generation in zip(self.scope.channels, forward.generations, strict=False):
+                    channel.accumulator.check_unmoved(generation)
+        return is_outermost
+
+    def _is_outermost(self, forward: Forward, module: nn.Module, frame: FrameType | None) -> bool:
+        """True if the call of `module` that ends is the forward itself."""
+        # A graph that holds a whole forward has no frame for the call in it.
+        return module is forward.module if forward is self.forwards.whole else forward.frame is frame
+
+    def _finish_decoder(self, forward: Forward) -> None:
+        if forward.decoder_traced:  # the graph broke before its end
+            self.graph.flush(forward)
+            forward.decoder_traced, forward.layout = False, None
+            return
+        self.sink.flush(forward)
+        if len(forward.ran) < len(self.profiled):
+            forward.skipped.update(self.coverage.rows - forward.ran)
+        forward.ran.clear()
+        forward.layout = forward.decoder_frame = None
+
+    def commit(self) -> None:
+        """The innermost forward of this thread is over, and counts."""
+        forward = self.forwards.current()
+        assert forward is not None  # it has just finished
+        with self.lock:
+            if (
+                forward.counts and forward.epoch == self.forwards.epoch
+            ):  # else every sample was forgotten meanwhile
+                self.coverage.skipped(forward.skipped)
+                self._commit(forward)
+            self.forwards.pop(forward)
+
+    def _commit(self, forward: Forward) -> None:
+        """The forward counts: on every device, before anything else is done that may fail."""
+        if self.forwards.is_beside(forward):
+            for device, queue in forward.queues.items():
+                self._commit_beside(queue, device)
+            return
+        any_waits = False
+        for own in self.queues:
+            waits = own.deferred.confirm()
+            any_waits = any_waits or waits
+            if waits and not own.recorded:
+                own.moments.leave()
+            else:
+                own.moments.commit()
+        self.counter.deferred += any_waits
+        for own in self.queues:
+            if own.deferred.is_full(own.budget):
+                self.deferred.catch_up(own)
+
+    def _commit_beside(self, queue: DeviceQueue[Any], device: torch.device) -> None:
+        own = self.queues.on(device)
+        if queue.recorded:
+            with queue.as_current_device(), queue.on_its_stream(), own.on_its_stream():
+                own.moments.add(queue.moments.pending_buffer)
+
+    def end_forward(self) -> None:
+        """End the decoder's call under way in this thread as if it returned now, for a caller who leaves it by an exception."""
+        forward = self.forwards.current()
+        if forward is None or forward.decoder_frame is None:
+            return
+        if self.finish(self.scope.decoder, forward.decoder_frame):
+            self.commit()
+
+    def abandon(self, module: nn.Module, frame: FrameType | None) -> None:
+        """A call of the model, or of its decoder, raised."""
+        forward = self.forwards.current()
+        if forward is not None and self._is_outermost(forward, module, frame):
+            with self.lock:
+                self.forwards.drop(forward)
+
+    def _main_failed(self) -> None:
+        for queue in self.queues:
+            self.deferred.withdraw(queue)
+            queue.close()
+            for moments in queue.moments.pending:
+                moments.batches.clear()
+
+    def _main_ended(self) -> None:
+        self.queues.in_use = False
+        if self.check is not None:
+            self.check.unwatch()
+
+    # ------------------------------------------------------------------ compiled code
+
+    def start_traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`start`, as Dynamo traces it."""
+        if self.forwards.is_paused():
+            return
+        forward: Forward | None = getattr(self.forwards.here, "forward", None)
+        whole = self.forwards.whole
+        if whole.module is not None:
+            if module is not self.scope.decoder or module is whole.module:
+                raise ForwardError("a forward inside another one cannot be profiled where both are compiled")
+            forward = whole
+        elif forward is None or module is self.scope.model:
+            forward = self.graph.begin_whole(module)
+        if not forward.counts:
+            return
+        _check_arguments(kwargs)
+        if module is self.scope.decoder:
+            if forward.layout is not None:
+                raise ForwardError(_CALLED_AGAIN)
+            forward.traced, forward.traced_scaled = [], []
+            forward.layout = self.arguments.token_layout(args, kwargs, self.scope.options.skip_first)
+            forward.decoder_traced = True
+
+    def trace(self, module: nn.Module, args: tuple[Any, ...], site: TracedSite) -> None:
+        """`measure`, as Dynamo traces it."""
+        forward = self.forwards.traced()
+        if forward is None or not forward.counts:
+            return
+        x = args[0].detach()
+        if self.scope.ranks is not None:
+            x = self.scope.ranks.own_part(site.row, x)
+        if site.row in self.scope.sequence_first:
+            x = x.transpose(0, 1)
+        self.graph.put(forward, module, site, x)
+
+    def finish_traced(self, module: nn.Module) -> None:
+        """`finish` and `commit`, as Dynamo traces them."""
+        forward = self.forwards.traced()
+        if forward is None or not forward.counts:
+            return
+        if module is self.scope.decoder:
+            self.graph.flush(forward)
+            forward.decoder_traced = False
+            forward.layout = None
+        if module is self.forwards.whole.module:
+            self.graph.end_whole()
+
+    def begin_in_graph(self, pending: Tensor, committed: Tensor) -> None:
+        """A graph begins a whole forward: the custom op `fastheads::begin`."""
+        with self.lock:
+            whole = self.forwards.whole
+            elsewhere = whole.thread != get_ident() and self.forwards.whole_is_under_way()
+            if elsewhere or self.forwards.others():
+                raise ForwardError(
+                    "a forward that was compiled as a whole cannot be profiled while another one is under way, in another thread "
+                    "or around it"
+                )
+            if self.queues.by_device[pending.device] is next(iter(self.queues)):  # one call for each device
+                self.settle_whole()
+            whole.frame, whole.thread = frame_of_compiled_call(), get_ident()
+            whole.epoch = self.forwards.epoch
+            capturing = pending.is_cuda and torch.cuda.is_current_stream_capturing()
+            for queue in self.queues:
+                if capturing:
+                    queue.moments.begun_in_graph()
+                else:
+                    queue.moments.distrust()  # what a graph that fails leaves there
+            pending.copy_(committed)
+
+    def record_in_graph(
+        self,
+        *,
+        channel: int,
+        rows: list[int],
+        inputs: list[Tensor],
+        valid: Tensor | None,
+        cu_seqlens: Tensor | None,
+        scale: Tensor | None,
+        state: Tensor,
+    ) -> None:
+        """A graph measures a group of inputs: the custom op `fastheads::record`."""
+        with self.lock:
+            layout = TokenLayout(valid, self.scope.options.skip_first, cu_seqlens)
+            self.graph.record(channel, rows, inputs, layout, scale=scale, state=state)
+
+    def settle_whole(self) -> None:
+        """Note what the last forward that a graph held as a whole did not run: Python is not told of its end."""
+        whole = self.forwards.whole
+        if whole.ran and whole.frame is None:  # else it failed
+            self.coverage.skipped(self.coverage.rows - whole.ran)
+        whole.ran.clear()
+
+    def check_no_whole(self, error: type[Exception]) -> None:
+        """Raise `error` while a graph holds a forward as a whole: it reads and writes the committed moments without the lock."""
+        if self.forwards.whole_is_under_way():
+            raise error("a forward that was compiled as a whole is under way: ask again when it has ended")
+
+    # ------------------------------------------------------------------ between forwards
+
+    def reset(self) -> None:
+        """Forget every sample, those of forwards under way too, and take the weights as they are now."""
+        self.check_no_whole(ForwardError)
+        self.forwards.forget_all()
+        for queue in self.queues:
+            queue.close()
+            with queue.on_its_stream():
+                queue.moments.clear()
+        self.deferred.clear()
+        self.counter.clear()
+        self.coverage.clear()
+        self.forwards.whole.ran.clear()
+        for channel in self.scope.channels:
+            channel.accumulator.rebuild()
+            channel.accumulator.used.clear()
+        self.scope.updates.renew()
+
+    def stats(self) -> LaunchStats:
+        """How inputs were measured, and what is held now; waits for nothing."""
+        queues: list[DeviceQueue[Any]] = [*self.queues, *self.forwards.queues_beside()]
+        return self.counter.read(self.deferred.waiting(), [x for queue in queues for x in queue.held()])
+
+    def close(self) -> None:
+        """End what is under way, and hold the results where no CUDA graph writes; the hooks are off."""
+        self.graph.release()
+        self.scope.updates.close()
+        try:
+            self.deferred.catch_up_all()
+        finally:
+            self.forwards.drop_all()
+            self.graph.forget_launches()
+            for queue in self.queues:
+                queue.cached_launch = None
+                queue.moments.freeze()
+            self.deferred.clear_backlogs()
+
+
+_CALLED_AGAIN = (
+    "the decoder was called again after a call that did not end: what that one measured cannot be told apart"
+)
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise TokensError(
+            "a batch with an adapter for each row (adapter_names) has no one weight to measure with"
+        )
+
+
+def _slot_of(model: nn.Module, site: HeadSite) -> tuple[dict[str, nn.Module | None], str, nn.Module]:
+    """Where the projection hangs: its owner's children, its name among them, itself."""
+    path, _, name = site.name.rpartition(".")
+    return model.get_submodule(path)._modules, name, site.module

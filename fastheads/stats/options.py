@@ -1,0 +1,70 @@
+"""The options of a measurement: validated once, handed down whole."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from fastheads.errors import OptionError
+from fastheads.stats.names import PRECISIONS, TOKEN_AGGS
+
+GROUP_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class MeasureOptions:
+    """What a HookManager was asked for; its docstring says what each option means.
+
+    Raises OptionError for a value that is none of its option. Whether a backend exists, and what `layers` and `include` name, is
+    seen where the model is at hand.
+    """
+
+    token_agg: str = "last"
+    layers: tuple[int, ...] | None = None  # in order, each once
+    backend: str = "auto"
+    precision: str = "exact"
+    skip_first: int = 0
+    group_bytes: int = GROUP_BYTES
+    allow_skipped: bool = False
+    kv_groups: bool = False
+    include: tuple[str, ...] = ()
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.token_agg not in TOKEN_AGGS:
+            raise OptionError(f"unknown token_agg {self.token_agg!r}: choose one of {', '.join(TOKEN_AGGS)}")
+        if self.precision not in PRECISIONS:
+            raise OptionError(f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        for name in ("skip_first", "group_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise OptionError(f"{name} must be a whole number, 0 or more, not {value!r}")
+        object.__setattr__(self, "layers", _checked_layers(self.layers))
+        include = (self.include,) if isinstance(self.include, str) else tuple(self.include)
+        object.__setattr__(self, "include", include)
+
+    def agreed(self) -> dict[str, Any]:
+        """The options on which the ranks of a tensor-parallel model must agree."""
+        return {"token_agg": self.token_agg, "skip_first": self.skip_first, "layers": self.layer_list()}
+
+    def metadata(self, backend: str) -> dict[str, Any]:
+        """The options as a profile's metadata hold them (JSON), with the backend that really served."""
+        return {
+            "token_agg": self.token_agg,
+            "skip_first": self.skip_first,
+            "backend": backend,
+            "precision": self.precision,
+            "layers": self.layer_list(),
+        }
+
+    def layer_list(self) -> list[int] | None:
+        """`layers` as JSON has it."""
+        return None if self.layers is None else list(self.layers)
+
+
+def _checked_layers(layers: Any) -> tuple[int, ...] | None:
+    if layers is None:
+        return None
+    chosen: list[Any] = list(layers) if isinstance(layers, Iterable) else [None]
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in chosen):
+        raise OptionError(f"layers must be whole numbers in a list, not {layers!r}")
+    return tuple(sorted(set(chosen)))
