@@ -445,16 +445,19 @@ def test_a_change_of_the_inputs_dtype_is_seen_and_weights_that_change_then_are_f
     assert_results(after, sites, [layer[5:] for layer in inputs], [None], "all", RTOL)
 
 
-def test_nothing_waits_where_weights_change_in_each_step():
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_nothing_waits_where_weights_change_every_few_steps(every):
     model = model_on_device()
     weight = fastheads.find_sites(model)[0].module.weight
     with fastheads.HookManager(model, "all", backend="triton") as hooks, torch.no_grad():
-        for i in range(8):
+        for i in range(9):
             model(input_ids=some(2, 6, i), use_cache=False)
-            weight.mul_(1.01)
-        assert (hooks.get_results()["head_output_norm"]["count"] == 16).all()
-        assert hooks.stats.deferred <= 1
-        assert hooks.stats.launches <= 8 + 1  # one forward waited, and was measured twice
+            if i % every == every - 1:
+                weight.mul_(1.01)
+        assert (hooks.get_results()["head_output_norm"]["count"] == 18).all()
+        # Those before the first change waited, and were measured twice.
+        assert hooks.stats.deferred == every - 1
+        assert hooks.stats.launches <= 9 + every - 1
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # on a GPU; exact products are wanted
@@ -641,6 +644,7 @@ def test_results_in_between_do_not_end_the_repeating():
         for _ in range(3):
             for i in range(5):
                 model(input_ids=some(2, 6, i), use_cache=False)
+            assert hooks.stats.waiting == 4
             hooks.get_results()
             assert launched.since() == (1, 4)
         assert (hooks.get_results()["head_output_norm"]["count"] == 30).all()
