@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastheads.models.sites import HeadSite, find_sites
     from fastheads.results.head_profile import HeadProfile
     from fastheads.run.api import profile
+    from fastheads.stats.metric import register_metric
 
 __all__ = [
     "FastheadsError",
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "find_sites",
     "profile",
+    "register_metric",
 ]
 
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     "UnsupportedWeightError": "errors",
     "find_sites": "models.sites",
     "profile": "run.api",
+    "register_metric": "stats.metric",
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastheads.errors import BackendError, ForwardError, ResultsError, UnsupportedWeightError
 from fastheads.models.sharding import Shard, shard_of
 from fastheads.models.sites import HeadSite
+from fastheads.stats.metric import NUM_NORMS
 from fastheads.stats.metrics import METRICS, relative_to_layer
 from fastheads.stats.moments import Moments, RunningMoments
 
@@ -107,14 +108,14 @@ class Ranks:
         """
         if any(values.is_cuda for values in samples) and torch.cuda.is_current_stream_capturing():
             raise ForwardError("heads of a tensor-parallel model cannot be profiled in CUDA graphs")
-        sums = [values[:, :2].sum(dim=-1) for values in samples]  # [n, 2, rows]
+        sums = [values[:, :NUM_NORMS].sum(dim=-1) for values in samples]  # [n, 2, rows]
         total = torch.cat([part.flatten() for part in sums])
         torch.distributed.all_reduce(total, group=self._group)
         parts = total.split([part.numel() for part in sums])
         for values, part, all_heads in zip(samples, sums, parts, strict=True):
             # Where every rank has all heads, each of them is in the sum once a rank: the mean is the same.
             mean = all_heads.view(part.shape) / (values.shape[-1] * self._size)
-            values[:, 2:] = relative_to_layer(values[:, :2], mean.unsqueeze(-1))
+            values[:, NUM_NORMS:] = relative_to_layer(values[:, :NUM_NORMS], mean.unsqueeze(-1))
 
     def whole(self, measured: Callable[[], Moments]) -> Moments:
         """Collective: the moments of the whole model `[metrics, rows, heads]`, the same bits on every rank, from the ones that
@@ -163,7 +164,7 @@ class Ranks:
             # As many of other forwards: then the relative metrics of a layer's heads do not average to 1 any more.
             numbers = "as many of others"
             for row, shard in self.shards.items():
-                heads = (slice(len(METRICS) // 2, len(METRICS)), row, slice(shard.num_heads * self._size))
+                heads = (slice(NUM_NORMS, len(METRICS)), row, slice(shard.num_heads * self._size))
                 finite = (everyone.count[heads] > 0).all() and not everyone.nonfinite[heads].any()
                 if finite and (everyone.mean[heads].mean(dim=-1) - 1).abs().max() > SAME:
                     break

@@ -29,7 +29,7 @@ def attach(recorder: Recorder, handles: list[Any]) -> None:
             handles.append(add_tap(module, tap, recorder.handle, profiled.traced()))
         else:
             handles.append(module.register_forward_pre_hook(_pre_hook(recorder, tap, profiled)))
-        update = scope.updates.normed.get(profiled.row)
+        update = scope.normed.get(profiled.row)
         if update is not None:
             hook = _output_hook(recorder, profiled, update)
             if scope.ranks is not None:
@@ -112,7 +112,7 @@ def _marking_changes(recorder: Recorder) -> Callable[..., None]:
 
     def step_hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         own = {id(parameter) for p in recorder.profiled for parameter in p.site.module.parameters()}
-        own |= {id(p) for update in recorder.scope.updates.normed.values() for p in update.parameters()}
+        own |= {id(p) for update in recorder.scope.normed.values() for p in update.parameters()}
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
             for channel in recorder.scope.channels:
                 channel.accumulator.mark_changed()

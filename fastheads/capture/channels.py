@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from fastheads.backends.accumulator import TORCH_BACKENDS, Accumulator
+from fastheads.backends.metric_samples import MetricAccumulator
 from fastheads.backends.tensor_parallel import Ranks
 from fastheads.errors import OptionError
 from fastheads.models import geometry
 from fastheads.models.residual import UnknownUpdateError, Update, update_of
 from fastheads.models.sites import HeadSite
+from fastheads.stats.metric import Metric
 from fastheads.stats.metrics import KV_METRIC, METRICS, UPDATE_METRIC
 from fastheads.stats.moments import Moments, RunningMoments
 
@@ -155,6 +157,11 @@ def channel_of_kv_groups(
     # Wide heads may be more than the kernel takes, whatever it is asked for by name.
     accumulator = Accumulator(groups, backend if backend in TORCH_BACKENDS else "auto", precision, token_agg)
     return Channel(index, accumulator, {KV_METRIC: CONTRIBUTION})
+
+
+def channel_of_function(index: int, sites: dict[int, HeadSite], metric: Metric, token_agg: str) -> Channel:
+    """A registered metric, which reads the input once more."""
+    return Channel(index, MetricAccumulator(sites, metric, token_agg), {metric.name: 0})
 
 
 def num_kv_heads(model: nn.Module, site: HeadSite) -> int:

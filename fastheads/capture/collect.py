@@ -11,6 +11,8 @@ from fastheads.capture.recorder import Recorder
 from fastheads.errors import CheckpointError, ForwardError, ResultsError, StaleFactorError
 from fastheads.models.metadata import describe
 from fastheads.results.head_profile import HeadProfile
+from fastheads.results.possible import least_of
+from fastheads.stats.metric import UPDATE
 from fastheads.stats.metrics import METRICS, UPDATE_METRIC
 from fastheads.stats.moments import Moments
 
@@ -39,7 +41,15 @@ def collect(recorder: Recorder, weights: dict[str, Any] | None) -> tuple[HeadPro
         for name, m in channel.metrics.items()
     }
     nonfinite = sum(int(of_metric.nonfinite.sum()) for of_metric in by_metric.values())
-    by_metric[UPDATE_METRIC] = scope.updates.moments(by_metric)
+    if scope.options.measures(UPDATE):
+        by_metric[UPDATE_METRIC] = scope.updates.moments(by_metric)
+    if scope.options.metrics is not None:
+        by_metric = {name: by_metric[name] for name in by_metric if name in scope.options.metrics}
+    for name, of_metric in by_metric.items():
+        if bool((of_metric.min < least_of(name)).any()):
+            raise ResultsError(
+                f"metric {name!r} has negative values: register it under a name that does not end in _norm or _ratio"
+            )
     return HeadProfile(by_metric, _metadata(recorder, weights)), nonfinite
 
 

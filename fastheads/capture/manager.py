@@ -51,6 +51,8 @@ class HookManager:
         verify: check each site in the first batch, against what its projection really gives and what its attention made
             (`fastheads.capture.verify`). A forward that does not pass raises VerificationError and counts nothing. Not for
             tensor-parallel models.
+        metrics: names of the metrics that the results hold, `register_metric`'s among them (None: the library's own, but
+            `head_residual_contribution_power`, which is optional, and that of `kv_groups`).
 
     Raises:
         NoSitesError: the model has nothing to profile.
@@ -73,6 +75,7 @@ class HookManager:
         kv_groups: bool = False,
         include: str | Iterable[str] = (),
         verify: bool = False,
+        metrics: Iterable[str] | None = None,
     ) -> None:
         self._model = unwrapped(model)
         self._options = MeasureOptions(
@@ -86,6 +89,7 @@ class HookManager:
             kv_groups=kv_groups,
             include=include,  # type: ignore[arg-type]
             verify=verify,
+            metrics=metrics,  # type: ignore[arg-type]
         )
         scope = scope_of(self._model, self._options)
         self._recorder = Recorder(scope)

@@ -10,13 +10,15 @@ from fastheads.backends.factors import SiteFactor
 from fastheads.capture.channels import (
     Channel,
     Updates,
+    channel_of_function,
     channel_of_heads,
     channel_of_kv_groups,
     channel_of_updates,
 )
 from fastheads.errors import OptionError
+from fastheads.models.residual import Update
 from fastheads.models.sites import HeadSite, decoder_of, find_sites, is_sequence_first, sites_of_layers
-from fastheads.stats.metrics import METRICS
+from fastheads.stats.metric import HEAD_METRICS, KV_GROUP, UPDATE
 from fastheads.stats.options import MeasureOptions
 
 
@@ -45,12 +47,18 @@ class Scope:
     @property
     def group_bytes(self) -> int:
         """Bytes of inputs to keep: none for backends that read the weight, which must come before a hook of others changes it."""
-        return self.options.group_bytes if self.accumulator.factors else 0
+        reads_weight = any(metric.needs_weight for metric in self.options.registered())
+        return self.options.group_bytes if self.accumulator.factors and not reads_weight else 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(metrics, rows, heads) of a channel's moments."""
-        return len(METRICS), len(self.sites), max(site.num_heads for site in self.sites)
+        return len(HEAD_METRICS), len(self.sites), max(site.num_heads for site in self.sites)
+
+    @property
+    def normed(self) -> dict[int, Update]:
+        """By row, the updates that are measured behind the projection."""
+        return self.updates.normed if self.options.measures(UPDATE) else {}
 
     def factors(self) -> list[SiteFactor]:
         """The factors of all channels."""
@@ -63,17 +71,19 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
     chosen = sites_of_layers(sites, options.layer_list())
     ranks = tensor_parallel.ranks_of(chosen)
     if ranks is not None:
-        if options.verify or options.kv_groups:
+        if options.verify or options.measures(KV_GROUP):
             name = "verify=True cannot check" if options.verify else "kv_groups=True cannot measure"
             raise OptionError(f"{name} tensor-parallel projections: no rank has all their heads")
         chosen = ranks.own(chosen)
     updates = Updates(model, chosen, ranks)
     how = {"backend": options.backend, "precision": options.precision, "token_agg": options.token_agg}
     channels = [channel_of_heads(chosen, ranks, **how)]
-    if options.kv_groups:
-        channels.append(channel_of_kv_groups(1, model, chosen, **how))
+    if options.measures(KV_GROUP):
+        channels.append(channel_of_kv_groups(len(channels), model, chosen, **how))
+    for metric in options.registered():
+        channels.append(channel_of_function(len(channels), chosen, metric, options.token_agg))
     at_input = tuple(channels)
-    if updates.normed:
+    if updates.normed and options.measures(UPDATE):
         channels.append(channel_of_updates(len(channels), chosen, updates.normed, ranks=ranks, **how))
     return Scope(
         model=model,

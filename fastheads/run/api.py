@@ -24,6 +24,8 @@ from fastheads.run.job import Job, RankInfo
 from fastheads.run.loop import Run, Settings
 from fastheads.run.progress import Status
 from fastheads.stats.confidence import StableRule, check_token_agg, judge
+from fastheads.stats.metric import metrics_of
+from fastheads.stats.options import MeasureOptions
 
 SEQ_LEN = 512
 CHECKPOINT_EVERY = 30.0  # seconds
@@ -49,6 +51,7 @@ def profile(
     skip_first: int = 0,
     allow_skipped: bool = False,
     kv_groups: bool = False,
+    metrics: Iterable[str] | None = None,
     include: str | Iterable[str] = (),
     field: str | None = None,
     progress: bool | Progress = False,
@@ -111,6 +114,7 @@ def profile(
         skip_first: leave out the first valid tokens of each sequence (1: the attention sink).
         allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
         kv_groups: also measure the contributions of KV groups (`HookManager`).
+        metrics: names of the metrics to measure (`HookManager`).
         include: patterns for names of attention modules to profile that are left out by default (`find_sites`).
         field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
         progress: True shows a bar; or a function that is called with the tokens done and the total, or None.
@@ -205,13 +209,20 @@ def profile(
         corpus = source
 
     early_exit = EarlyExit(module, allowed=not compile)
-    options: dict[str, Any] = {"token_agg": token_agg, "backend": backend, "precision": precision}
-    options |= {"skip_first": skip_first, "allow_skipped": allow_skipped, "kv_groups": kv_groups}
-    options |= {
-        "layers": None if layers is None else list(layers),
-        "include": [include] if isinstance(include, str) else list(include),
-    }
-    with HookManager(module, **options) as hooks, _progress(progress, job) as (report, say):
+    options = MeasureOptions(
+        token_agg=token_agg,
+        backend=backend,
+        precision=precision,
+        skip_first=skip_first,
+        allow_skipped=allow_skipped,
+        kv_groups=kv_groups,
+        layers=layers,  # type: ignore[arg-type]  # the options make tuples
+        include=include,  # type: ignore[arg-type]
+        metrics=metrics,  # type: ignore[arg-type]
+    )
+    if until_stable is not False and not options.measures(metrics_of([RANKING_METRIC])[0]):
+        raise OptionError(f"until_stable looks at {RANKING_METRIC}: name it in metrics too")
+    with HookManager(module, **options.configuration()) as hooks, _progress(progress, job) as (report, say):
         early_exit.follow(hooks)
         settings = Settings(
             batch_size=batch_size,
@@ -221,7 +232,7 @@ def profile(
             every=checkpoint_every,
             until_stable=StableRule() if until_stable is True else until_stable or None,
             shard=shard,
-            options=options,
+            options=options.configuration(),
             name=name,
         )
         file = None if checkpoint is None else Checkpoint(checkpoint, job.place.rank, job.place.world)

@@ -11,7 +11,13 @@ from torch import Tensor
 
 # Re-exported.
 from fastheads.stats.names import KV_METRIC, METRICS, TOKEN_AGGS, UPDATE_METRIC  # noqa: F401
-from fastheads.stats.token_layout import mean_over_sequences, mean_over_tokens, take_last
+from fastheads.stats.token_layout import (
+    TokenLayout,
+    last_tokens,
+    mean_over_sequences,
+    mean_over_tokens,
+    take_last,
+)
 
 # (z [G, N, H, D]) -> contribution norms [G, N, H], for a group of G layers of one shape
 ContributionNorms = Callable[[Tensor], Tensor]
@@ -118,6 +124,26 @@ def samples(
     if token_agg == "all":
         norms, present = mean_over_tokens(rearrange(norms, "k g (b s) h -> k g b s h", b=x.shape[1]), mask)
     return _with_relative(norms), present
+
+
+def token_samples(values: Tensor, layout: TokenLayout, token_agg: str) -> tuple[Tensor, Tensor | None]:
+    """The samples `[n, H]` of values `[B, S, H]` of every token, and bool `[n]`, True for those that count (None: all)."""
+    if layout.cu_seqlens is not None and token_agg == "last":
+        (values,), layout = last_tokens([values], layout)
+        token_agg = "token"
+    mask = layout.mask(values)
+    if token_agg == "last":
+        last, present = take_last(values.unsqueeze(0), mask)
+        return last[0], present
+    if token_agg == "token":
+        return values.flatten(0, 1), None if mask is None else mask.flatten()
+    if layout.cu_seqlens is not None:
+        assert mask is not None
+        mask, cu_seqlens = layout.packed(values)
+        means, present = mean_over_sequences(values.flatten(0, 1)[None, None], mask.flatten(), cu_seqlens)
+    else:
+        means, present = mean_over_tokens(values[None, None], mask)
+    return means[0, 0], present
 
 
 def packed_samples(norms: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

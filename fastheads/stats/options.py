@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastheads.errors import OptionError
+from fastheads.stats.metric import KV_GROUP, Metric, metrics_of
 from fastheads.stats.names import PRECISIONS, TOKEN_AGGS
 
 GROUP_BYTES = 64 * 2**20
@@ -28,6 +29,7 @@ class MeasureOptions:
     kv_groups: bool = False
     include: tuple[str, ...] = ()
     verify: bool = False
+    metrics: tuple[str, ...] | None = None  # those in the results; None: all that are not optional
 
     def __post_init__(self) -> None:
         if self.token_agg not in TOKEN_AGGS:
@@ -41,10 +43,46 @@ class MeasureOptions:
         object.__setattr__(self, "layers", _checked_layers(self.layers))
         include = (self.include,) if isinstance(self.include, str) else tuple(self.include)
         object.__setattr__(self, "include", include)
+        if self.metrics is not None:
+            names = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
+            if not names:
+                raise OptionError("metrics is empty: name some, or leave it out")
+            object.__setattr__(self, "metrics", tuple(metric.name for metric in metrics_of(names)))
+
+    def measures(self, metric: Metric) -> bool:
+        """True if the metric is to be in the results."""
+        if self.metrics is not None and metric.name in self.metrics:
+            return True
+        if metric is KV_GROUP:
+            return self.kv_groups
+        return self.metrics is None and metric.source != "function"
+
+    def registered(self) -> tuple[Metric, ...]:
+        """The metrics that a function gives."""
+        return tuple(m for m in metrics_of(self.metrics or ()) if m.source == "function")
+
+    def configuration(self) -> dict[str, Any]:
+        """The options on which a result depends, as JSON and as arguments of HookManager: a checkpoint's must be equal."""
+        return {
+            "token_agg": self.token_agg,
+            "backend": self.backend,
+            "precision": self.precision,
+            "skip_first": self.skip_first,
+            "allow_skipped": self.allow_skipped,
+            "kv_groups": self.kv_groups,
+            "layers": self.layer_list(),
+            "include": list(self.include),
+            **({} if self.metrics is None else {"metrics": list(self.metrics)}),
+        }
 
     def agreed(self) -> dict[str, Any]:
         """The options on which the ranks of a tensor-parallel model must agree."""
-        return {"token_agg": self.token_agg, "skip_first": self.skip_first, "layers": self.layer_list()}
+        return {
+            "token_agg": self.token_agg,
+            "skip_first": self.skip_first,
+            "layers": self.layer_list(),
+            "metrics": self.metrics,
+        }
 
     def metadata(self, backend: str) -> dict[str, Any]:
         """The options as a profile's metadata hold them (JSON), with the backend that really served."""
