@@ -41,7 +41,7 @@ SHAPES = {
     "llama-3-8b": (4096, 14336, 32, 32, 8, 128256),
     "llama-3-70b, 8 layers": (8192, 28672, 8, 64, 8, 128256),
 }
-# Measured where it is asked for: its layers normalise what the heads add, so that a second product follows each projection.
+# Measured where it is asked for: its layers normalize what the heads add, so that a second product follows each projection.
 NORMED = {"gemma-2-2b": (2304, 9216, 26, 8, 4, 256000)}
 CASES = [(1, 1), (1, 128), (8, 128), (32, 128), (8, 2048)]  # batch, seq
 MODES = {"eager": None, "compiled": "default", "reduce-overhead": "reduce-overhead"}

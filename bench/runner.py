@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 bench/runner.py                     # two GPUs beside one
     python bench/runner.py --cpu                                    # a tiny shape, to see that it works
 
-The corpus is a file of documents of mixed length, made of 4,096 words, and read, tokenised and batched as any other. In turn,
+The corpus is a file of documents of mixed length, made of 4,096 words, and read, tokenized and batched as any other. In turn,
 A B C, C B A, the same documents are run
 
 - `runner`: by `profile()`, with its checkpoints, from the first batch on to the end of the last;

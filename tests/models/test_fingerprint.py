@@ -107,15 +107,15 @@ def test_weights_offloaded_to_memory_are_seen_and_those_on_meta_or_disk_are_not(
 def test_wrapped_weights_are_read_inside(model):
     torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 
-    def quantised(factor):
+    def quantized(factor):
         copied = copy.deepcopy(model)
         with torch.no_grad():
             copied.model.layers[0].mlp.up_proj.weight.mul_(factor)  # of its int8 codes, none moves
         torchao.quantize_(copied, torchao.Int8WeightOnlyConfig())
         return fingerprint(copied)
 
-    once, twice = quantised(1), quantised(2)
-    assert once == quantised(1) != twice
+    once, twice = quantized(1), quantized(2)
+    assert once == quantized(1) != twice
     assert once["unseen"] == twice["unseen"] == 0
 
 
@@ -335,7 +335,7 @@ def test_scales_beside_the_parameters_are_seen():
 def test_hqq_s_scales_are_seen():
     hqq = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
 
-    def quantised(key):
+    def quantized(key):
         torch.manual_seed(0)
         config = hqq.BaseQuantizeConfig(nbits=4, group_size=32)
         layer = hqq.HQQLinear(nn.Linear(64, 64, bias=False), config, torch.float32, device="cpu")
@@ -343,8 +343,8 @@ def test_hqq_s_scales_are_seen():
             layer.meta[key] = layer.meta[key] * 2
         return fingerprint(layer)["sha256"]
 
-    assert quantised(None) == quantised(None)
-    assert len({quantised(None), quantised("scale"), quantised("zero")}) == 3
+    assert quantized(None) == quantized(None)
+    assert len({quantized(None), quantized("scale"), quantized("zero")}) == 3
 
 
 def test_what_a_rank_has_only_a_part_of_or_cannot_be_read_is_not_seen():

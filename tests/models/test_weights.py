@@ -350,7 +350,7 @@ def pruned(module):
     prune.random_unstructured(module, "weight", 0.5)
 
 
-def normalised(module):
+def normalized(module):
     parametrizations.weight_norm(module)
 
 
@@ -359,8 +359,8 @@ def normalised(module):
     [
         (pruned, lambda module: module.weight_orig.mul_(2)),
         (pruned, lambda module: module.weight_mask.copy_(1 - module.weight_mask)),
-        (normalised, lambda module: module.parametrizations.weight.original0.mul_(2)),
-        (normalised, lambda module: setattr(module.parametrizations.weight, "original0", again(module))),
+        (normalized, lambda module: module.parametrizations.weight.original0.mul_(2)),
+        (normalized, lambda module: setattr(module.parametrizations.weight, "original0", again(module))),
     ],
 )
 @pytest.mark.parametrize("backend", ["factored", "einsum"])

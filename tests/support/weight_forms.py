@@ -403,13 +403,13 @@ class Bnb4:
 
     seen = {}
 
-    def requantised(module):
+    def requantized(module):
         with torch.random.fork_rng():
             other = type(module)(WIDTH, HIDDEN, bias=False, quant_type=module.weight.quant_type).to("cpu")
         module.weight, module.quant_state = other.weight, other.quant_state
 
     changes = {
-        "a new weight": requantised,
+        "a new weight": requantized,
         "repacking taken back": lambda module: module.state_dict(),  # which is not exact
     }
     behind = {"data of the scales": lambda module: module.weight.quant_state.absmax.data.neg_()}
