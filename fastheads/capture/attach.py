@@ -81,6 +81,7 @@ def _pre_hook(recorder: Recorder, tap: Tap, profiled: Profiled) -> Tap:
         elif module is own:
             recorder.trace(module, args, traced)
 
+    _name_owner(pre_hook)
     return pre_hook
 
 
@@ -104,7 +105,13 @@ def _output_hook(recorder: Recorder, profiled: Profiled, update: Update) -> Call
         else:
             recorder.measure_scaled(forward, profiled, x, norms)
 
+    _name_owner(hook)
     return hook
+
+
+def _name_owner(hook: Callable[..., None]) -> None:
+    """Name HookManager in the closure's qualified name: pickle, which cannot pickle it, shows that name in its error."""
+    hook.__qualname__ = f"HookManager.<locals>.{hook.__name__}"
 
 
 def _marking_changes(recorder: Recorder) -> Callable[..., None]:

@@ -39,7 +39,7 @@ class EagerSink:
 
     def queue_of(self, forward: Forward, device: torch.device) -> DeviceQueue:
         """The queue where the forward puts what lies on `device`."""
-        if forward is self._forwards.main:
+        if not self._forwards.is_beside(forward):
             return self._queues.on(device)
         if device not in forward.queues:
             queue = forward.queues[device] = self._queues.beside(device)

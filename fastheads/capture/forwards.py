@@ -122,7 +122,8 @@ class Forwards:
 
     def queues_beside(self) -> list[Any]:
         """The queues of the forwards that have their own."""
-        return [queue for forward in [*self._beside] for queue in forward.queues.values()]
+        # Copied at once: other threads may add to them meanwhile.
+        return [queue for forward in [*self._beside] for queue in [*forward.queues.values()]]
 
     def forget_all(self) -> None:
         """What is under way does not count any more."""

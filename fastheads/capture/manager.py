@@ -212,10 +212,12 @@ class HookManager:
                 recorder.check.close()
             if not self._handles:
                 return
-            recorder.attached = False
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+            recorder.attached = (
+                False  # not before: forwards after Ctrl-C in the loop must show that sites are missing
+            )
             recorder.close()
 
     def __enter__(self) -> Self:

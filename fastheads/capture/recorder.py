@@ -125,8 +125,9 @@ class Recorder:
         self.arguments.follow_signature()
         self.scope.updates.look()
         capturing = self.queues.is_capturing()
-        if self.forwards.others() or self.forwards.whole.frame is not None:
-            self._check_may_run_beside(capturing)
+        others = self.forwards.others()
+        if others or self.forwards.whole.frame is not None:
+            self._check_may_run_beside(others, capturing)
         if self.forwards.main is None:
             forward = self.forwards.push_main(module, frame, outer)
             self.queues.in_use = True
@@ -139,10 +140,9 @@ class Recorder:
         forward.generations = [channel.accumulator.generation for channel in self.scope.channels]
         return forward
 
-    def _check_may_run_beside(self, capturing: bool) -> None:
-        """Raise ForwardError where a forward cannot begin while another is under way."""
+    def _check_may_run_beside(self, others: bool, capturing: bool) -> None:
+        """Raise ForwardError if a forward cannot begin beside the one that is under way; `others`: in plain Python."""
         what, main = None, self.forwards.main
-        others = self.forwards.others()
         if self.forwards.whole_is_under_way():
             what = "while one runs that was compiled as a whole"
         elif others and (capturing or self.coverage.in_captured or (main is not None and main.capturing)):

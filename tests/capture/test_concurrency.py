@@ -14,6 +14,7 @@ import fastheads
 from fastheads.capture.collect import load_state, state
 from fastheads.capture.manager import recorder_of
 from fastheads.errors import ForwardError
+from fastheads.stats.moments import CommittedMoments
 
 RTOL = 2e-5
 MASKS = [
@@ -631,3 +632,12 @@ def test_nothing_of_an_interrupted_forward_is_kept():
         model(**batches(0)[1])
         gc.collect()
         assert [ref() for ref in left] == [None] * 3
+
+
+def test_a_forward_that_a_graph_held_as_a_whole_uses_the_managers_own_queues_on_any_device():
+    """Its graph broke, and its decoder runs in plain Python where no weight lies."""
+    with fastheads.HookManager(build(), "all") as hooks:
+        recorder = recorder_of(hooks)
+        queue = recorder.sink.queue_of(recorder.forwards.whole, torch.device("meta"))
+        assert queue is recorder.queues.on(torch.device("meta"))
+        assert isinstance(queue.moments, CommittedMoments)

@@ -2,15 +2,21 @@
 
 import copy
 import gc
+import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
+import transformers
 from oracle import METRICS, UPDATE_METRIC, assert_results, captured_inputs, equal_results
 from tiny_models import build, tokens
 
 import fastheads
 from fastheads.basic import HookManager as BasicHookManager
+from fastheads.capture import forward_hooks
+from fastheads.capture.manager import recorder_of
+from fastheads.errors import ResultsError
 
 MANAGERS = [fastheads.HookManager, BasicHookManager]
 managers = pytest.mark.parametrize("manager", MANAGERS, ids=["fast", "basic"])
@@ -242,6 +248,66 @@ def test_a_copy_of_a_model_with_hooks_is_a_model_without():
         gc.collect()
         one_forward(model)
         assert (hooks.get_results()["head_output_norm"]["count"] == 6).all()
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_an_error_of_pickle_says_whose_hook_it_cannot_pickle(family):
+    if family == "gemma2":  # has a hook behind its projection
+        model = build(family)
+    else:  # its projection is no torch.nn.Linear
+        sizes = dict(n_layer=1, n_head=2, n_embd=32, vocab_size=101, bos_token_id=1, eos_token_id=2)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    with fastheads.HookManager(model) as hooks:
+        with pytest.raises((AttributeError, pickle.PicklingError), match="HookManager"):
+            pickle.dumps(hooks.sites[0].module)
+
+
+def test_a_forward_after_an_interrupted_remove_does_not_vanish_from_the_results(monkeypatch):
+    model = build()
+    hooks = fastheads.HookManager(model)
+    one_forward(model)
+
+    def interrupt(_self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            forward_hooks._Handle, "remove", interrupt
+        )  # after the taps, before the hooks of the call
+        with pytest.raises(KeyboardInterrupt):
+            hooks.remove()
+    one_forward(model)
+    with pytest.raises(ResultsError, match="did not run in every forward"):
+        hooks.get_results()
+    hooks.remove()
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("ask", ["get_results", "to_profile"])
+def test_the_warning_of_nonfinite_samples_names_the_line_of_the_caller(ask):
+    model = build()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[0, 0] = float("nan")
+    with fastheads.HookManager(model) as hooks:
+        one_forward(model)
+        with pytest.warns(RuntimeWarning, match="NaN or infinite") as warned:
+            getattr(hooks, ask)()
+    assert [warning.filename for warning in warned] == [__file__]
+
+
+def test_a_removed_manager_is_freed_and_its_model_too():
+    model = build("gemma2")
+    hooks = fastheads.HookManager(model, "all")
+    one_forward(model)
+    hooks.remove()
+    gone = [weakref.ref(each) for each in (hooks, recorder_of(hooks))]
+    del hooks
+    gc.collect()
+    assert [each() for each in gone] == [None, None]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_projection_shared_by_two_layers_is_one_site():

@@ -1,6 +1,7 @@
 """`HookManager.stats`: what it counts on the CPU. Of repeated and deferred launches: test_repeated_launches.py."""
 
 import dataclasses
+import sys
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tiny_models import build, tokens
 
 import fastheads
+from fastheads.capture.manager import recorder_of
 
 ONE = 2 * 6 * 96 * 4  # bytes of an input
 
@@ -128,3 +130,29 @@ def test_inputs_of_forwards_in_two_threads_are_both_held_and_nobody_waits_to_rea
         for thread in threads:
             thread.join(timeout=60)
         assert (hooks.stats.launches, hooks.stats.kept_bytes) == (2, 0)
+
+
+def test_it_can_be_read_while_a_forward_in_another_thread_meets_more_devices():
+    with fastheads.HookManager(build()) as hooks:
+        forwards = recorder_of(hooks).forwards
+        beside = forwards.push_beside(hooks.model, None, None)
+        queue = recorder_of(hooks).queues.on(torch.device("cpu"))
+        devices = [torch.device(kind, n) for kind in ("cuda", "xpu", "meta", "hpu") for n in range(100)]
+        done, interval = threading.Event(), sys.getswitchinterval()
+
+        def meet():
+            while not done.is_set():
+                for device in devices:
+                    beside.queues[device] = queue
+                beside.queues.clear()
+
+        thread = threading.Thread(target=meet)
+        sys.setswitchinterval(1e-6)
+        try:
+            thread.start()
+            for _ in range(100_000):
+                forwards.queues_beside()
+        finally:
+            done.set()
+            sys.setswitchinterval(interval)
+            thread.join()
