@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.capture.channels import Updates
+from fastheads.capture.stats import LaunchStats
+from fastheads.capture.verify import Finding
 from fastheads.errors import OptionError
 from fastheads.models.fingerprint import fingerprint
 from fastheads.models.metadata import describe
@@ -71,6 +73,7 @@ class HookManager:
         """Forget every sample."""
         names = (*METRICS, UPDATE_METRIC)
         self._weights = fingerprint(self.model)
+        self._launches = 0
         self._stats = [[[Welford() for _ in range(site.num_heads)] for _ in names] for site in self.sites]
 
     def _attach_hooks(self) -> None:
@@ -92,6 +95,7 @@ class HookManager:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             if self._layout is None:
                 return
+            self._launches += 1
             x = args[0].double()  # o_proj's input: [batch, seq, num_heads * head_dim]
             batch, seq, _ = x.shape
             head_outputs = x.reshape(batch * seq, site.num_heads, site.head_dim)
@@ -199,6 +203,16 @@ class HookManager:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    @property
+    def findings(self) -> dict[str, Finding]:
+        """Nothing: this manager checks nothing (`verify=True` of the fast one)."""
+        return {}
+
+    @property
+    def stats(self) -> LaunchStats:
+        """How often a projection's input was measured, each by itself and at once."""
+        return LaunchStats(launches=self._launches, repeated=0, deferred=0, waiting=0, kept_bytes=0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

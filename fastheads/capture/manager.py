@@ -121,6 +121,11 @@ class HookManager:
         return self._model
 
     @property
+    def token_agg(self) -> str:
+        """One sample's extent: "last", "all" or "token"."""
+        return self._options.token_agg
+
+    @property
     def sites(self) -> list[HeadSite]:
         """`find_sites(model)`: the rows of the results."""
         return self._recorder.scope.sites

@@ -503,3 +503,20 @@ def test_the_seeds_main_runs_unchanged_with_either_import(token_agg):
             torch.testing.assert_close(fast[metric][stat], value, rtol=2e-5, atol=1e-9)
     assert fast["metadata"].keys() == basic["metadata"].keys()
     assert fast["metadata"]["sites"] == basic["metadata"]["sites"]
+
+
+def test_both_managers_have_the_same_public_names():
+    """A script that swaps one import for the other runs unchanged."""
+    fast, basic = (manager(build()) for manager in (fastheads.HookManager, BasicHookManager))
+    with fast, basic, torch.no_grad():
+        one_forward(fast.model)
+        one_forward(basic.model)
+        names = [{name for name in dir(hooks) if not name.startswith("_")} for hooks in (fast, basic)]
+        assert names[0] == names[1]
+        assert fast.token_agg == basic.token_agg == "last"
+        assert fast.stats.launches >= 1 and basic.stats.launches == len(basic.sites)
+        assert fast.findings == basic.findings == {}
+        assert repr(fast) == (
+            "<HookManager of LlamaForCausalLM: 3 of 3 sites, token_agg='last', backend='auto', attached>"
+        )
+    assert repr(fast).endswith("removed>")
