@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastheads.errors import BackendError, ForwardError, ResultsError, UnsupportedWeightError
 from fastheads.models.sharding import Shard, shard_of
@@ -65,16 +65,6 @@ class Ranks:
         """Whether this rank sees all that the projection of `row` gives."""
         return row not in self.shards or self.shards[row].whole_output
 
-    def own_heads(self, row: int, hook: Callable[..., None]) -> Callable[..., None]:
-        """A hook before or behind the projection of `row`, given this rank's heads alone."""
-        if not self._takes_all_heads(row):
-            return hook
-
-        def hook_of_rank(module: nn.Module, args: tuple[Any, ...], *output: Tensor) -> None:
-            hook(module, (self.own_part(row, args[0]),), *output)
-
-        return hook_of_rank
-
     def own_part(self, row: int, x: Tensor) -> Tensor:
         """What this rank's heads gave of an input `[..., width]` of the projection of `row`."""
         if not self._takes_all_heads(row):
@@ -85,6 +75,10 @@ class Ranks:
         start = shard.start * shard.head_dim
         # Contiguous: a view that is kept would keep all heads.
         return x[..., start : start + shard.num_heads * shard.head_dim].contiguous()
+
+    def takes_own_heads(self, row: int) -> bool:
+        """True if the projection's input on this rank is that of this rank's heads alone."""
+        return not self._takes_all_heads(row)
 
     def _takes_all_heads(self, row: int) -> bool:
         """Whether the projection itself takes its part of an input of all heads."""

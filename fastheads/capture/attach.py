@@ -22,8 +22,6 @@ def attach(recorder: Recorder, handles: list[Any]) -> None:
     handles.append(register_optimizer_step_post_hook(_marking_changes(recorder)))
     for profiled in recorder.profiled:
         tap = _tap(recorder, profiled)
-        if scope.ranks is not None:
-            tap = scope.ranks.own_heads(profiled.row, tap)
         module = profiled.site.module
         if takes_taps(module):
             handles.append(add_tap(module, tap, recorder.handle, profiled.traced()))
@@ -32,12 +30,10 @@ def attach(recorder: Recorder, handles: list[Any]) -> None:
         update = scope.normed.get(profiled.row)
         if update is not None:
             hook = _output_hook(recorder, profiled, update)
-            if scope.ranks is not None:
-                hook = scope.ranks.own_heads(profiled.row, hook)
             # Before hooks of others, which may change the output.
             handles.append(module.register_forward_hook(hook, prepend=True))
     # Last, and from within: another thread may run the model meanwhile, and a forward that begins has all that is in it.
-    for module in {id(m): m for m in (scope.decoder, scope.model)}.values():
+    for module in {id(m): m for m in (scope.engine.decoder, scope.model)}.values():
         handles.append(forward_hooks.register(recorder, module))
 
 
@@ -45,12 +41,12 @@ def _tap(recorder: Recorder, profiled: Profiled) -> Tap:
     """What is called with each input of the projection."""
     own, queue = profiled.site.module, profiled.queue
     raw_stream = torch._C._cuda_getCurrentRawStream if queue.is_cuda else None
-    transposed = profiled.row in recorder.scope.sequence_first
-    measure = recorder.measure
+    engine, row = recorder.engine, profiled.row
+    as_is, measure = engine.as_is(row), recorder.measure
 
     def tap(module: nn.Module, args: tuple[Any, ...]) -> None:
         # A decode step's layer takes 100 µs on a GPU: here every look at the tensor counts.
-        x = args[0]
+        x = args[0] if as_is else engine.input(row, args[0])
         size = x.nbytes
         if (
             size <= queue.room  # never so outside a call of the decoder
@@ -59,7 +55,6 @@ def _tap(recorder: Recorder, profiled: Profiled) -> Tap:
             and get_ident() == queue.thread
             and x.get_device() == queue.index
             and not x.requires_grad
-            and not transposed
             and (raw_stream is None or raw_stream(queue.index) == queue.raw_stream)
         ):
             queue.room -= size
@@ -88,18 +83,16 @@ def _pre_hook(recorder: Recorder, tap: Tap, profiled: Profiled) -> Tap:
 def _output_hook(recorder: Recorder, profiled: Profiled, update: Update) -> Callable[..., None]:
     """What is called with each output of a projection behind which there is a norm."""
     own, traced = profiled.site.module, profiled.traced()
-    transposed = profiled.row in recorder.scope.sequence_first
+    engine, row = recorder.engine, profiled.row
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         compiling = torch.compiler.is_compiling()
         forward = recorder.forwards.traced() if compiling else recorder.forwards.current()
         if forward is None or not forward.counts or module is not own:
             return
-        x, output = args[0].detach(), output.detach()
-        if transposed:
-            x, output = x.transpose(0, 1), output.transpose(0, 1)
         with torch.no_grad():
-            norms = update.of_output(output)
+            norms = update.of_output(engine.output(row, output.detach()))
+        x = engine.input(row, args[0].detach())
         if compiling:
             recorder.graph.put_scaled(forward, traced, x, norms)
         else:

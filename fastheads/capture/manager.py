@@ -162,7 +162,7 @@ class HookManager:
         Raises:
             TokensError: here, `mask` is neither; in the forward, it is not bool or does not fit the call's tokens.
         """
-        return self._recorder.arguments.overridden(mask)
+        return self._recorder.scope.engine.overridden(mask)
 
     def to_profile(self) -> HeadProfile:
         """What the forwards that ended normally gave so far, as a HeadProfile. Waits for the device.

@@ -32,10 +32,10 @@ from fastheads.capture.queue import DeviceQueue, DeviceQueues
 from fastheads.capture.scope import Scope
 from fastheads.capture.stats import LaunchCounter, LaunchStats
 from fastheads.capture.verify import SelfCheck
-from fastheads.errors import ForwardError, TokensError
+from fastheads.errors import ForwardError
 from fastheads.models.residual import OutputNorms
 from fastheads.models.sites import HeadSite
-from fastheads.stats.token_layout import DecoderArguments, TokenLayout
+from fastheads.stats.token_layout import TokenLayout
 
 
 class Recorder:
@@ -43,7 +43,7 @@ class Recorder:
 
     def __init__(self, scope: Scope) -> None:
         """Raises VerificationError where `verify` cannot look at a site. No hook is on the model yet but those of `verify`."""
-        self.scope = scope
+        self.scope, self.engine = scope, scope.engine
         self.lock = threading.RLock()
         self.queues = DeviceQueues(scope.shape, len(scope.channels), scope.group_bytes)
         self.forwards = Forwards(self.queues.by_device, self._main_ended, self._main_failed)
@@ -56,7 +56,6 @@ class Recorder:
         self.deferred = DeferredLaunches(
             self.queues, scope.accumulator, self.forwards.main_is_elsewhere, self.counter
         )
-        self.arguments = DecoderArguments(scope.decoder)
         self.handle = custom_op.register(self)
         parts: dict[str, Any] = {
             "deferred": self.deferred,
@@ -88,14 +87,14 @@ class Recorder:
             assert forward is not None
             if not forward.counts:
                 return
-            _check_arguments(kwargs)
-            if module is not self.scope.decoder:
+            self.engine.check_call(kwargs)
+            if module is not self.engine.decoder:
                 return
             if forward.decoder_frame is not None:
                 raise ForwardError(_CALLED_AGAIN)
             forward.decoder_frame = frame
         # Without the lock: a function that somebody gave to `token_mask` may wait for other threads.
-        forward.layout = self.arguments.token_layout(args, kwargs, self.scope.options.skip_first)
+        forward.layout = self.engine.token_layout(args, kwargs)
         for queue in forward.queues.values():
             queue.open(forward.thread)
 
@@ -108,7 +107,7 @@ class Recorder:
 
     def _is_decoder_of(self, forward: Forward | None, module: nn.Module) -> bool:
         """True if this call is that of the decoder in the forward, and not a forward of its own that is called inside it."""
-        if forward is None or module is not self.scope.decoder or forward.module is module:
+        if forward is None or module is not self.engine.decoder or forward.module is module:
             return False
         # Of a decoder's call that did not end `start` makes an error.
         return not forward.counts or not on_stack(forward.decoder_frame, forward.thread)
@@ -122,7 +121,7 @@ class Recorder:
                 raise ForwardError(
                     f"{name} of an attention module was replaced or wrapped while hooks were on it: attach a new HookManager"
                 )
-        self.arguments.follow_signature()
+        self.engine.follow_signature()
         self.scope.updates.look()
         capturing = self.queues.is_capturing()
         others = self.forwards.others()
@@ -198,12 +197,10 @@ class Recorder:
     # ------------------------------------------------------------------ inputs come
 
     def measure(self, profiled: Profiled, x: Tensor) -> None:
-        """Take the input of a projection that its tap could not simply keep."""
+        """Take the input `[batch, seq, width]` of a projection that its tap could not simply keep."""
         forward = self.forwards.current()
         if forward is None or not forward.counts:
             return  # not within a forward: a checkpoint's recomputation, a layer called alone
-        if profiled.row in self.scope.sequence_first and x.dim() == 3:
-            x = x.transpose(0, 1)
         with self.lock:
             if forward.module is not None:  # else detached in another thread
                 self.sink.put(forward, profiled, x)
@@ -227,7 +224,7 @@ class Recorder:
         with self.lock:
             if forward.module is None:
                 return False  # detached in another thread
-            if module is self.scope.decoder and (forward.decoder_frame is frame or forward.decoder_traced):
+            if module is self.engine.decoder and (forward.decoder_frame is frame or forward.decoder_traced):
                 self._finish_decoder(forward)
             if is_outermost:
                 if forward.decoder_frame is not None:
@@ -299,7 +296,7 @@ class Recorder:
         forward = self.forwards.current()
         if forward is None or forward.decoder_frame is None:
             return
-        if self.finish(self.scope.decoder, forward.decoder_frame):
+        if self.finish(self.engine.decoder, forward.decoder_frame):
             self.commit()
 
     def abandon(self, module: nn.Module, frame: FrameType | None) -> None:
@@ -330,19 +327,19 @@ class Recorder:
         forward: Forward | None = getattr(self.forwards.here, "forward", None)
         whole = self.forwards.whole
         if whole.module is not None:
-            if module is not self.scope.decoder or module is whole.module:
+            if module is not self.engine.decoder or module is whole.module:
                 raise ForwardError("a forward inside another one cannot be profiled where both are compiled")
             forward = whole
         elif forward is None or module is self.scope.model:
             forward = self.graph.begin_whole(module)
         if not forward.counts:
             return
-        _check_arguments(kwargs)
-        if module is self.scope.decoder:
+        self.engine.check_call(kwargs)
+        if module is self.engine.decoder:
             if forward.layout is not None:
                 raise ForwardError(_CALLED_AGAIN)
             forward.traced, forward.traced_scaled = [], []
-            forward.layout = self.arguments.token_layout(args, kwargs, self.scope.options.skip_first)
+            forward.layout = self.engine.token_layout(args, kwargs)
             forward.decoder_traced = True
 
     def trace(self, module: nn.Module, args: tuple[Any, ...], site: TracedSite) -> None:
@@ -350,19 +347,14 @@ class Recorder:
         forward = self.forwards.traced()
         if forward is None or not forward.counts:
             return
-        x = args[0].detach()
-        if self.scope.ranks is not None:
-            x = self.scope.ranks.own_part(site.row, x)
-        if site.row in self.scope.sequence_first:
-            x = x.transpose(0, 1)
-        self.graph.put(forward, module, site, x)
+        self.graph.put(forward, module, site, self.engine.input(site.row, args[0].detach()))
 
     def finish_traced(self, module: nn.Module) -> None:
         """`finish` and `commit`, as Dynamo traces them."""
         forward = self.forwards.traced()
         if forward is None or not forward.counts:
             return
-        if module is self.scope.decoder:
+        if module is self.engine.decoder:
             self.graph.flush(forward)
             forward.decoder_traced = False
             forward.layout = None
@@ -461,13 +453,6 @@ class Recorder:
 _CALLED_AGAIN = (
     "the decoder was called again after a call that did not end: what that one measured cannot be told apart"
 )
-
-
-def _check_arguments(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("adapter_names") is not None:
-        raise TokensError(
-            "a batch with an adapter for each row (adapter_names) has no one weight to measure with"
-        )
 
 
 def _slot_of(model: nn.Module, site: HeadSite) -> tuple[dict[str, nn.Module | None], str, nn.Module]:

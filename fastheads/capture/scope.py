@@ -15,9 +15,10 @@ from fastheads.capture.channels import (
     channel_of_kv_groups,
     channel_of_updates,
 )
+from fastheads.capture.engine import TransformersEngine
 from fastheads.errors import OptionError
 from fastheads.models.residual import Update
-from fastheads.models.sites import HeadSite, decoder_of, find_sites, is_sequence_first, sites_of_layers
+from fastheads.models.sites import HeadSite, find_sites, sites_of_layers
 from fastheads.stats.metric import HEAD_METRICS, KV_GROUP, UPDATE
 from fastheads.stats.options import MeasureOptions
 
@@ -27,7 +28,7 @@ class Scope:
     """The model, the sites that are profiled, and the channels that measure them; fixed when the hooks attach."""
 
     model: nn.Module
-    decoder: nn.Module
+    engine: TransformersEngine
     options: MeasureOptions
     sites: list[HeadSite]  # all of the model's: the rows of the results
     chosen: dict[
@@ -37,7 +38,6 @@ class Scope:
     updates: Updates
     channels: tuple[Channel, ...]
     at_input: tuple[Channel, ...]  # those that need the projection's input alone
-    sequence_first: frozenset[int]  # rows whose inputs are [seq, batch, width]
 
     @property
     def accumulator(self) -> Accumulator:
@@ -87,7 +87,7 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
         channels.append(channel_of_updates(len(channels), chosen, updates.normed, ranks=ranks, **how))
     return Scope(
         model=model,
-        decoder=decoder_of(model),
+        engine=TransformersEngine(model, chosen, ranks, options.skip_first),
         options=options,
         sites=sites,
         chosen=chosen,
@@ -95,5 +95,4 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
         updates=updates,
         channels=tuple(channels),
         at_input=at_input,
-        sequence_first=frozenset(row for row, site in chosen.items() if is_sequence_first(model, site)),
     )
