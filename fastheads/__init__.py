@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastheads._version import __version__
 
 if TYPE_CHECKING:
+    from fastheads.backends.registry import register_backend
     from fastheads.capture.manager import HookManager
     from fastheads.errors import FastheadsError, NoSitesError, StaleFactorError, UnsupportedWeightError
     from fastheads.models.sites import HeadSite, find_sites
@@ -27,6 +28,7 @@ __all__ = [
     "__version__",
     "find_sites",
     "profile",
+    "register_backend",
     "register_metric",
 ]
 
@@ -40,6 +42,7 @@ _HOMES = {
     "UnsupportedWeightError": "errors",
     "find_sites": "models.sites",
     "profile": "run.api",
+    "register_backend": "backends.registry",
     "register_metric": "stats.metric",
 }
 

@@ -1,10 +1,7 @@
-"""Which backend serves which tensor, and the step from a group of inputs to updated moments."""
+"""From a group of inputs, by the backend that serves them, to updated moments."""
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,74 +10,20 @@ from torch import Tensor
 
 from fastheads.backends.factors import SiteFactor, SiteWeight, WeightWatch
 from fastheads.backends.launch import CachedLaunch, Profiled
+from fastheads.backends.protocol import FusedBackend, NormsBackend
+from fastheads.backends.registry import backend_for, check_backend
 from fastheads.backends.tensor_parallel import Ranks
-from fastheads.errors import BackendError, OptionError, StaleFactorError
+from fastheads.errors import StaleFactorError
 from fastheads.models.residual import Update
 from fastheads.models.sites import HeadSite
 from fastheads.models.weights import dense_weight
-from fastheads.stats.metrics import (
-    ContributionNorms,
-    einsum_norms,
-    factored_norms,
-    loop_norms,
-    packed_samples,
-    samples,
-)
+from fastheads.stats.metrics import ContributionNorms, packed_samples, samples
 from fastheads.stats.moments import RunningMoments
 from fastheads.stats.numerics import exact_arithmetic
 from fastheads.stats.token_layout import TokenLayout, last_tokens
 
-TORCH_BACKENDS = ("loop", "einsum", "factored")
-BACKENDS = ("auto", *TORCH_BACKENDS, "triton")
-
-
 # Samples of a layer, at most, that wait for the other layers': 32 KiB.
 LATE_ELEMENTS = 2**12
-
-
-def check_backend(backend: str) -> None:
-    """Raises OptionError for an unknown name, BackendError for a backend that cannot work here at all."""
-    if backend not in BACKENDS:
-        raise OptionError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if backend == "triton" and (reason := _triton_missing()):
-        raise BackendError(
-            f"backend 'triton' cannot be used: {reason}; choose one of {', '.join(TORCH_BACKENDS)}"
-        )
-
-
-def backend_for(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend for such inputs: the one asked for, or what "auto" takes. BackendError where "triton" cannot serve them."""
-    if backend in TORCH_BACKENDS:
-        return backend
-    if backend == "auto" and device.type != "cuda":
-        return "factored"
-    reason = _triton_missing()
-    if reason is None:
-        reason = _kernels().unsupported(device, dtype, head_dim)
-    if reason is None:
-        return "triton"
-    if backend == "auto":
-        return "factored"
-    raise BackendError(
-        f"backend 'triton' cannot be used: {reason}; choose one of {', '.join(TORCH_BACKENDS)}, or auto"
-    )
-
-
-@cache
-def _kernels() -> Any:
-    """`fastheads.kernels`, which imports triton: only where it is there."""
-    return importlib.import_module("fastheads.kernels")
-
-
-def _triton_missing() -> str | None:
-    for module in ("triton", "fastheads.kernels"):
-        try:
-            found = importlib.util.find_spec(module) is not None
-        except ImportError:
-            found = False
-        if not found:
-            return f"{module} is not installed"
-    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,14 +73,15 @@ class Accumulator:
         self.factors: dict[int, SiteFactor] = {}
         self._sites = sites
         self.weights: dict[int, tuple[torch.device, torch.dtype]] = {}  # as they were at first
-        self._choices: dict[tuple[Any, ...], str] = {}
+        self._choices: dict[tuple[Any, ...], NormsBackend | FusedBackend] = {}
         for row, site in sites.items():
             weight = dense_weight(site)  # raises where it cannot be had: now, not in the middle of a run
             self.weights[row] = (weight.device, weight.dtype)
-            if backend not in ("loop", "einsum"):
+            chosen = self._choice(weight.device, weight.dtype, site.head_dim)
+            if chosen.needs != "weight":
                 self.factors[row] = SiteFactor(site, weight, self._updates.get(row))
-            if self._choice(weight.device, weight.dtype, site.head_dim) == "triton":
-                self.factors[row].kernel(weight.dtype, precision)
+            if chosen.needs == "form":
+                self.factors[row].form(chosen, weight.dtype, precision)
         # Backends without factors read the weight each time, but behind a group of layers: there too it must stand for a forward.
         self._weights: list[SiteWeight] = list(self.factors.values()) or [
             SiteWeight(site, self._updates.get(row)) for row, site in sites.items()
@@ -166,7 +110,7 @@ class Accumulator:
         """
         x, site = inputs[0], self._sites[rows[0]]
         backend = self._choice(x.device, x.dtype, site.head_dim)
-        self.used.add(backend)
+        self.used.add(backend.name)
         token_agg = self.token_agg
         if layout.cu_seqlens is not None and token_agg == "last":
             if scale is not None:
@@ -174,18 +118,17 @@ class Accumulator:
                 scale = torch.stack(list(numbers)).squeeze(-1)
             inputs, layout = last_tokens(inputs, layout)
             x, token_agg = inputs[0], "token"
-        if backend == "triton":
-            factors = self._kernel_forms(rows, x.dtype)
+        if backend.needs == "form":
+            forms = self._forms_of(backend, rows, x.dtype)
             if layout.cu_seqlens is not None and token_agg == "all":
-                # The kernel adds up rows, not segments of them. So it gives the norms of the tokens, 8 bytes a head beside the
-                # one read of x, and torch adds those up.
-                norms = rearrange(_kernels().token_norms(inputs, factors, scale=scale), "g k h n -> k g n h")
+                # It adds up rows, not segments of them. So it gives the norms of the tokens, and torch adds those up.
+                norms = rearrange(backend.token_norms(inputs, forms, scale=scale), "g k h n -> k g n h")
                 packed = packed_samples(norms, *layout.packed(x))
                 self._merge_later(_Samples(moments, list(rows), *packed))
                 return
-            _kernels().head_stats(
+            backend.record(
                 inputs,
-                factors,
+                forms,
                 moments.buffer,
                 rows,
                 token_agg=token_agg,
@@ -201,7 +144,7 @@ class Accumulator:
             for part in self._batches(rows, backend):
                 several = part.stop - part.start > 1
                 group = torch.stack(list(inputs[part])) if several else inputs[part.start].unsqueeze(0)
-                contribution = self._contribution(backend, rows[part], site.num_heads, x.device)
+                contribution = self._contribution(backend, rows[part], x.device)
                 of_part = None if scale is None else scale[part]
                 values, present = samples(
                     group, mask, token_agg, site.num_heads, contribution, scale=of_part, cu_seqlens=cu_seqlens
@@ -224,16 +167,17 @@ class Accumulator:
     ) -> CachedLaunch | None:
         """What makes the launch again that `record` has just made of `inputs`, all alike; None where it cannot."""
         x = inputs[0]
-        if layout.cu_seqlens is not None or self._ranks is not None or self.backend in TORCH_BACKENDS:
+        if layout.cu_seqlens is not None or self._ranks is not None:
             return None
-        if self._choice(x.device, x.dtype, self._sites[rows[0]].head_dim) != "triton":
+        backend = self._choice(x.device, x.dtype, self._sites[rows[0]].head_dim)
+        if backend.needs != "form":
             return None
         valid = layout.valid
         if valid is not None and (valid.shape != x.shape[:2] or valid.device != x.device):
             return None  # `TokenLayout.mask` has something to do each time
-        launch = _kernels().repeater(
+        launch = backend.repeater(
             inputs,
-            self._kernel_forms(rows, x.dtype),
+            self._forms_of(backend, rows, x.dtype),
             moments.buffer,
             rows,
             token_agg=self.token_agg,
@@ -246,12 +190,13 @@ class Accumulator:
         forms = self._forms
         return CachedLaunch(profiled, inputs, layout, launch, lambda: self._forms is forms)
 
-    def _kernel_forms(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
-        """The factors of these rows as the kernel reads them; asked for once until one changes, or all were verified."""
+    def _forms_of(self, backend: FusedBackend, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
+        """The factors of these rows as the backend reads them; asked for once until one changes, or all were verified."""
         key = (dtype, *rows)
         forms = self._forms.get(key)
         if forms is None:
-            forms = self._forms[key] = tuple(self.factors[row].kernel(dtype, self.precision) for row in rows)
+            forms = tuple(self.factors[row].form(backend, dtype, self.precision) for row in rows)
+            self._forms[key] = forms
         return forms
 
     def stale(self) -> list[str]:
@@ -287,11 +232,11 @@ class Accumulator:
         if part.values.numel() > LATE_ELEMENTS:
             self._merge(part.moments)
 
-    def _batches(self, rows: Sequence[int], backend: str) -> list[slice]:
+    def _batches(self, rows: Sequence[int], backend: NormsBackend) -> list[slice]:
         """The group as one batch where its factors lie side by side, else layer by layer."""
         places = [self._places.get(row) for row in rows]
         first = places[0]
-        if backend == "factored" and first is not None:
+        if backend.needs == "factor" and first is not None:
             bank, start, _ = first
             if all(
                 # a weight that moved to another device took its factor out of the bank
@@ -302,15 +247,18 @@ class Accumulator:
         return [slice(i, i + 1) for i in range(len(rows))]
 
     def _contribution(
-        self, backend: str, rows: Sequence[int], num_heads: int, device: torch.device
+        self, backend: NormsBackend, rows: Sequence[int], device: torch.device
     ) -> ContributionNorms:
-        if backend == "factored":
-            if len(rows) == 1:
-                return factored_norms(self.factors[rows[0]].dense().unsqueeze(0).to(device))
-            bank, start, _ = self._places[rows[0]]
-            return factored_norms(bank[start : start + len(rows)])
-        weights = [self._weight(row).to(device) for row in rows]
-        return (loop_norms if backend == "loop" else einsum_norms)(weights, num_heads)
+        """The backend with the weights of these rows: of one, or of several whose factors lie side by side."""
+        first = rows[0]
+        if backend.needs == "weight":
+            weights = self._weight(first).to(device).unflatten(1, (self._sites[first].num_heads, -1))[None]
+        elif len(rows) == 1:
+            weights = self.factors[first].dense().unsqueeze(0).to(device)
+        else:
+            bank, start, _ = self._places[first]
+            weights = bank[start : start + len(rows)]
+        return lambda z: backend.contribution_norms(z.flatten(2), weights)
 
     def _weight(self, row: int) -> Tensor:
         weight = dense_weight(self._sites[row])
@@ -325,7 +273,7 @@ class Accumulator:
         alike: dict[tuple[Any, ...], list[int]] = {}
         for row, factor in self.factors.items():
             site, (device, dtype) = self._sites[row], factor.place
-            if self._choice(*self.weights[row], site.head_dim) == "factored":
+            if self._choice(*self.weights[row], site.head_dim).needs == "factor":
                 alike.setdefault((device, dtype, site.num_heads, site.head_dim), []).append(row)
         for (device, dtype, heads, head_dim), rows in alike.items():
             with torch.inference_mode(False):
@@ -369,7 +317,7 @@ class Accumulator:
                 "whatever the backend. Change weights between forwards, or take off the hook that does"
             )
 
-    def _choice(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    def _choice(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> NormsBackend | FusedBackend:
         key = (device, dtype, head_dim)
         if key not in self._choices:
             self._choices[key] = backend_for(self.backend, device, dtype, head_dim)

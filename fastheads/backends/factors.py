@@ -4,7 +4,6 @@ With W_h `[hidden, head_dim]` one head's slice of W and G_h = W_hᵀW_h = L_h L_
 float64: it squares W's condition number, and in float32 the weak directions of a head would be lost.
 """
 
-import importlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastheads.backends.protocol import FusedBackend
 from fastheads.models.residual import Place, Update
 from fastheads.models.sites import HeadSite
 from fastheads.models.weights import (
@@ -93,7 +93,8 @@ class SiteFactor(SiteWeight):
             False  # one that was captured by hand: its replays ask nobody whether the weight has changed
         )
         self._dense: Tensor | None = None  # [heads, D, D], for the torch path
-        self._kernel: dict[tuple[torch.dtype, str], Any] = {}  # by dtype of the input and precision
+        # By backend, dtype of the input, and precision.
+        self._fused: dict[tuple[str, torch.dtype, str], Any] = {}
         self._unverified = False
         self._stale = False
         self.site, self._update = (
@@ -110,13 +111,13 @@ class SiteFactor(SiteWeight):
         assert self._dense is not None
         return self._dense
 
-    def kernel(self, dtype: torch.dtype, precision: str) -> Any:
-        """The form that the fused kernel reads (`fastheads.kernels.KernelFactor`)."""
+    def form(self, backend: FusedBackend, dtype: torch.dtype, precision: str) -> Any:
+        """The form that a fused backend reads (`fastheads.kernels.KernelFactor`)."""
         self._unverified = True
-        form = self._kernel.get((dtype, precision))
+        form = self._fused.get((backend.name, dtype, precision))
         if form is None:
-            form = importlib.import_module("fastheads.kernels").prepare(self._lower(), dtype, precision)
-            self._kernel[dtype, precision] = form
+            form = backend.prepare(self._lower(), dtype, precision)
+            self._fused[backend.name, dtype, precision] = form
         return form
 
     def keep_dense_in(self, storage: Tensor) -> None:
@@ -134,16 +135,16 @@ class SiteFactor(SiteWeight):
         """Make every form anew of the weight as it is now; forgets that it was stale."""
         self._stale = False
         weight = self._note_weight()
-        if self._dense is None and not self._kernel:
+        if self._dense is None and not self._fused:
             return
         lower = self._lower(weight)
         if self._dense is not None:
             self._write_dense(lower)
-        for key, form in list(self._kernel.items()):
+        for key, form in list(self._fused.items()):
             if form.buffer.device == lower.device:
                 form.refresh(lower)
             else:
-                del self._kernel[key]  # made on the new device when it is asked for
+                del self._fused[key]  # made on the new device when it is asked for
 
     def verify(self) -> bool:
         """Whether the bits of the weight are those that the factor was made from. Waits for the device.

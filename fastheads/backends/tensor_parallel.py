@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastheads.backends.registry import AUTO, FACTORED, named
 from fastheads.errors import BackendError, ForwardError, ResultsError, UnsupportedWeightError
 from fastheads.models.sharding import Shard, shard_of
 from fastheads.models.sites import HeadSite
@@ -52,14 +53,16 @@ class Ranks:
         }
 
     def torch_backend(self, backend: str) -> str:
-        """The backend that serves where `backend` is asked for. BackendError for "triton": the kernel makes a sample of all
-        heads of a layer, and there is no rank that has them.
+        """The backend that serves where `backend` is asked for. BackendError for a fused one: it makes a sample of all heads of
+        a layer, and there is no rank that has them.
         """
-        if backend == "triton":
+        if backend == AUTO:
+            return FACTORED.name
+        if named(backend).needs == "form":
             raise BackendError(
-                "backend 'triton' cannot be used with tensor parallelism: choose one of loop, einsum, factored, or auto"
+                f"backend {backend!r} cannot be used with tensor parallelism: choose one of loop, einsum, factored, or auto"
             )
-        return "factored" if backend == "auto" else backend
+        return backend
 
     def whole_output(self, row: int) -> bool:
         """Whether this rank sees all that the projection of `row` gives."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fastheads.backends.accumulator import TORCH_BACKENDS, Accumulator
+from fastheads.backends.accumulator import Accumulator
 from fastheads.backends.metric_samples import MetricAccumulator
+from fastheads.backends.registry import without_fused
 from fastheads.backends.tensor_parallel import Ranks
 from fastheads.errors import OptionError
 from fastheads.models import geometry
@@ -155,7 +156,7 @@ def channel_of_kv_groups(
         width = site.num_heads * site.head_dim // kv_heads
         groups[row] = dataclasses.replace(site, num_heads=kv_heads, head_dim=width)
     # Wide heads may be more than the kernel takes, whatever it is asked for by name.
-    accumulator = Accumulator(groups, backend if backend in TORCH_BACKENDS else "auto", precision, token_agg)
+    accumulator = Accumulator(groups, without_fused(backend), precision, token_agg)
     return Channel(index, accumulator, {KV_METRIC: CONTRIBUTION})
 
 

@@ -38,7 +38,7 @@ class HookManager:
             sequence's valid tokens; "token": each valid token.
         layers: profile only the sites of these layers (None: all). Rows of the results are those of `find_sites(model)` all the
             same; the others have count 0.
-        backend: "auto", "loop", "einsum", "factored" or "triton".
+        backend: "auto", "loop", "einsum", "factored", "triton", or a name given to `fastheads.register_backend`.
         precision: "exact" or "fast"; only "triton" has a faster way to be less exact.
         skip_first: leave out the first valid tokens of each sequence (1 leaves the attention sink out).
         group_bytes: inputs of up to so many bytes a device are kept until one launch at the end of the decoder's call serves them

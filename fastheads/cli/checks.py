@@ -43,7 +43,7 @@ def check_options(
     checkpoint_every: float,
 ) -> None:
     """Raise OptionError or BackendError for options that would otherwise fail only after the model is loaded."""
-    from fastheads.backends.accumulator import check_backend
+    from fastheads.backends.registry import check_backend
     from fastheads.corpus.sources import check_lengths
     from fastheads.run.api import check_options as check_options_of_a_run
     from fastheads.run.loading import DTYPES

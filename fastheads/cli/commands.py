@@ -413,7 +413,7 @@ def doctor(
     """Show which modules of a model would be profiled, and how, and check them on one batch."""
     terminal = Console(stderr=True, file=sys.stderr, highlight=False)
     with doing(f"loading {model}", terminal):
-        from fastheads.backends.accumulator import check_backend
+        from fastheads.backends.registry import check_backend
         from fastheads.cli.doctor import diagnose, show
         from fastheads.run import loading
 

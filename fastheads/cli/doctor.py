@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from fastheads.backends.accumulator import backend_for
+from fastheads.backends.registry import backend_for
 from fastheads.capture.manager import HookManager
 from fastheads.capture.verify import GEOMETRY, Finding
 from fastheads.models.sites import HeadSite, decoder_of, find_sites
@@ -64,7 +64,7 @@ def diagnose(
 def _weight_and_backend(site: HeadSite, backend: str) -> Diagnosis:
     try:
         weight = dense_weight(site)
-        chosen = backend_for(backend, weight.device, weight.dtype, site.head_dim)
+        chosen = backend_for(backend, weight.device, weight.dtype, site.head_dim).name
     except (ValueError, RuntimeError) as error:
         return Diagnosis(site, type(site.module).__name__, problem=error)
     dtype = str(weight.dtype).removeprefix("torch.")

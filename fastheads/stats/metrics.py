@@ -1,9 +1,9 @@
-"""Compute the metrics in torch: the paths loop, einsum and factored.
+"""Compute the metrics in torch, from the norms of contributions that a backend gives.
 
 Shapes: B rows (sequences), S positions, H heads, D = head_dim, N = B·S tokens, O = the projection's out_features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from einops import rearrange
@@ -30,44 +30,6 @@ SCRATCH_ELEMENTS = 2**22
 def l2(x: Tensor) -> Tensor:
     """L2 norms over the last dimension, in float64, since squares can overflow float32 and bfloat16."""
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
-
-
-def loop_norms(weights: Sequence[Tensor], num_heads: int) -> ContributionNorms:
-    """The plain algorithm: for each layer and head, multiply by the head's slice of the weight `[O, H·D]`."""
-
-    def norms(z: Tensor) -> Tensor:
-        head_dim = z.shape[-1]
-        out = z.new_empty(z.shape[:-1], dtype=torch.float64)
-        for g, weight in enumerate(weights):
-            for h in range(num_heads):
-                o_proj_slice = weight[:, h * head_dim : (h + 1) * head_dim].to(z.dtype)  # [O, D]
-                out[g, :, h] = l2(z[g, :, h] @ o_proj_slice.T)
-        return out
-
-    return norms
-
-
-def einsum_norms(weights: Sequence[Tensor], num_heads: int) -> ContributionNorms:
-    """One einsum per layer with its weight viewed `[O, H, D]`: easy to read, but it allocates `[N, H, O]`."""
-
-    def norms(z: Tensor) -> Tensor:
-        views = [rearrange(w.to(z.dtype), "o (h d) -> o h d", h=num_heads) for w in weights]
-        return torch.stack(
-            [l2(torch.einsum("n h d, o h d -> n h o", layer, w)) for layer, w in zip(z, views, strict=True)]
-        )
-
-    return norms
-
-
-def factored_norms(factors: Tensor) -> ContributionNorms:
-    """‖W_h z‖ = ‖z L_h‖ with `factors` `[G, H, D, D]`, W_hᵀW_h = L_h L_hᵀ: hidden_size/head_dim times fewer operations."""
-
-    def norms(z: Tensor) -> Tensor:
-        groups = z.shape[0]
-        y = torch.bmm(rearrange(z, "g n h d -> (g h) n d"), factors.to(z.dtype).flatten(0, 1))
-        return rearrange(l2(y), "(g h) n -> g n h", g=groups)
-
-    return norms
 
 
 def token_norms(

@@ -8,8 +8,9 @@ from oracle import METRICS, assert_results, captured_inputs
 from tiny_models import build, tokens
 
 import fastheads
+from fastheads.backends.torch_paths import Factored
 from fastheads.basic import HookManager as BasicHookManager
-from fastheads.stats.metrics import factored_norms, samples
+from fastheads.stats.metrics import samples
 from fastheads.stats.token_layout import DecoderArguments
 
 BACKENDS = ("loop", "einsum", "factored", "basic")
@@ -212,14 +213,18 @@ def test_a_sample_that_is_nan_stays_in_its_segment():
     x[0, 0, 4] = torch.nan
     bounds = torch.tensor([0, 3, 6, 9])
     factors = torch.eye(4, dtype=torch.float64).expand(1, 2, 4, 4)
+
+    def norms_of(z):
+        return Factored().contribution_norms(z.flatten(2), factors)
+
     mask = torch.ones(1, 9, dtype=torch.bool)
-    values, present = samples(x, mask, "all", 2, factored_norms(factors), cu_seqlens=bounds)
+    values, present = samples(x, mask, "all", 2, norms_of, cu_seqlens=bounds)
     assert present.tolist() == [True] * 3
     assert values.isnan().flatten(1).all(1).tolist() == [False, True, False]
     norms = x[0, 0].view(9, 2, 4).norm(dim=-1)
     torch.testing.assert_close(values[2, 0, 0], norms[6:9].mean(0))
     mask[0, 4] = False  # padding may hold NaN
-    values, _ = samples(x, mask, "all", 2, factored_norms(factors), cu_seqlens=bounds)
+    values, _ = samples(x, mask, "all", 2, norms_of, cu_seqlens=bounds)
     torch.testing.assert_close(values[1, 1, 0], norms[[3, 5]].mean(0))
 
 
