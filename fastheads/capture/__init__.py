@@ -1,1 +1,1 @@
-"""HookManager: hooks, the life of one forward, deferral, torch.compile, the self-check."""
+"""Take the inputs of projections during forwards: hooks, the life of a forward, deferral, torch.compile, the self-check."""

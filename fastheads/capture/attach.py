@@ -1,4 +1,4 @@
-"""Hooks on a model: a tap before each projection, a hook behind it where its output is needed, and those at a forward's ends."""
+"""Put hooks on a model: before each projection, behind it if its output is needed, and around the calls of model and decoder."""
 
 from collections.abc import Callable
 from threading import get_ident
@@ -16,7 +16,7 @@ from fastheads.models.residual import Update
 
 
 def attach(recorder: Recorder, handles: list[Any]) -> None:
-    """Put the hooks on the recorder's model; `handles` gets what takes each of them off, as soon as it is on."""
+    """Put the hooks on the recorder's model. Appends the handle of each hook to `handles` as soon as the hook is on."""
     scope = recorder.scope
     handles.append(RetraceHandle({p.site.name: p.site.module for p in recorder.profiled}))
     handles.append(register_optimizer_step_post_hook(_marking_changes(recorder)))
@@ -38,7 +38,7 @@ def attach(recorder: Recorder, handles: list[Any]) -> None:
 
 
 def _tap(recorder: Recorder, profiled: Profiled) -> Tap:
-    """What is called with each input of the projection."""
+    """Make the function that is called with each input of the projection."""
     own, queue = profiled.site.module, profiled.queue
     raw_stream = torch._C._cuda_getCurrentRawStream if queue.is_cuda else None
     engine, row = recorder.engine, profiled.row
@@ -67,7 +67,7 @@ def _tap(recorder: Recorder, profiled: Profiled) -> Tap:
 
 
 def _pre_hook(recorder: Recorder, tap: Tap, profiled: Profiled) -> Tap:
-    """The tap as a forward pre-hook, for modules whose `forward` is not torch's own."""
+    """Wrap the tap as a forward pre-hook, for modules whose `forward` is not `nn.Linear`'s."""
     own, traced = profiled.site.module, profiled.traced()
 
     def pre_hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -81,7 +81,7 @@ def _pre_hook(recorder: Recorder, tap: Tap, profiled: Profiled) -> Tap:
 
 
 def _output_hook(recorder: Recorder, profiled: Profiled, update: Update) -> Callable[..., None]:
-    """What is called with each output of a projection behind which there is a norm."""
+    """Make the forward hook of a projection whose output the layer normalizes."""
     own, traced = profiled.site.module, profiled.traced()
     engine, row = recorder.engine, profiled.row
 
@@ -108,7 +108,7 @@ def _name_owner(hook: Callable[..., None]) -> None:
 
 
 def _marking_changes(recorder: Recorder) -> Callable[..., None]:
-    """What is called after each step of an optimizer: fused ones write weights without a trace."""
+    """Make the hook that runs after each optimizer step: fused optimizers change weights without raising their version."""
 
     def step_hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         own = {id(parameter) for p in recorder.profiled for parameter in p.site.module.parameters()}

@@ -1,7 +1,7 @@
-"""What is measured at the projections, beyond one norm a head: channels with geometry, factors and moments of their own.
+"""Channels: the streams of metrics that are measured at the projections, each with its own heads, factors and moments.
 
-The first channel measures the four metrics of each head. Others take the second of these, the norm of a contribution, of another
-product: of the heads that share keys and values together, or of what a norm behind the attention leaves of a head.
+The first channel measures the four metrics of each head. The others measure the second of these, the norm of a contribution, for
+another product: the sum of the query heads that share keys and values, or a head's part of a normalized attention output.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ CONTRIBUTION = METRICS.index("head_residual_contribution_norm")
 
 @dataclass(frozen=True, eq=False)
 class Channel:
-    """One accumulator, the place of its moments in a device's buffer, and the metrics that they give: by name, the plane."""
+    """An accumulator, the index of its moments in a device's buffer, and the plane of each of its metrics by name."""
 
     index: int
     accumulator: Accumulator
@@ -36,7 +36,7 @@ class Channel:
 
 
 class Updates:
-    """What the layers make of their attention's output, by row, as far as it is known."""
+    """The updates of the layers, by row: how a layer scales or normalizes the attention's output, if that is known."""
 
     def __init__(self, model: nn.Module, sites: dict[int, HeadSite], ranks: Ranks | None = None) -> None:
         self._sites = sites
@@ -54,7 +54,7 @@ class Updates:
         self.renew()
 
     def renew(self) -> None:
-        """Take the multipliers as they are now."""
+        """Read the current multipliers, and forget changes seen before."""
         self._changed: set[str] = set()
         self._is_over = False
         self._multipliers: dict[int, float] = {}
@@ -69,7 +69,7 @@ class Updates:
         self._texts = {row: str(update) for row, update in self.known.items()}
 
     def look(self) -> None:
-        """At the start of each forward: a profile is of one number, and where no norm comes between, so are its samples."""
+        """Note changed multipliers, at the start of each forward: all samples of a profile share one multiplier."""
         if self._multipliers and not self._is_over:
             for row, before in self._multipliers.items():
                 try:
@@ -80,23 +80,23 @@ class Updates:
                     self._changed.add(self._sites[row].name)
 
     def close(self) -> None:
-        """No forward comes any more: what the layers become is of no account."""
+        """Note changes for the last time: later ones affect no sample."""
         self.look()
         self._is_over = True
 
     def changed(self) -> list[str]:
-        """The names of the sites whose layer was seen with another multiplier than at first, or at the last `renew`, in order."""
+        """Return the names of the sites, in order, whose layer's multiplier has changed since the last `renew`."""
         self.look()
         return [site.name for site in self._sites.values() if site.name in self._changed]
 
     @property
     def normed(self) -> dict[int, Update]:
-        """Those for which the norm of each token is needed: they are measured behind the projection."""
+        """The updates through a norm, by row: they need the projection's output."""
         return {row: update for row, update in self.known.items() if update.norm is not None}
 
     def moments(self, by_metric: dict[str, Moments]) -> Moments:
-        """Of what is really added, `[rows, heads]` as all of them: behind a norm those that were measured, else a multiple of the
-        contribution's. Rows that are not known are empty.
+        """Return the moments `[rows, heads]` of the update norm: measured for layers with a norm, else the contribution's, scaled
+        by the multiplier. Rows with an unknown update are empty.
         """
         contribution, measured = by_metric[METRICS[CONTRIBUTION]], by_metric.get(UPDATE_METRIC)
         rows, normed = contribution.count.shape[0], self.normed
@@ -114,7 +114,7 @@ class Updates:
         return found
 
     def describe(self, rows: Iterable[int]) -> str | list[str]:
-        """For a profile's metadata: of each row, or once where all are alike."""
+        """Describe the updates of `rows` for a profile's metadata: one text for each row, or a single one if all are equal."""
         texts = [self._texts[row] if row in self.known else self.unknown.get(row, "") for row in rows]
         return texts[0] if len(set(texts)) == 1 else texts
 
@@ -122,7 +122,7 @@ class Updates:
 def channel_of_heads(
     sites: dict[int, HeadSite], ranks: Ranks | None, *, backend: str, precision: str, token_agg: str
 ) -> Channel:
-    """The four metrics of each head."""
+    """Make the channel of the four metrics of each head."""
     accumulator = Accumulator(sites, backend, precision, token_agg, ranks=ranks)
     return Channel(0, accumulator, {name: plane for plane, name in enumerate(METRICS)})
 
@@ -137,7 +137,7 @@ def channel_of_updates(
     precision: str,
     token_agg: str,
 ) -> Channel:
-    """The norm of what each head adds to the residual stream, through a norm."""
+    """Make the channel of what each head adds to the residual stream, for layers that normalize the attention's output."""
     rows = {row: sites[row] for row in normed}
     if ranks is not None:
         backend = ranks.torch_backend(backend)
@@ -149,7 +149,7 @@ def channel_of_updates(
 def channel_of_kv_groups(
     index: int, model: nn.Module, sites: dict[int, HeadSite], *, backend: str, precision: str, token_agg: str
 ) -> Channel:
-    """The norm of what the query heads of each KV head contribute together: a head as wide as all of them."""
+    """Make the channel of KV groups: the query heads of one KV head are measured as a single wide head."""
     groups = {}
     for row, site in sites.items():
         kv_heads = num_kv_heads(model, site)
@@ -166,7 +166,7 @@ def channel_of_function(index: int, sites: dict[int, HeadSite], metric: Metric, 
 
 
 def num_kv_heads(model: nn.Module, site: HeadSite) -> int:
-    """The KV heads of the attention that ends in `site`. Raises OptionError where that is not known, or contradictory."""
+    """Return the number of KV heads of the attention of `site`. Raises OptionError if it is unknown or contradictory."""
     parts = site.name.split(".")
     for depth in range(
         len(parts) - 1, 0, -1

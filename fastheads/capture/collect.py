@@ -1,4 +1,4 @@
-"""Results: from the committed moments of every device and rank to a HeadProfile, or to a checkpoint and back."""
+"""Collect the committed moments of all devices and ranks into a HeadProfile; save and load them for checkpoints."""
 
 from typing import Any
 
@@ -18,13 +18,17 @@ from fastheads.stats.moments import Moments
 
 
 def collect(recorder: Recorder, weights: dict[str, Any] | None) -> tuple[HeadProfile, int]:
-    """The profile of the forwards that counted, and how many samples were NaN or infinite; `weights` is the fingerprint of the
-    model's. Waits for the device, and with tensor parallelism for the other ranks. Raises StaleFactorError and ResultsError.
+    """Return the profile of the forwards that counted, and the number of samples that were NaN or infinite. `weights`: the
+    fingerprint of the weights. Waits for the device, and with tensor parallelism for the other ranks.
+
+    Raises:
+        StaleFactorError: a weight changed in a way that only its bits show, or a layer's multiplier did.
+        ResultsError: results would be incomplete: a site was skipped or not verified, or a forward could not be measured.
     """
     scope = recorder.scope
 
     def measured() -> Moments:
-        """The moments `[channels * metrics, rows, heads]` of the heads that are measured here, on the CPU."""
+        """Return the moments `[channels * metrics, rows, heads]` of the heads that this rank measures, on the CPU."""
         check_fresh(recorder)
         totals = [_total(recorder, channel) for channel in scope.channels]
         return Moments(*(torch.cat(planes) for planes in zip(*totals, strict=True)))
@@ -54,7 +58,7 @@ def collect(recorder: Recorder, weights: dict[str, Any] | None) -> tuple[HeadPro
 
 
 def check_fresh(recorder: Recorder) -> None:
-    """Measure what waits; raise StaleFactorError or ResultsError where what was measured may be wrong or is not whole."""
+    """Measure the deferred forwards. Raises StaleFactorError if samples may be wrong, ResultsError if some are missing."""
     recorder.check_no_whole(ResultsError)
     recorder.deferred.catch_up_all()
     recorder.deferred.check_complete()
@@ -73,9 +77,9 @@ def check_fresh(recorder: Recorder) -> None:
 
 
 def state(recorder: Recorder) -> tuple[list[Tensor], dict[str, Any]]:
-    """The committed moments bit for bit, float64 `[channels, 6, metrics, rows, heads]` on the CPU for each device that holds
-    some, and what else belongs to them (JSON): for `load_state` of a manager on the same model with the same options.
-    Raises StaleFactorError as `collect` does.
+    """Copy the committed moments to the CPU, bit for bit: float64 `[channels, 6, metrics, rows, heads]` for each device, and
+    notes that belong to them (JSON). `load_state` takes both, in a manager on the same model with the same options. Raises
+    StaleFactorError and ResultsError as `check_fresh` does.
     """
     with recorder.lock:
         check_fresh(recorder)
@@ -89,7 +93,7 @@ def state(recorder: Recorder) -> tuple[list[Tensor], dict[str, Any]]:
 
 
 def load_state(recorder: Recorder, buffers: list[Tensor], notes: dict[str, Any]) -> None:
-    """Go on from what `state` gave. Raises CheckpointError where it does not fit this recorder."""
+    """Restore what `state` returned. Raises CheckpointError if it does not fit this recorder."""
     with recorder.lock:
         recorder.check_no_whole(ForwardError)
         recorder.forwards.forget_all()
@@ -111,7 +115,7 @@ def load_state(recorder: Recorder, buffers: list[Tensor], notes: dict[str, Any])
 
 
 def _total(recorder: Recorder, channel: Channel) -> Moments:
-    """The committed moments of a channel, on the CPU."""
+    """Merge the committed moments of a channel over all devices, on the CPU."""
     total: Moments | None = None
     for queue in recorder.queues:  # a layer that moved between devices has samples on both
         with queue.on_its_stream():
@@ -134,7 +138,7 @@ def _metadata(recorder: Recorder, weights: dict[str, Any] | None) -> dict[str, A
 
 
 def _check_verified(recorder: Recorder, moments: Moments) -> None:
-    """Raise ResultsError naming the sites that were measured and not verified, where that was asked for."""
+    """Raise ResultsError, with the sites' names, if `verify` was asked for and measured sites were not verified."""
     unchecked = set() if recorder.check is None else set(recorder.check.unchecked())
     given = samples_of_rows(moments)
     missed = [p.name for p in recorder.profiled if p.name in unchecked and given[p.row]]

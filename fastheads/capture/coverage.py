@@ -1,4 +1,4 @@
-"""Which sites did not run in a forward that counts: results that left them out would be silently too small."""
+"""Keep track of sites that did not run in a forward that counts: results without their samples would be wrong unnoticed."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from fastheads.stats.moments import Moments
 
 
 class Coverage:
-    """The rows that were left out, as far as Python saw. Replays of CUDA graphs are seen by their samples alone."""
+    """The rows that were skipped. Python does not see replays of CUDA graphs: for those, `check` compares numbers of samples."""
 
     def __init__(self, profiled: Iterable[Profiled], *, allow_skipped: bool) -> None:
         self._names = {p.row: p.name for p in profiled}
@@ -22,24 +22,24 @@ class Coverage:
         self.captured_since_reset = False
 
     def captured(self, rows: Iterable[int]) -> None:
-        """A CUDA graph was captured that measures these rows."""
+        """Note that a captured CUDA graph measures these rows."""
         self.in_captured.update(rows)
         self.captured_since_reset = True
 
     def skipped(self, rows: Iterable[int]) -> None:
-        """These rows did not run in a forward that counts."""
+        """Note that these rows did not run in a forward that counts."""
         rows = set(rows)
         self.missed |= rows - self.in_captured
         self._unseen |= rows & self.in_captured
 
     def clear(self) -> None:
-        """Forget what was skipped, as a reset does. Graphs that were captured stay."""
+        """Forget the skipped rows, for a reset. The rows of captured graphs stay known: their replays still measure."""
         self.missed.clear()
         self._unseen.clear()
         self.captured_since_reset = False
 
     def check(self, moments: Moments) -> None:
-        """Raise ResultsError naming the sites that did not run in a forward that ran the decoder."""
+        """Raise ResultsError, with the sites' names, if sites did not run in every forward of the decoder."""
         if self._allow_skipped:
             return
         given = samples_of_rows(moments)
@@ -60,5 +60,5 @@ class Coverage:
 
 
 def samples_of_rows(moments: Moments) -> Tensor:
-    """How many samples each row has, int64 `[rows]`, from the moments `[metrics, rows, heads]`."""
+    """Count the samples of each row, int64 `[rows]`, in moments `[metrics, rows, heads]`."""
     return (moments.count + moments.nonfinite)[0].amax(dim=-1)

@@ -1,4 +1,4 @@
-"""The step under torch.compile: one opaque operator that mutates the pending moments.
+"""The custom ops in compiled graphs: `begin` sets up the pending moments, `record` merges samples into them.
 
 The graph holds the inputs, the valid tokens and the state; all else (factors, backends) stays in Python behind a handle, so that
 nothing of it is guarded, copied or retraced.
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 
 class Recorder(Protocol):
-    """What a graph calls while it is made, and what its operator calls: a HookManager."""
+    """The methods that are called while Dynamo traces, and by the ops while a graph runs: `recorder.Recorder`."""
 
     def trace(self, module: nn.Module, args: tuple[Any, ...], site: Any) -> None:
-        """Dynamo traces a call of a projection; `site` is what `projection_hook.add_tap` was given."""
+        """Take the input of a projection while Dynamo traces its call; `site` comes from `projection_hook.add_tap`."""
 
     def begin_in_graph(self, pending: Tensor, committed: Tensor) -> None:
-        """A graph begins a whole forward: copy the committed moments to the pending ones."""
+        """Begin a forward that one graph holds as a whole: copy the committed moments to the pending ones."""
 
     def record_in_graph(
         self,
@@ -41,19 +41,19 @@ _handles = itertools.count(1)
 
 
 def register(recorder: Recorder) -> int:
-    """A handle that a graph may hold. The recorder may go: the operator then does nothing."""
+    """Return a handle of the recorder for graphs. It does not keep it alive: once it is freed, the ops do nothing."""
     handle = next(_handles)
     _recorders[handle] = ref(recorder, lambda _: release(handle))
     return handle
 
 
 def release(handle: int) -> None:
-    """The graphs that hold the handle do nothing from now on."""
+    """Invalidate the handle: ops of graphs that hold it do nothing from now on."""
     _recorders.pop(handle, None)
 
 
 def recorder_of(handle: int) -> Recorder | None:
-    """None where it has gone."""
+    """Return the recorder of the handle; None if it was released or freed."""
     found = _recorders.get(handle)
     return None if found is None else found()
 
@@ -86,7 +86,7 @@ def record(
 
 
 def begin(pending: Tensor, committed: Tensor, handle: int) -> None:
-    """Begin a forward that a graph holds as a whole. Raises ForwardError where another one is under way."""
+    """Begin a forward that one graph holds as a whole. Raises ForwardError if another one is under way."""
     recorder = recorder_of(handle)
     if recorder is not None:
         recorder.begin_in_graph(pending, committed)

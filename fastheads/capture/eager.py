@@ -1,4 +1,4 @@
-"""The eager sink: inputs of projections are kept for one launch at the end of the decoder's call, or measured at once."""
+"""Take inputs in plain Python: keep them for one launch at the end of the decoder's call, or measure them at once."""
 
 import torch
 from torch import Tensor
@@ -32,13 +32,13 @@ class EagerSink:
         graph: GraphSink,
         counter: LaunchCounter,
     ) -> None:
-        """`graph` takes what runs in plain Python between the graphs of a compiled decoder: nobody flushes there."""
+        """`graph` takes the inputs that come between the graphs of a compiled decoder, where `flush` is not called."""
         self._scope, self._queues, self._forwards = scope, queues, forwards
         self._deferred, self._coverage, self._inputs, self._graph = deferred, coverage, inputs, graph
         self._counter = counter
 
     def queue_of(self, forward: Forward, device: torch.device) -> DeviceQueue:
-        """The queue where the forward puts what lies on `device`."""
+        """Return the forward's queue on `device`; makes one if there is none."""
         if not self._forwards.is_beside(forward):
             return self._queues.on(device)
         if device not in forward.queues:
@@ -48,7 +48,7 @@ class EagerSink:
         return forward.queues[device]
 
     def put(self, forward: Forward, profiled: Profiled, x: Tensor) -> None:
-        """Keep an input `[batch, seq, width]`, or measure it now where it is large, or lies on another stream."""
+        """Keep an input `[batch, seq, width]`; measure it now if it is large or the current stream is another one."""
         self._inputs.check(forward, profiled, x)
         x = x.detach()  # what is kept would hold autograd's graph
         if forward.decoder_traced:
@@ -68,7 +68,7 @@ class EagerSink:
         queue.kept.append((profiled, x, None if x.is_inference() else x._version))
 
     def put_scaled(self, forward: Forward, profiled: Profiled, x: Tensor, norms: OutputNorms) -> None:
-        """The same of what is measured behind the projection: `put` has just had the input."""
+        """Take an input again, with the norms of the projection's output, after `put` has taken it."""
         if forward.decoder_traced:
             self._graph.put_scaled_eagerly(forward, profiled, x, norms)
             return
@@ -79,7 +79,7 @@ class EagerSink:
             self._record_scaled(forward, queue, [(profiled, x, norms)])
 
     def flush(self, forward: Forward) -> None:
-        """The decoder's call ends: measure what was kept, or leave it to wait for the next forwards."""
+        """Measure the kept inputs at the end of the decoder's call, or defer them."""
         may_defer = (
             forward is self._forwards.main
             and not self._coverage.captured_since_reset
@@ -131,7 +131,7 @@ class EagerSink:
             self._record_scaled(forward, queue, scaled)
 
     def _launched_again(self, forward: Forward, queue: DeviceQueue, kept: list[Kept]) -> bool:
-        """Measure them by the launch that served the last forward; False where it cannot."""
+        """Measure inputs by repeating the last forward's launch. Returns False if they do not fit it."""
         cached_launch, layout = queue.cached_launch, forward.layout
         if cached_launch is None or layout is None or forward.capturing:
             return False
@@ -156,7 +156,7 @@ class EagerSink:
         *,
         may_defer: bool,
     ) -> None:
-        """Keep the launch that was just made, for forwards like this one."""
+        """Keep the launch that was just made, to repeat it in forwards like this one."""
         if len(self._scope.at_input) > 1 or queue.off_stream() or self._queues.is_capturing():
             return
         if forward is not self._forwards.main or forward.layout is None:

@@ -1,4 +1,4 @@
-"""One forward under way, and how to tell that it still is.
+"""The state of one forward, and the look at the stack that tells if it is still under way.
 
 A forward is a call of the outermost module, in one thread. Torch tells its hooks when such a call returns or raises an Exception,
 but not when Ctrl-C breaks it off; and other threads are not told at all. So each forward remembers torch's frame of its call: it
@@ -27,12 +27,12 @@ class Forward:
     """State of one forward, from its start until its samples are committed."""
 
     def __init__(self, queues: dict[torch.device, Any]) -> None:
-        """`queues`: where it keeps inputs and puts samples, by device; it may grow."""
+        """`queues`: by device, the queue that keeps the forward's inputs and holds its samples; the dict may grow."""
         self.queues: dict[torch.device, DeviceQueue[Any]] = queues
         self.idle()
 
     def idle(self) -> None:
-        """Forget everything of the forward that was."""
+        """Set everything to the state of no forward."""
         self.module: nn.Module | None = None  # the outermost; None where it is over
         self.frame: FrameType | None = None  # torch's, that calls it
         self.thread = 0
@@ -60,7 +60,7 @@ class Forward:
 
     @property
     def phase(self) -> Phase:
-        """Where it is."""
+        """The phase that the forward is in."""
         if self.module is None:
             return Phase.IDLE
         if self.decoder_traced:
@@ -74,7 +74,7 @@ class Forward:
             queue.room = -1
 
     def resume(self) -> None:
-        """Go on after `suspend`."""
+        """Keep inputs again after `suspend`."""
         for queue, room in zip(self.queues.values(), self.rooms or (), strict=False):
             queue.room = room
         self.rooms = None
@@ -91,8 +91,8 @@ def on_stack(frame: FrameType | None, thread: int) -> bool:
 
 
 def frame_of_call() -> tuple[FrameType | None, bool]:
-    """Torch's frame of the innermost call of a module, seen from a hook of that module, and whether torch calls the hook because
-    the forward raised: it then does so outside the function that runs the other hooks.
+    """Return torch's frame of the call whose hook is running, and True if torch runs the hook because the forward raised: it then
+    does so outside the function that runs the other hooks.
     """
     frame: FrameType | None = sys._getframe(1)
     raised = True
@@ -107,7 +107,7 @@ def frame_of_call() -> tuple[FrameType | None, bool]:
 
 
 def frame_of_compiled_call() -> FrameType:
-    """The frame that runs compiled code, seen from an operator in it: the outermost of torch's that entered it."""
+    """Return the outermost of torch's frames that entered the compiled code whose custom op is running."""
     frame: FrameType = sys._getframe(1)
     entry = frame
     while frame.f_back is not None:

@@ -1,4 +1,4 @@
-"""Hooks that run as plain Python between graphs, and are traced within them.
+"""The hooks at the start and end of a forward: plain Python between compiled graphs, and traced inside them.
 
 `torch.compile(model)` compiles the forward of a transformers model, but calls the hooks of the model itself outside that graph.
 Left alone, Dynamo would make a small graph of each: guards, copies and launches that cost more than the hook.
@@ -21,21 +21,21 @@ from fastheads.errors import ForwardError
 
 
 class Boundary(Protocol):
-    """What is told of a forward's start and end: a HookManager."""
+    """The methods that these hooks call: `recorder.Recorder`."""
 
     def start(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None
     ) -> None:
-        """A call of the model or its decoder begins; `frame` is torch's of that call."""
+        """Begin a call of the model or its decoder; `frame` is torch's frame of that call."""
 
     def finish(self, module: nn.Module, frame: FrameType | None) -> bool:
-        """It returned: measure what is left, and raise where the forward must not count. True if it was the outermost call."""
+        """Measure what is left after a call. Raises if the forward must not count; returns True if the call is the forward."""
 
     def commit(self) -> None:
-        """The innermost forward of this thread counts, and is over."""
+        """End the innermost forward of this thread, and count it."""
 
     def abandon(self, module: nn.Module, frame: FrameType | None) -> None:
-        """It raised: if it was the outermost, the forward does not count."""
+        """End the forward without counting it, if this call, which raised, is the forward."""
 
     def start_traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """`start`, as Dynamo traces it."""
@@ -45,7 +45,7 @@ class Boundary(Protocol):
 
 
 class _Shared:
-    """The managers on one module. A copy of the module shares it, and is left alone: a copy of a manager would count twice."""
+    """The boundaries on one module. Copies of the module share it, and their calls are ignored, so that none counts twice."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = ref(module)
@@ -134,7 +134,7 @@ def _end(
 
 
 def _check_copy(module: nn.Module) -> None:
-    """Raises ForwardError for a copy whose forwards are expected to count."""
+    """Raise ForwardError if the copy is a replica of DataParallel, whose forwards the user expects to count."""
     if getattr(module, "_is_replica", False):
         raise ForwardError(
             "DataParallel's replicas cannot be profiled: use DistributedDataParallel, or the model itself on one device"
@@ -142,7 +142,7 @@ def _check_copy(module: nn.Module) -> None:
 
 
 class _Snapshot:
-    """The arguments of a call, to tell whether somebody replaced or changed one of them."""
+    """The arguments of a call, to detect later that one was replaced or changed."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._names, self._values = list(kwargs), [*args, *kwargs.values()]
@@ -203,7 +203,7 @@ class _Handle:
 
 
 def register(boundary: Boundary, module: nn.Module) -> _Handle:
-    """Tell `boundary` of the calls of `module`, until the handle that is returned is removed."""
+    """Call `boundary` at the start and end of each call of `module`, until the returned handle is removed."""
     with _lock:
         shared = _shared.get(module)
         if shared is None:

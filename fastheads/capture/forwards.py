@@ -1,4 +1,4 @@
-"""The forwards under way: a stack for each thread, and which of them uses the manager's own queues.
+"""Keep the forwards under way: a stack for each thread, and the one that uses the manager's own queues.
 
 The first forward under way uses the manager's own queues and pending moments (`main`). One that begins while it runs, in another
 thread or called inside it, has its own, which are merged when it ends (`beside`). A forward that a graph holds as a whole is
@@ -26,8 +26,8 @@ class Forwards:
         main_ends: Callable[[], None],
         main_fails: Callable[[], None],
     ) -> None:
-        """`own_queues`: the manager's. `main_fails` is called where the forward on them does not count, and `main_ends` then and
-        where it does.
+        """`own_queues`: the manager's. When the forward that uses them ends, `main_ends` is called; if it does not count,
+        `main_fails` is called before.
         """
         self._own_queues, self._main_ends, self._main_fails = own_queues, main_ends, main_fails
         # Of this thread: `forward`, the innermost one under way, and `paused`. No subclass: Dynamo would not guard what it reads.
@@ -42,7 +42,7 @@ class Forwards:
         return getattr(self.here, "paused", False)
 
     def innermost(self) -> Forward | None:
-        """The innermost forward of this thread that is under way. After Ctrl-C torch calls no hook that would have ended one."""
+        """Return the innermost forward of this thread. Drops those that Ctrl-C ended, for which torch called no hook."""
         forward: Forward | None = getattr(self.here, "forward", None)
         while forward is not None and not forward.is_live():
             forward = self.drop(forward)
@@ -54,7 +54,7 @@ class Forwards:
         return forward
 
     def current(self) -> Forward | None:
-        """The innermost forward of this thread, without the look at the stack where none runs inside another."""
+        """Return the innermost forward of this thread; skips the look at the stack unless forwards are nested."""
         forward: Forward | None = getattr(self.here, "forward", None)
         if forward is not None and forward.outer is not None:
             forward = self.innermost()
@@ -63,25 +63,25 @@ class Forwards:
         return forward
 
     def traced(self) -> Forward | None:
-        """The forward that a graph belongs to while Dynamo makes it."""
+        """Return the forward that the graph which Dynamo is tracing belongs to."""
         if self.whole.module is not None:
             return self.whole
         forward: Forward | None = getattr(self.here, "forward", None)
         return forward
 
     def push_main(self, module: nn.Module, frame: FrameType | None, outer: Forward | None) -> Forward:
-        """A new forward on the manager's own queues, the innermost one of this thread."""
+        """Start a forward on the manager's own queues, as the innermost one of this thread."""
         self.main = self._push(module, frame, outer, self._own_queues)
         return self.main
 
     def push_beside(self, module: nn.Module, frame: FrameType | None, outer: Forward | None) -> Forward:
-        """A new forward with queues of its own."""
+        """Start a forward with queues of its own, as the innermost one of this thread."""
         forward = self._push(module, frame, outer, {})
         self._beside.append(forward)
         return forward
 
     def push_paused(self, module: nn.Module, frame: FrameType | None, outer: Forward) -> None:
-        """A new forward that does not count, inside one that does."""
+        """Start a forward that does not count, inside another one."""
         self._push(module, frame, outer, {}).counts = False
 
     def _push(
@@ -100,7 +100,7 @@ class Forwards:
         return forward
 
     def others(self) -> bool:
-        """True if a forward is under way, in whatever thread; those that Ctrl-C ended, or their thread, are dropped."""
+        """Return True if a forward is under way in any thread. Drops those that ended with their thread or by Ctrl-C."""
         main = self.main
         if main is not None and not main.is_live():
             self.drop(main)
@@ -121,12 +121,12 @@ class Forwards:
         return forward is not self.main and forward is not self.whole
 
     def queues_beside(self) -> list[Any]:
-        """The queues of the forwards that have their own."""
+        """Return the queues of all forwards that have their own."""
         # Copied at once: other threads may add to them meanwhile.
         return [queue for forward in [*self._beside] for queue in [*forward.queues.values()]]
 
     def forget_all(self) -> None:
-        """What is under way does not count any more."""
+        """Keep the forwards under way from counting."""
         self.epoch += 1
 
     def drop_all(self) -> None:

@@ -1,4 +1,4 @@
-"""The graph sink: inputs of projections in compiled code. One custom op serves a group of them.
+"""Take inputs in compiled code: one custom op in the graph measures a group of them.
 
 What Dynamo traces is here too: the start and the end of a forward, or of the decoder's call, inside a graph.
 """
@@ -48,7 +48,7 @@ class GraphSink:
         handle: int,
         counter: LaunchCounter,
     ) -> None:
-        """`handle`: the one by which the custom op finds the recorder (`custom_op.register`)."""
+        """`handle`: the recorder's, for the custom op (`custom_op.register`)."""
         self._scope, self._queues, self._forwards = scope, queues, forwards
         self._deferred, self._coverage, self._inputs, self._handle = deferred, coverage, inputs, handle
         self._counter = counter
@@ -57,7 +57,7 @@ class GraphSink:
     # ------------------------------------------------------------------ while a graph is made
 
     def put(self, forward: Forward, module: nn.Module, site: TracedSite, x: Tensor) -> None:
-        """Take an input. The budget is decided here, once, when the graph is made."""
+        """Take an input while Dynamo traces. The groups, and so the memory they keep, are fixed here, when the graph is made."""
         self._inputs.check(forward, site, x)
         if x.device != torch.device(site.device):
             raise ForwardError(
@@ -75,7 +75,7 @@ class GraphSink:
         forward.traced.append((site, x, None))
 
     def put_scaled(self, forward: Forward, site: TracedSite, x: Tensor, norms: OutputNorms) -> None:
-        """The same of what is measured behind the projection: `put` has just had the input."""
+        """Take an input again, with the norms of the projection's output, after `put` has taken it."""
         largest = self._queues.by_device[x.device].largest
         if not forward.decoder_traced or x.numel() * x.element_size() > largest:
             self._put_scaled_groups([(site, x, norms)], forward)
@@ -83,19 +83,19 @@ class GraphSink:
             forward.traced_scaled.append((site, x, norms))
 
     def flush(self, forward: Forward) -> None:
-        """Put the ops into the graph that measure what was taken."""
+        """Put ops that measure the inputs taken so far into the graph."""
         self._put_groups(forward.traced, forward)
         self._put_scaled_groups(forward.traced_scaled, forward)
         forward.traced, forward.traced_scaled = [], []
 
     def put_eagerly(self, forward: Forward, profiled: Profiled, x: Tensor) -> None:
-        """Measure an input of plain Python between the graphs of a compiled decoder."""
+        """Measure an input that comes in plain Python between the graphs of a compiled decoder."""
         queue = self._queues.on(x.device)
         for channel in self._scope.at_input:
             self._call_op(forward, channel, [profiled.row], [x], scale=None, queue=queue)
 
     def put_scaled_eagerly(self, forward: Forward, profiled: Profiled, x: Tensor, norms: OutputNorms) -> None:
-        """The same of what is measured behind the projection."""
+        """Measure such an input again, with the norms of the projection's output."""
         queue, channel = self._queues.on(x.device), self._scope.channels[-1]
         self._call_op(forward, channel, [profiled.row], [x], scale=scales([norms]), queue=queue)
 
@@ -137,7 +137,7 @@ class GraphSink:
         )
 
     def begin_whole(self, module: nn.Module) -> Forward:
-        """The graph holds the whole forward, a call of `module`: put the op into it that begins one."""
+        """Put the op that begins a forward into a graph that holds the whole forward, a call of `module`."""
         forward = self._forwards.whole
         forward.module = module
         for queue in self._queues.by_device.values():
@@ -147,7 +147,7 @@ class GraphSink:
         return forward
 
     def end_whole(self) -> None:
-        """The whole forward counts when the graph has run to here."""
+        """Put the copy into the graph that commits the forward which it holds as a whole."""
         whole = self._forwards.whole
         whole.module = whole.frame = None
         for queue in self._queues.by_device.values():
@@ -215,7 +215,7 @@ class GraphSink:
         layout: TokenLayout,
         moments: RunningMoments,
     ) -> None:
-        """Keep the launch that was just made, for the next call of the op."""
+        """Keep the launch that was just made, to repeat it in the next call of the op."""
         if len(self._launches) >= _MOST_LAUNCHES:
             self._launches.clear()
         self._launches.pop(key, None)
@@ -226,15 +226,15 @@ class GraphSink:
                 self._launches[key] = made
 
     def keep_for_graph(self) -> None:
-        """A CUDA graph is captured: keep all that its replays read and write."""
+        """Keep everything alive that replays of the CUDA graph being captured read and write."""
         if not any(kept is self._scope.channels for kept in _captured):
             _captured.append(self._scope.channels)
             _captured.extend(queue.moments.buffers() for queue in self._queues)
 
     def forget_launches(self) -> None:
-        """No launch is made again."""
+        """Forget all launches kept for repetition."""
         self._launches.clear()
 
     def release(self) -> None:
-        """The graphs do nothing any more."""
+        """Make the ops of all graphs do nothing from now on."""
         custom_op.release(self._handle)

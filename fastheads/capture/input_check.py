@@ -1,4 +1,4 @@
-"""Is an input of a projection what its site says, over the tokens of the decoder's call?"""
+"""Check that a projection's input has its site's width, and the tokens of the decoder's call."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ class InputCheck:
         self._shown: dict[int, tuple[Any, Any]] = {}
 
     def check(self, forward: Forward, site: Profiled | TracedSite, x: Tensor) -> None:
-        """Raise ForwardError for an input that cannot be measured rightly."""
+        """Raise ForwardError if an input cannot be measured correctly."""
         layout = forward.layout
         if layout is None:
             raise ForwardError(
@@ -50,7 +50,7 @@ class InputCheck:
             )
 
     def _shows_layout(self, row: int, x: Tensor) -> bool:
-        """True if it is known which dimension of `x` is the batch: by its shape, which is noted, or by what was known before."""
+        """Return True if the batch dimension of `x` is known, from its shape, which is noted, or from an earlier input."""
         is_square = x.shape[0] == x.shape[1] > 1
         if not is_square and row not in self.unknown:
             return True

@@ -1,4 +1,4 @@
-"""The HookManager: what users see of the capture."""
+"""The HookManager: the public face of the capture."""
 
 import warnings
 from collections.abc import Iterable
@@ -122,7 +122,7 @@ class HookManager:
 
     @property
     def token_agg(self) -> str:
-        """One sample's extent: "last", "all" or "token"."""
+        """The tokens that make a sample: "last", "all" or "token"."""
         return self._options.token_agg
 
     @property
@@ -132,24 +132,23 @@ class HookManager:
 
     @property
     def findings(self) -> dict[str, Finding]:
-        """What `verify=True` found, by the names of the sites; filled while the first batch runs."""
+        """The findings of `verify=True` by the names of the sites; filled while the first batch runs."""
         check = self._recorder.check
         return {} if check is None else check.findings
 
     @property
     def stats(self) -> LaunchStats:
-        """How the inputs were measured since the hooks were attached or reset, and how much of them is held now
+        """The counts of launches and deferred forwards since the hooks were attached or reset, and the memory of inputs held now
         (`fastheads.capture.stats`). Never waits for a device, nor for another thread's forward.
         """
         return self._recorder.stats()
 
     def paused(self) -> AbstractContextManager[None]:
-        """A context in which nothing is counted that this thread runs, for warm-ups."""
+        """Return a context in which nothing that this thread runs is counted, for warm-ups."""
         return self._recorder.paused()
 
     def token_mask(self, mask: TokenMask) -> AbstractContextManager[None]:
-        """A context in which `mask` says which tokens are padding, in place of the arguments' masks: for callers who know better.
-        It is for the calls of the thread that enters it.
+        """Return a context in which `mask` sets the valid tokens, in place of the call's own, for the thread that enters it.
 
         Sequences stay those of the call, and `skip_first` still leaves out the first valid tokens of each. Under torch.compile
         the mask is an input of the graph.
@@ -157,23 +156,24 @@ class HookManager:
         Args:
             mask: bool `[batch, seq]`, True where a token is real: the tokens of the decoder's own call. Or a function, for calls
                 that differ (a prompt and the steps after it): it is given the arguments of the decoder's call by name, and
-                returns such a mask, or None where the arguments may speak for themselves.
+                returns such a mask, or None to use the masks in the arguments.
 
         Raises:
-            TokensError: here, `mask` is neither; in the forward, it is not bool or does not fit the call's tokens.
+            TokensError: `mask` is neither; or, raised by the forward, it is not bool or does not fit the call's tokens.
         """
         return self._recorder.scope.engine.overridden(mask)
 
     def to_profile(self) -> HeadProfile:
-        """What the forwards that ended normally gave so far, as a HeadProfile. Waits for the device.
+        """Return the profile of the forwards that have ended normally. Waits for the device.
 
-        Raises StaleFactorError where a weight was changed in a way that showed only in its bits (`weight.data.mul_()`), or the
-        number that a layer multiplies its attention's output with: what was measured since may be wrong, and `reset()` starts
-        afresh.
+        With tensor parallelism call it on every rank: it waits for the others, and returns the whole model's profile on each.
 
-        With tensor parallelism every rank must ask (it waits for the others), and each gets the whole model's profile. Raises
-        RuntimeError, on every rank, where an error ended a forward on some ranks only, so that the counts differ, or where
-        another rank could not give its results.
+        Raises:
+            StaleFactorError: a weight was changed in a way that only its bits show (`weight.data.mul_()`), or the multiplier of
+                a layer's attention output was: samples since then may be wrong. `reset()` starts over.
+            ResultsError: a site did not run in every forward or could not be verified, or forwards could not be measured.
+            RuntimeError: with tensor parallelism, on every rank: an error ended a forward on some ranks only, or another rank
+                could not give its results.
         """
         return self._collected(stacklevel=3)
 
@@ -190,18 +190,16 @@ class HookManager:
         return profile
 
     def get_results(self) -> dict[str, Any]:
-        """`{metric: {statistic: tensor}, ..., "metadata": {...}}`; every tensor is on the CPU, `[num_layers, num_heads]`, float64
-        (int64 for "count" and "nonfinite"); row i is `find_sites(model)[i]`. Raises as `to_profile` does, and warns where nothing
-        was measured.
+        """Return `{metric: {statistic: tensor}, ..., "metadata": {...}}`. Every tensor is on the CPU, `[num_layers, num_heads]`,
+        float64 (int64 for "count" and "nonfinite"); row i is `find_sites(model)[i]`. Raises as `to_profile` does, and warns if
+        nothing was measured.
         """
         found = self._collected(stacklevel=3)
         warn_where_empty(found)
         return found.results()
 
     def reset(self) -> None:
-        """Forget every sample, those of forwards under way too, and take the weights as they are now. Sets the counts of `stats`
-        to zero.
-        """
+        """Forget all samples, also of forwards under way, read the current weights, and set the counts of `stats` to zero."""
         with self._recorder.lock:
             self._recorder.reset()
             self._weights = self._fingerprint()
@@ -234,15 +232,15 @@ class HookManager:
         self.remove()
 
     def _fingerprint(self) -> dict[str, Any] | None:
-        """Of the weights as they are; None where each rank has only its own."""
+        """Return the fingerprint of the current weights; None if each rank has only its own."""
         return fingerprint(self._model) if self._recorder.scope.ranks is None else None
 
 
 def recorder_of(hooks: HookManager) -> Recorder:
-    """The object behind the hooks, for the other rooms of the package; it is not for users."""
+    """Return the manager's recorder, for other rooms of the package; it is not public."""
     return hooks._recorder
 
 
 def weights_of(hooks: HookManager) -> dict[str, Any] | None:
-    """The fingerprint of the weights that the manager has taken, at attaching or the last `reset`."""
+    """Return the fingerprint of the weights, taken when the hooks were attached, or at the last `reset`."""
     return hooks._weights

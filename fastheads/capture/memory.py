@@ -1,4 +1,4 @@
-"""Was the memory of an input reused before it was measured? Everything that keeps inputs asks here.
+"""Detect that the memory of a kept input was reused before it was measured.
 
 Inputs are told apart by the address of their storage: of one memory there may be several storages, as a replayed CUDA graph makes
 them for its outputs.
@@ -21,7 +21,7 @@ REUSED = (
 
 
 def storages(inputs: Iterable[Tensor]) -> set[int]:
-    """The addresses of the inputs' storages."""
+    """Return the addresses of the inputs' storages."""
     return {x.untyped_storage().data_ptr() for x in inputs}
 
 

@@ -1,4 +1,4 @@
-"""The phases of a forward, and what an event in each of them does: the contract of the capture in one table.
+"""The contract of the capture in one table: whether a forward counts after an event in each of its phases.
 
 An event happens where a phase puts it: in IDLE before a forward, in BEGUN in the model's call before or after its decoder's, in
 DECODING within the decoder's call, in TRACED between the graphs of a compiled decoder.
@@ -8,7 +8,7 @@ from enum import Enum
 
 
 class Phase(Enum):
-    """Where a forward is."""
+    """The phase that a forward is in."""
 
     IDLE = "no forward is under way in this thread"
     BEGUN = "the model's call is under way, its decoder's is not"
@@ -17,7 +17,7 @@ class Phase(Enum):
 
 
 class Event(Enum):
-    """What may happen meanwhile."""
+    """An event during a forward, or before it."""
 
     FINISH = "the call goes on and returns"
     FAILURE = "an exception leaves it"
@@ -33,7 +33,7 @@ class Event(Enum):
 
 
 class Outcome(Enum):
-    """What then counts."""
+    """What counts after the event."""
 
     COUNTS = "the forward counts, once"
     DROPPED = "the forward does not count"

@@ -1,4 +1,4 @@
-"""The class that a projection has while hooks are attached: a fresh subclass of its own, which it gets back after.
+"""Give each projection a fresh subclass of its class while hooks are attached.
 
 It makes code that torch.compile compiled before see hooks that came later. Dynamo does not guard on a module's hooks by default:
 a graph that was compiled without them would go on without them, silently. It does guard on a module's class, and on attributes
@@ -49,7 +49,7 @@ class RetraceHandle:
             setattr(module, SITE_ATTRIBUTE, name)
 
     def remove(self) -> None:
-        """After the last manager each module has its own class again."""
+        """Give each module its own class again, if this is the last manager on it."""
         fresh = _FreshSubclasses()
         for module in self._modules:
             own, count = _attached.pop(module)
@@ -66,13 +66,14 @@ class RetraceHandle:
 
 
 def takes_taps(module: nn.Module) -> bool:
-    """Whether a module that a RetraceHandle holds can have taps: the others need a pre-hook."""
+    """Return True if a module that a RetraceHandle holds can have taps; others need a pre-hook."""
     return type(module).forward is _tapped_forward
 
 
 def add_tap(module: nn.Module, tap: Tap, recorder: int, site: tuple[Any, ...]) -> Any:
-    """Call `tap` before each forward of such a module, as a pre-hook; where Dynamo traces, `trace` of the recorder with that
-    handle (`fastheads.capture.custom_op`) instead, with `site`, which is made of constants. Returns the handle of the tap.
+    """Call `tap` before each forward of a module that takes taps, as a pre-hook would be called. While Dynamo traces, the `trace`
+    method of the recorder with that handle (`custom_op`) is called instead, with `site`, which holds constants only. Returns the
+    handle that removes the tap.
     """
     return _TapHandle(module, tap, (recorder, site))
 
@@ -119,7 +120,7 @@ plain_or_traced(_run_taps, _trace_taps)
 
 
 def _runs_linear_forward(module: nn.Module, own: type[nn.Module]) -> bool:
-    """Whether the class's forward is torch's own, and the one that runs."""
+    """Return True if the module runs `nn.Linear.forward` itself."""
     return own.forward is nn.Linear.forward and "forward" not in module.__dict__
 
 
@@ -143,7 +144,7 @@ class _FreshSubclasses(dict[tuple[type[nn.Module], bool], type[nn.Module]]):
 
 
 def _reduce_to(own: type[nn.Module]) -> Callable[..., Any]:
-    """For copies and pickles of a module: they are of its own class."""
+    """Make the `__reduce_ex__` by which copies and pickles of a module have its own class."""
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = own.__reduce_ex__(self, max(protocol, 2))

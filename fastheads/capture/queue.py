@@ -1,4 +1,4 @@
-"""What one device holds for a manager: its moments, and the inputs that wait to be measured.
+"""The queue of one device: the moments there, and the inputs that wait to be measured.
 
 With small batches the time goes to launches, not to the GPU. So the hook of a small input only keeps a reference to it, and one
 launch at the end of the decoder's call serves all layers; the smallest wait until several forwards have ended. A byte budget
@@ -27,7 +27,7 @@ Scaled = tuple[Profiled, Tensor, OutputNorms]
 
 @dataclass(eq=False)
 class Group:
-    """Inputs of one shape and dtype, of different rows whose heads have one width: what one launch serves."""
+    """Inputs that one launch measures: of one shape, dtype and head_dim, each of another row."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -66,27 +66,27 @@ class DeviceQueue(Generic[M]):
         self.largest = min(self.budget, CPU_KEEP_BYTES) if self.device.type == "cpu" else self.budget
 
     def open(self, thread: int) -> None:
-        """From now on inputs of this thread may be kept."""
+        """Let inputs of this thread be kept."""
         self.room, self.thread = self.budget - self.deferred.size, thread
 
     def close(self) -> None:
-        """No input may be kept until `open`; those that are go."""
+        """Drop the kept inputs, and keep none until `open`."""
         self.room = -1
         self.kept, self.scaled = [], []
 
     def take(self) -> tuple[list[Kept], list[Scaled]]:
-        """What was kept; nothing is kept any more."""
+        """Remove and return the kept inputs: all, and those to be measured with a scale too."""
         taken = self.kept, self.scaled
         self.kept, self.scaled, self.room = [], [], self.budget - self.deferred.size
         return taken
 
     def held(self) -> list[Tensor]:
-        """All inputs held here: those kept for the launch to come, and those of forwards that ended."""
+        """Return all inputs held here: the kept ones, and those of deferred forwards."""
         kept = [x for _, x, _ in (*self.kept, *self.scaled)]
         return kept + [x for ended in self.deferred.held() for _, x, _ in ended.kept]
 
     def follow_stream(self) -> None:
-        """A forward begins on the current stream: it goes on with the moments where the one before left them."""
+        """Make the current stream that of the forward which begins; it waits for the stream of the one before."""
         if not self.is_cuda or (self.stream is not None and not self.off_stream()):
             return
         current = torch.cuda.current_stream(self.device)
@@ -101,16 +101,16 @@ class DeviceQueue(Generic[M]):
         self.deferred.forget_form()
 
     def off_stream(self) -> bool:
-        """Whether the current stream is another than the one the forward began on."""
+        """Return True if the current stream is not the one that the forward began on."""
         return self.is_cuda and torch._C._cuda_getCurrentRawStream(self.index) != self.raw_stream
 
     def as_current_device(self) -> AbstractContextManager[Any]:
-        """A context in which this GPU is the current one."""
+        """Return a context in which this device is the current one."""
         return torch.cuda.device(self.device) if self.is_cuda else nullcontext()
 
     @contextmanager
     def on_own_stream(self) -> Iterator[None]:
-        """A context whose launches are those of the forward's own stream, ordered with those on the current one."""
+        """Launch on the forward's own stream within the context, in order with the current one."""
         if not self.off_stream() or self.stream is None:
             yield
             return
@@ -121,7 +121,7 @@ class DeviceQueue(Generic[M]):
 
     @contextmanager
     def on_its_stream(self) -> Iterator[None]:
-        """A context whose launches on the current stream are ordered with those on the forward's own."""
+        """Launch on the current stream within the context, in order with the forward's own."""
         if not self.off_stream() or self.stream is None:
             yield
             return
@@ -136,7 +136,7 @@ ManagerQueue = DeviceQueue[CommittedMoments]
 
 
 class DeviceQueues:
-    """The manager's own queues, one a device; a device gets its queue when the first input lies there."""
+    """The manager's own queues, one for each device, made when the device is first needed."""
 
     def __init__(self, shape: tuple[int, int, int], channels: int, budget: int) -> None:
         """`shape`: (metrics, rows, heads) of the moments of a channel; `budget`: bytes of inputs to keep on each device."""
@@ -145,7 +145,7 @@ class DeviceQueues:
         self.in_use = False  # a forward is under way on these queues
 
     def on(self, device: torch.device) -> ManagerQueue:
-        """The queue of that device."""
+        """Return the device's queue; makes it if there is none."""
         queue = self.by_device.get(device)
         if queue is None:
             moments = CommittedMoments(*self._shape, device, channels=self._channels)
@@ -156,7 +156,7 @@ class DeviceQueues:
         return queue
 
     def beside(self, device: torch.device) -> DeviceQueue[PendingMoments]:
-        """A queue on that device for a forward that runs beside the one on these queues."""
+        """Make a queue on the device for a forward that runs beside the one on these queues."""
         queue = DeviceQueue(device, self.on(device).moments.like(), self._budget)
         queue.follow_stream()
         return queue
@@ -171,7 +171,7 @@ class DeviceQueues:
 
 
 def grouped(inputs: Iterable[tuple[Profiled | TracedSite, Tensor, Any]]) -> list[Group]:
-    """The inputs in groups, in order, with what came with each; a row that comes twice is in two of them."""
+    """Group the inputs, and the extras that come with them, by shape, dtype and head_dim, in order; a row is once in a group."""
     groups: list[Group] = []
     for site, x, extra in inputs:
         for group in groups:

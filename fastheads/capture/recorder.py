@@ -1,4 +1,4 @@
-"""What the hooks and the graphs call: the life of one forward.
+"""The life of a forward: the methods that the hooks and the custom ops call.
 
 A forward counts once or not at all. Its start copies the committed moments to pending ones, its samples go there, its normal end
 copies them back; what an exception leaves in the pending moments, the next start overwrites. A small forward only leaves its
@@ -42,7 +42,7 @@ class Recorder:
     """Follows the forwards of a model: `forward_hooks.Boundary` for the hooks, `custom_op.Recorder` for the graphs."""
 
     def __init__(self, scope: Scope) -> None:
-        """Raises VerificationError where `verify` cannot look at a site. No hook is on the model yet but those of `verify`."""
+        """Puts no hook on the model (`attach` does)."""
         self.scope, self.engine = scope, scope.engine
         self.lock = threading.RLock()
         self.queues = DeviceQueues(scope.shape, len(scope.channels), scope.group_bytes)
@@ -74,7 +74,7 @@ class Recorder:
     def start(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType | None
     ) -> None:
-        """A call of the model, or of its decoder, begins; `frame` is torch's of that call."""
+        """Begin a call of the model or its decoder; `frame` is torch's frame of that call."""
         with self.lock:
             if not self.attached:
                 return  # detached in another thread
@@ -106,14 +106,14 @@ class Recorder:
             self.forwards.push_paused(module, frame, outer)
 
     def _is_decoder_of(self, forward: Forward | None, module: nn.Module) -> bool:
-        """True if this call is that of the decoder in the forward, and not a forward of its own that is called inside it."""
+        """Return True if this is the decoder's call in the forward, and not a forward of its own inside it."""
         if forward is None or module is not self.engine.decoder or forward.module is module:
             return False
         # Of a decoder's call that did not end `start` makes an error.
         return not forward.counts or not on_stack(forward.decoder_frame, forward.thread)
 
     def _begin(self, module: nn.Module, frame: FrameType | None, outer: Forward | None) -> Forward:
-        """Begin a forward: on the manager's own queues where no other one is under way, else beside those that are."""
+        """Begin a forward: on the manager's own queues if no other one is under way, else beside it."""
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise ForwardError("a forward under torch.func transforms (vmap, grad …) cannot be profiled")
         for modules, name, projection in self._projections:
@@ -158,7 +158,7 @@ class Recorder:
             )
 
     def _prepare(self, forward: Forward, capturing: bool) -> None:
-        """Make the manager's own queues ready: no launch, no wait."""
+        """Prepare the manager's own queues for a forward."""
         forward.capturing = capturing
         for queue in self.queues:
             self.deferred.withdraw(queue)
@@ -186,7 +186,7 @@ class Recorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Count nothing that this thread runs."""
+        """Count nothing that this thread runs within the context."""
         before = self.forwards.is_paused()
         self.forwards.here.paused = True
         try:
@@ -214,7 +214,7 @@ class Recorder:
     # ------------------------------------------------------------------ a forward ends
 
     def finish(self, module: nn.Module, frame: FrameType | None) -> bool:
-        """A call of the model, or of its decoder, returned: measure what it left. True if it was the forward itself."""
+        """Measure what is left after a call of the model or its decoder. Returns True if that call is the forward itself."""
         forward = self.forwards.current()
         if forward is None:
             return False
@@ -255,7 +255,7 @@ class Recorder:
         forward.layout = forward.decoder_frame = None
 
     def commit(self) -> None:
-        """The innermost forward of this thread is over, and counts."""
+        """End the innermost forward of this thread, and count it unless samples were reset meanwhile."""
         forward = self.forwards.current()
         assert forward is not None  # it has just finished
         with self.lock:
@@ -267,7 +267,7 @@ class Recorder:
             self.forwards.pop(forward)
 
     def _commit(self, forward: Forward) -> None:
-        """The forward counts: on every device, before anything else is done that may fail."""
+        """Commit the forward's samples on every device, before anything else that may fail."""
         if self.forwards.is_beside(forward):
             for device, queue in forward.queues.items():
                 self._commit_beside(queue, device)
@@ -300,7 +300,7 @@ class Recorder:
             self.commit()
 
     def abandon(self, module: nn.Module, frame: FrameType | None) -> None:
-        """A call of the model, or of its decoder, raised."""
+        """End the forward without counting it, if this call, which raised, is the forward itself."""
         forward = self.forwards.current()
         if forward is not None and self._is_outermost(forward, module, frame):
             with self.lock:
@@ -362,7 +362,7 @@ class Recorder:
             self.graph.end_whole()
 
     def begin_in_graph(self, pending: Tensor, committed: Tensor) -> None:
-        """A graph begins a whole forward: the custom op `fastheads::begin`."""
+        """Begin a forward that one graph holds as a whole; called by the custom op `fastheads::begin`."""
         with self.lock:
             whole = self.forwards.whole
             elsewhere = whole.thread != get_ident() and self.forwards.whole_is_under_way()
@@ -394,13 +394,13 @@ class Recorder:
         scale: Tensor | None,
         state: Tensor,
     ) -> None:
-        """A graph measures a group of inputs: the custom op `fastheads::record`."""
+        """Measure a group of inputs in a graph; called by the custom op `fastheads::record`."""
         with self.lock:
             layout = TokenLayout(valid, self.scope.options.skip_first, cu_seqlens)
             self.graph.record(channel, rows, inputs, layout, scale=scale, state=state)
 
     def settle_whole(self) -> None:
-        """Note what the last forward that a graph held as a whole did not run: Python is not told of its end."""
+        """Note the rows that the last whole-graph forward skipped; done late, since Python does not see its end."""
         whole = self.forwards.whole
         if whole.ran and whole.frame is None:  # else it failed
             self.coverage.skipped(self.coverage.rows - whole.ran)
@@ -431,12 +431,12 @@ class Recorder:
         self.scope.updates.renew()
 
     def stats(self) -> LaunchStats:
-        """How inputs were measured, and what is held now; waits for nothing."""
+        """Read the counts of launches and the inputs held now. Takes no lock, and waits for nothing."""
         queues: list[DeviceQueue[Any]] = [*self.queues, *self.forwards.queues_beside()]
         return self.counter.read(self.deferred.waiting(), [x for queue in queues for x in queue.held()])
 
     def close(self) -> None:
-        """End what is under way, and hold the results where no CUDA graph writes; the hooks are off."""
+        """End the forwards under way, after the hooks were removed, and move the moments to where no CUDA graph writes."""
         self.graph.release()
         self.scope.updates.close()
         try:
@@ -456,6 +456,6 @@ _CALLED_AGAIN = (
 
 
 def _slot_of(model: nn.Module, site: HeadSite) -> tuple[dict[str, nn.Module | None], str, nn.Module]:
-    """Where the projection hangs: its owner's children, its name among them, itself."""
+    """Return the dict of the parent module's children, the projection's key in it, and the projection."""
     path, _, name = site.name.rpartition(".")
     return model.get_submodule(path)._modules, name, site.module

@@ -1,4 +1,4 @@
-"""What a manager measures: the model, its sites, and the streams of metrics of each."""
+"""The scope of a manager: the model, the sites that are measured, and their channels of metrics."""
 
 from dataclasses import dataclass
 
@@ -25,28 +25,27 @@ from fastheads.stats.options import MeasureOptions
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """The model, the sites that are profiled, and the channels that measure them; fixed when the hooks attach."""
+    """The model, the profiled sites, and the channels that measure them; made once, before the hooks attach."""
 
     model: nn.Module
     engine: TransformersEngine
     options: MeasureOptions
-    sites: list[HeadSite]  # all of the model's: the rows of the results
-    chosen: dict[
-        int, HeadSite
-    ]  # those that are profiled, by row; with tensor parallelism with this rank's heads
+    # All sites of the model, the rows of the results; by row the profiled ones, with tensor parallelism only this rank's heads.
+    sites: list[HeadSite]
+    chosen: dict[int, HeadSite]
     ranks: tensor_parallel.Ranks | None
     updates: Updates
     channels: tuple[Channel, ...]
-    at_input: tuple[Channel, ...]  # those that need the projection's input alone
+    at_input: tuple[Channel, ...]  # channels that need only the projection's input
 
     @property
     def accumulator(self) -> Accumulator:
-        """That of the metrics of each head."""
+        """The accumulator of the metrics of each head."""
         return self.channels[0].accumulator
 
     @property
     def group_bytes(self) -> int:
-        """Bytes of inputs to keep: none for backends that read the weight, which must come before a hook of others changes it."""
+        """Bytes of inputs to keep on each device; 0 for backends that read the weight, which others may change meanwhile."""
         reads_weight = any(metric.needs_weight for metric in self.options.registered())
         return self.options.group_bytes if self.accumulator.factors and not reads_weight else 0
 
@@ -61,12 +60,12 @@ class Scope:
         return self.updates.normed if self.options.measures(UPDATE) else {}
 
     def factors(self) -> list[SiteFactor]:
-        """The factors of all channels."""
+        """Return the factors of all channels."""
         return [factor for channel in self.channels for factor in channel.accumulator.factors.values()]
 
 
 def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
-    """The scope of `model` with these options; reads every weight that is profiled."""
+    """Find the sites of `model` for these options, and make their channels; reads the weight of every profiled projection."""
     sites = find_sites(model, options.include)
     chosen = sites_of_layers(sites, options.layer_list())
     ranks = tensor_parallel.ranks_of(chosen)

@@ -1,4 +1,4 @@
-"""Counts of how inputs were measured: in how many launches, and which forwards were deferred."""
+"""Count launches and deferred forwards, and the memory that inputs hold, for `hooks.stats`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LaunchStats:
-    """How a HookManager measured its inputs since it was attached or reset, and what it holds now.
+    """Counts of a HookManager's launches and deferred forwards since it was attached or reset, and the memory it holds now.
 
     All are plain numbers that Python counts: reading them never waits for a device, and replays of a CUDA graph, which run
     without Python, count nothing.
@@ -44,12 +44,12 @@ class LaunchCounter:
         self.launches = self.repeated = self.deferred = 0
 
     def count_repeated(self) -> None:
-        """One launch was made by the plan of an earlier one."""
+        """Count a launch that repeated an earlier one."""
         self.launches += 1
         self.repeated += 1
 
     def read(self, waiting: int, inputs: Iterable[Tensor]) -> LaunchStats:
-        """The counts together with what is held now: so many forwards that wait, and these inputs."""
+        """Return the counts, with the number of waiting forwards and the memory of the inputs held now."""
         storages = {}
         for x in inputs:
             storage = x.untyped_storage()

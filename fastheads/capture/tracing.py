@@ -1,4 +1,4 @@
-"""Functions that run as plain Python, and that Dynamo replaces where it traces a call of them."""
+"""Have Dynamo trace another function in place of one that runs as plain Python."""
 
 from collections.abc import Callable
 from typing import Any

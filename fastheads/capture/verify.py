@@ -1,4 +1,4 @@
-"""The self-check: what one forward shows about the sites, while it runs.
+"""The self-check of the sites, in the first forward that runs them.
 
 Two claims carry every number: that the projection adds up its heads (W x + bias is what it gives), and that the heads lie in its
 input one after another, as wide as the site says. The first is checked against the projection's own output, which any division
@@ -30,7 +30,7 @@ SLACK = 2.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What one site's first run showed."""
+    """The findings of one site's first run."""
 
     error: float  # ‖output - (sum of heads + bias)‖ / ‖output‖ over the tokens checked; NaN where all were NaN or 0
     geometry: str  # one of GEOMETRY
@@ -70,35 +70,35 @@ class SelfCheck:
         }
 
     def watch(self) -> None:
-        """A forward begins: listen to the attention interface."""
+        """Listen to attention functions while a forward runs."""
         if self._handles and self not in _watchers:
             _watchers.append(self)
             _listen()
 
     def unwatch(self) -> None:
-        """The forward is over, one way or the other."""
+        """Stop listening, when the forward has ended or failed."""
         self._attended = self._computed = None
         if self in _watchers:
             _watchers.remove(self)
             _listen()
 
     def close(self) -> None:
-        """Take everything off the model."""
+        """Take the hooks off the model."""
         self.unwatch()
         for name in list(self._handles):
             self._take_off(name)
 
     def unchecked(self) -> list[str]:
-        """The names of the sites that have not been checked."""
+        """Return the names of the sites that have not been checked."""
         return [name for name in self._sites if name not in self.findings]
 
     def attended(self, owner: nn.Module, output: Any) -> None:
-        """The attention interface returned `output` `[batch, seq, heads, head_dim]` to the module `owner`."""
+        """Note that the attention interface returned `output` `[batch, seq, heads, head_dim]` to the module `owner`."""
         if id(owner) in self._modules and isinstance(output, Tensor) and output.dim() == 4:
             self._attended = owner, output
 
     def computed(self, shape: tuple[int, ...]) -> None:
-        """Torch's attention or softmax gave something of this shape."""
+        """Note the shape of an output of torch's attention or softmax."""
         if len(shape) in (3, 4):
             self._computed = shape
 
@@ -107,7 +107,7 @@ class SelfCheck:
             handle.remove()
 
     def _forget(self, *_: Any) -> None:
-        """A layer begins: what another one, which may have no site, attended to is none of its own."""
+        """Forget, at the start of a layer, the attention outputs of earlier layers."""
         if not torch.compiler.is_compiling():
             self._attended = self._computed = None
 
@@ -132,7 +132,7 @@ class SelfCheck:
 
 
 def _geometry(site: HeadSite, x: Tensor, attended: tuple[nn.Module, Tensor] | None) -> str:
-    """One of GEOMETRY for the projection's input `x` `[batch, seq, heads * head_dim]`."""
+    """Compare a projection's input `x` `[batch, seq, heads * head_dim]` to the attention's output; returns one of GEOMETRY."""
     if attended is None:
         return UNSEEN
     owner, output = attended
@@ -151,8 +151,8 @@ def _geometry(site: HeadSite, x: Tensor, attended: tuple[nn.Module, Tensor] | No
 
 
 def _check_number(site: HeadSite, units: int, x: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises VerificationError where something of this shape is attention over the tokens of `x`, by another number of heads,
-    of which so many make one of the site.
+    """Raise VerificationError if `shape` is that of attention over the tokens of `x` with other numbers of heads than the site.
+    `units`: how many of the attention's heads make one of the site's.
     """
     batch, seq = x.shape[0], x.shape[-2]
     if x.dim() != 3 or shape[-2] != seq:
@@ -167,21 +167,21 @@ def _check_number(site: HeadSite, units: int, x: Tensor, shape: tuple[int, ...])
 
 
 def _units_of(model: nn.Module, site: HeadSite) -> int:
-    """How many heads of the attention make one of the site."""
+    """Return how many of the attention's heads make one of the site's."""
     parts = site.name.split(".")[:-1]
     around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
     return max(heads_per_unit(module) for module in around)
 
 
 def _layer_of(model: nn.Module, site: HeadSite) -> nn.Module:
-    """The innermost module of a list around the projection; the one that it is a child of where there is none."""
+    """Return the layer of the projection: the innermost item of a module list around it; its parent if there is none."""
     parts = site.name.split(".")[:-1]
     numbered = [depth for depth, part in enumerate(parts, 1) if part.isdigit()]
     return model.get_submodule(".".join(parts[: numbered[-1]] if numbered else parts))
 
 
 def _sum_error(site: HeadSite, x: Tensor, output: Tensor) -> float:
-    """The relative error of heads + bias against the projection's `output` `[batch, seq, out]`. Raises VerificationError."""
+    """Return the relative error of heads + bias to the projection's `output` `[batch, seq, out]`. Raises VerificationError."""
     if x.shape[-1] != site.num_heads * site.head_dim:
         raise VerificationError(
             f"{site.name}: its input is {x.shape[-1]} wide, but the site has {site.num_heads} heads of {site.head_dim}"
@@ -212,7 +212,7 @@ def _sum_error(site: HeadSite, x: Tensor, output: Tensor) -> float:
 
 
 def _rounding(x: Tensor, output: Tensor) -> float:
-    """How far a product may be off, relative to the root of its squared terms: rounding of the parts, and of their sum."""
+    """Bound the rounding error of a product, of its terms and their sum, relative to the root of the squared terms."""
     parts = max(torch.finfo(x.dtype).eps, torch.finfo(output.dtype).eps)
     sums = torch.finfo(torch.promote_types(output.dtype, torch.float32)).eps
     backends: Any = torch.backends  # its modules set attributes that type checkers do not know
@@ -236,8 +236,8 @@ TORCH_ATTENTION: tuple[tuple[Any, str], ...] = (
 
 
 def _listen() -> None:
-    """While anyone watches, transformers' `AttentionInterface.get_interface` hands out functions that tell of their outputs, and
-    torch's attention and softmax tell of the shapes of theirs.
+    """Wrap the attention functions while a self-check watches: those of transformers' `AttentionInterface.get_interface` report
+    their outputs, torch's attention and softmax the shapes of theirs.
     """
     from transformers.modeling_utils import AttentionInterface
 

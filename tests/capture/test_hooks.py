@@ -310,6 +310,16 @@ def test_a_removed_manager_is_freed_and_its_model_too():
     assert gone() is None
 
 
+def test_it_has_every_public_attribute_of_the_basic_manager():
+    model = build()
+    with BasicHookManager(model, "all") as basic, fastheads.HookManager(model, "all") as hooks:
+        public = [name for name in {*vars(basic), *vars(BasicHookManager)} if not name.startswith("_")]
+        assert "get_results" in public
+        assert [name for name in public if not hasattr(hooks, name)] == []
+        assert (hooks.model, hooks.token_agg) == (basic.model, basic.token_agg)
+        assert [site.name for site in hooks.sites] == [site.name for site in basic.sites]
+
+
 def test_a_projection_shared_by_two_layers_is_one_site():
     model = build()
     model.model.layers[1].self_attn.o_proj = model.model.layers[0].self_attn.o_proj

@@ -1,1 +1,1 @@
-"""Small forwards that ended wait until several can be measured together."""
+"""Defer the measurement of small forwards that have ended, until several can be measured together."""

@@ -1,4 +1,4 @@
-"""The forwards that wait on one device, and whether the one under way may join them."""
+"""Keep the deferred forwards of one device, and decide if the forward under way may be deferred too."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -17,7 +17,7 @@ FEWEST_FORWARDS = 4
 
 
 class EndedForward(NamedTuple):
-    """A forward that is measured once it has ended: its inputs and where they lie, the launches for them, its valid tokens."""
+    """A forward to be measured after its end: its launch, its inputs with their addresses, its valid tokens."""
 
     cached_launch: CachedLaunch
     kept: list[Kept]
@@ -25,13 +25,13 @@ class EndedForward(NamedTuple):
     layout: TokenLayout
 
     def spans(self) -> list[tuple[int, int]]:
-        """From where to where each input reaches."""
+        """Return the addresses (start, stop) of each input."""
         return [(start, start + self.cached_launch.extent) for start in self.addresses]
 
 
 class DeferredForwards:
-    """Inputs of forwards that ended, which wait: where a forward is a decode step, a launch between its kernels costs more of
-    the host's time than all its hooks. Launches right after one another cost a fraction.
+    """The inputs of deferred forwards. In a decode step, a launch between the model's kernels costs more of the host's time than
+    all hooks; launches in a row cost a fraction of that.
     """
 
     def __init__(self) -> None:
@@ -46,18 +46,18 @@ class DeferredForwards:
         self._pays = True
 
     def watch(self, kept: list[Kept], budget: int) -> None:
-        """`kept` was just launched, and those that are like it may wait if that is safe."""
+        """Note that `kept` was launched at once: inputs like it may be deferred, if the next ones lie in other memory."""
         self.forget_form()
         self._form_size = sum(x.untyped_storage().nbytes() for _, x, _ in kept)
         if self._pays and LEAST_IN_BUDGET * self._form_size <= budget:
             self._probe = kept
 
     def may_take(self) -> bool:
-        """Whether the inputs of the forward under way might wait."""
+        """Return True if the inputs of the forward under way may be offered."""
         return (self._is_safe or self._probe is not None) and self._candidate is None
 
     def offer(self, ended: EndedForward) -> bool:
-        """Keep inputs that are like those watched until the forward has ended; False where they have to be measured now."""
+        """Keep inputs like those watched until the forward has ended. Returns False if they must be measured now."""
         if not self._is_safe:
             probe, self._probe = self._probe, None
             if probe is None or not are_apart([x for _, x, _ in (*probe, *ended.kept)]):
@@ -67,14 +67,14 @@ class DeferredForwards:
         return True
 
     def overwritten_by(self, inputs: Iterable[Tensor]) -> bool:
-        """Whether one of these may lie where one lies that waits, or of the forward under way will."""
+        """Return True if one of these inputs shares memory with a deferred one, or with one of the forward under way."""
         waiting = self.forwards if self._candidate is None else [*self.forwards, self._candidate]
         if not waiting:
             return False
         return not storages(x for ended in waiting for _, x, _ in ended.kept).isdisjoint(storages(inputs))
 
     def confirm(self) -> bool:
-        """The forward ended: whether something of it waits now."""
+        """End the forward under way normally. Returns True if inputs of it are deferred now."""
         if self._candidate is None:
             return False
         self.forwards.append(self._candidate)
@@ -83,31 +83,31 @@ class DeferredForwards:
         return True
 
     def withdraw(self) -> list[Tensor]:
-        """The forward failed: what it left."""
+        """Drop the inputs of the forward under way, which failed, and return them."""
         left, self._candidate = self._candidate, None
         return [] if left is None else [x for _, x, _ in left.kept]
 
     def is_full(self, budget: int) -> bool:
-        """Whether it is time for the launches."""
+        """Return True if the deferred forwards must be measured now."""
         return len(self.forwards) >= MOST_FORWARDS or self.size + self._form_size > budget
 
     def take(self) -> list[EndedForward]:
-        """What waited; nothing waits any more."""
+        """Remove and return the deferred forwards."""
         taken, self.forwards, self.size = self.forwards, [], 0
         return taken
 
     def interrupted(self) -> None:
-        """A weight changed: where that happens every few forwards, as in training, waiting does not pay."""
+        """Note that a weight changed; stop deferring if that happens every few forwards, as in training."""
         if 0 < len(self.forwards) < FEWEST_FORWARDS:
             self._pays = False
             self.forget_form()
 
     def forget_form(self) -> None:
-        """Nothing waits any more until `watch`."""
+        """Defer nothing more until `watch`."""
         self._is_safe, self._probe = False, None
 
     def held(self) -> list[EndedForward]:
-        """All whose inputs are held: those that wait, and that of the forward under way."""
+        """Return every forward whose inputs are held: the deferred ones, and the one under way."""
         candidate = self._candidate
         return [*self.forwards] if candidate is None else [*self.forwards, candidate]
 

@@ -1,7 +1,7 @@
-"""When a small forward that ended may wait for others (`backlog.DeferredForwards`), and what then measures them all.
+"""Measure the deferred forwards (`backlog.DeferredForwards`) of all devices.
 
-They count. So an error in their late measurement must not pass for one of the forward in which it shows: from then on nobody gets
-results, until a reset.
+Deferred forwards count. So an error in their late measurement is not one of the forward in which it shows: from then on results
+are refused, until a reset.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,7 +21,7 @@ from fastheads.stats.token_layout import TokenLayout
 
 
 class DeferredLaunches:
-    """The forwards that wait, on every device."""
+    """The deferred forwards of all devices."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class DeferredLaunches:
         is_used_elsewhere: Callable[[], bool],
         counter: LaunchCounter,
     ) -> None:
-        """`queues` may grow. Whoever else than `accumulator` measures inputs lets none wait. `is_used_elsewhere` tells whether a
+        """`queues` may grow. Only inputs that `accumulator` alone measures may be deferred. `is_used_elsewhere` returns True if a
         forward in another thread uses the pending moments.
         """
         self._queues, self._accumulator, self._counter = queues, accumulator, counter
@@ -38,12 +38,12 @@ class DeferredLaunches:
         self._lost = 0  # forwards that ended, and that an error kept from being measured
 
     def waiting(self) -> int:
-        """How many forwards wait; one whose inputs lie on several devices is one."""
+        """Count the deferred forwards; one with inputs on several devices is one."""
         waiting = [ended for queue in list(self._queues) for ended in [*queue.deferred.forwards]]
         return len({id(ended.layout) for ended in waiting})  # its forward's own
 
     def takes(self, queue: ManagerQueue, kept: list[Kept], layout: TokenLayout) -> bool:
-        """Whether what was kept waits for the next forwards: small ones, all of whose inputs were kept, like the one before."""
+        """Defer the kept inputs of a small forward that is like the one before. Returns False if they must be measured now."""
         cached_launch = queue.cached_launch
         if cached_launch is None or not queue.deferred.may_take() or queue.off_stream():
             return False
@@ -53,13 +53,13 @@ class DeferredLaunches:
         )
 
     def check_not_overwritten(self, queue: ManagerQueue, inputs: Iterable[Tensor]) -> None:
-        """Before these are measured at once. Raises ForwardError where one lies in the memory of one that waits."""
+        """Check inputs that are about to be measured. Raises ForwardError if one lies in the memory of a deferred one."""
         if queue.deferred.overwritten_by(inputs):
             self._lose(queue)
             raise ForwardError(REUSED)
 
     def withdraw(self, queue: ManagerQueue) -> None:
-        """The forward under way failed. What it left in the memory of those that wait is found by what it kept."""
+        """Drop the inputs of the forward under way, which failed. Deferred forwards whose memory they overwrote are lost."""
         left = queue.deferred.withdraw() + [x for _, x, _ in queue.kept]
         if left and queue.deferred.overwritten_by(left):
             self._lose(queue)
@@ -69,8 +69,8 @@ class DeferredLaunches:
         queue.deferred.take()
 
     def catch_up(self, queue: ManagerQueue) -> None:
-        """Measure what waits of forwards that ended: into the committed moments, and into the pending ones of a forward that may
-        be under way.
+        """Measure the deferred forwards of the queue, into the committed moments and into the pending ones, which a forward may
+        be using. Raises ForwardError while a CUDA graph is captured, and if memory was reused or has run out.
         """
         forwards = queue.deferred.forwards
         if not forwards:
@@ -91,25 +91,25 @@ class DeferredLaunches:
             raise
 
     def catch_up_all(self) -> None:
-        """The same on every device."""
+        """Measure the deferred forwards of every device."""
         for queue in self._queues:
             self.catch_up(queue)
 
     def weights_changed(self) -> None:
-        """Before the factors follow: what waits was made with the weights as they were."""
+        """Measure the deferred forwards before the factors follow a change of the weights: they ran with the old ones."""
         for queue in self._queues:
             queue.deferred.interrupted()
         self.catch_up_all()
 
     def weights_changed_in_graph(self) -> None:
-        """The same in compiled code, which has begun with the moments without them."""
+        """Raise ForwardError if forwards are deferred when a graph meets changed weights: it began without their samples."""
         if any(queue.deferred.forwards for queue in self._queues):
             raise ForwardError(
                 "a weight changed between eager forwards and compiled ones: call get_results() or reset() after such a change"
             )
 
     def check_complete(self) -> None:
-        """Raises ResultsError where forwards that count could not be measured."""
+        """Raise ResultsError if forwards that count could not be measured."""
         if self._lost:
             raise ResultsError(
                 f"an error ended the measurement of {self._lost} forwards that had ended: reset() starts afresh"
@@ -121,7 +121,7 @@ class DeferredLaunches:
         self.clear_backlogs()
 
     def clear_backlogs(self) -> None:
-        """Hold no input any more."""
+        """Drop all inputs of deferred forwards."""
         for queue in self._queues:
             queue.deferred.clear()
 
