@@ -11,11 +11,13 @@ from fastheads._version import __version__
 if TYPE_CHECKING:
     from fastheads.capture.manager import HookManager
     from fastheads.errors import FastheadsError, NoSitesError, StaleFactorError, UnsupportedWeightError
+    from fastheads.models.families import Family, register_family
     from fastheads.models.sites import HeadSite, find_sites
     from fastheads.results.head_profile import HeadProfile
     from fastheads.run.api import profile
 
 __all__ = [
+    "Family",
     "FastheadsError",
     "HeadProfile",
     "HeadSite",
@@ -26,9 +28,11 @@ __all__ = [
     "__version__",
     "find_sites",
     "profile",
+    "register_family",
 ]
 
 _HOMES = {
+    "Family": "models.families",
     "FastheadsError": "errors",
     "HeadProfile": "results.head_profile",
     "HeadSite": "models.sites",
@@ -38,6 +42,7 @@ _HOMES = {
     "UnsupportedWeightError": "errors",
     "find_sites": "models.sites",
     "profile": "run.api",
+    "register_family": "models.families",
 }
 
 

@@ -34,8 +34,8 @@ def test_the_source_map_names_every_module():
     [
         ("fastheads.models.sites", "PROJECTION_PATHS"),
         ("fastheads.models.sites", "ATTENTION"),
-        ("fastheads.models.sites", "REFUSED"),
-        ("fastheads.models.residual", "RULES"),
+        ("fastheads.models.families", "FAMILIES"),
+        ("fastheads.models.families", "Family"),
         ("fastheads.backends.accumulator", "BACKENDS"),
         ("fastheads.backends.accumulator", "backend_for"),
         ("fastheads.stats.metrics", "einsum_norms"),
