@@ -153,7 +153,8 @@ def channel_of_kv_groups(
         width = site.num_heads * site.head_dim // kv_heads
         groups[row] = dataclasses.replace(site, num_heads=kv_heads, head_dim=width)
     # Wide heads may be more than the kernel takes, whatever it is asked for by name.
-    accumulator = Accumulator(groups, backend if backend in TORCH_BACKENDS else "auto", precision, token_agg)
+    backend = backend if backend in TORCH_BACKENDS else "auto"
+    accumulator = Accumulator(groups, backend, precision, token_agg)
     return Channel(index, accumulator, {KV_METRIC: CONTRIBUTION})
 
 
