@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from fastheads.backends.registry import register_backend
     from fastheads.capture.manager import HookManager
     from fastheads.errors import FastheadsError, NoSitesError, StaleFactorError, UnsupportedWeightError
+    from fastheads.models.families import Family, register_family
     from fastheads.models.sites import HeadSite, find_sites
     from fastheads.results.head_profile import HeadProfile
     from fastheads.run.api import profile
     from fastheads.stats.metric import register_metric
 
 __all__ = [
+    "Family",
     "FastheadsError",
     "HeadProfile",
     "HeadSite",
@@ -29,10 +31,12 @@ __all__ = [
     "find_sites",
     "profile",
     "register_backend",
+    "register_family",
     "register_metric",
 ]
 
 _HOMES = {
+    "Family": "models.families",
     "FastheadsError": "errors",
     "HeadProfile": "results.head_profile",
     "HeadSite": "models.sites",
@@ -43,6 +47,7 @@ _HOMES = {
     "find_sites": "models.sites",
     "profile": "run.api",
     "register_backend": "backends.registry",
+    "register_family": "models.families",
     "register_metric": "stats.metric",
 }
 

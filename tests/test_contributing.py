@@ -34,8 +34,8 @@ def test_the_source_map_names_every_module():
     [
         ("fastheads.models.sites", "PROJECTION_PATHS"),
         ("fastheads.models.sites", "ATTENTION"),
-        ("fastheads.models.sites", "REFUSED"),
-        ("fastheads.models.residual", "RULES"),
+        ("fastheads.models.families", "FAMILIES"),
+        ("fastheads.models.families", "Family"),
         ("fastheads.backends.registry", "register_backend"),
         ("fastheads.backends.registry", "backend_for"),
         ("fastheads.backends.torch_paths", "Einsum"),

@@ -1,6 +1,6 @@
 """From a group of inputs, by the backend that serves them, to updated moments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fastheads.backends.factors import SiteFactor, SiteWeight, WeightWatch
+from fastheads.backends.factors import SiteFactor, SiteWeight, WeightReading, WeightWatch
 from fastheads.backends.launch import CachedLaunch, Profiled
 from fastheads.backends.protocol import FusedBackend, NormsBackend
 from fastheads.backends.registry import backend_for, check_backend
@@ -60,7 +60,8 @@ class Accumulator:
         ranks: Ranks | None = None,
     ) -> None:
         """`sites` by row: with tensor parallelism, as this rank serves them, and the `ranks` that serve the others. With
-        `updates`, by row, the weight of a site is diag(g) W, g the gain of its norm.
+        `updates`, by row, the weight of a site is diag(g) W, g the gain of its norm. It can be used after
+        `read_weights`.
 
         Raises as `check_backend` and `backend_for` do, for the weights as they are.
         """
@@ -74,24 +75,29 @@ class Accumulator:
         self._sites = sites
         self.weights: dict[int, tuple[torch.device, torch.dtype]] = {}  # as they were at first
         self._choices: dict[tuple[Any, ...], NormsBackend | FusedBackend] = {}
-        for row, site in sites.items():
-            weight = dense_weight(site)  # raises where it cannot be had: now, not in the middle of a run
-            self.weights[row] = (weight.device, weight.dtype)
-            chosen = self._choice(weight.device, weight.dtype, site.head_dim)
-            if chosen.needs != "weight":
-                self.factors[row] = SiteFactor(site, weight, self._updates.get(row))
-            if chosen.needs == "form":
-                self.factors[row].form(chosen, weight.dtype, precision)
         # Backends without factors read the weight each time, but behind a group of layers: there too it must stand for a forward.
-        self._weights: list[SiteWeight] = list(self.factors.values()) or [
-            SiteWeight(site, self._updates.get(row)) for row, site in sites.items()
-        ]
-        self._watch = WeightWatch(self._weights)
+        self._weights: list[SiteWeight] = []
         self._forms: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.generation = 0  # how often factors followed a weight that had changed
         self._ranks = ranks
         # row -> (its bank, its place in it, its view of it)
         self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def take_weight(self, row: int, reading: WeightReading) -> None:
+        """Make what is needed of one site's weight."""
+        site, update, weight = self._sites[row], self._updates.get(row), reading.weight
+        self.weights[row] = (weight.device, weight.dtype)
+        choice = self._choice(weight.device, weight.dtype, site.head_dim)
+        if choice.needs == "weight":
+            self._weights.append(SiteWeight(site, update, reading.version))
+            return
+        factor = self.factors[row] = SiteFactor(site, reading, update)
+        factor.make(weight, choice, self.precision)
+        self._weights.append(factor)
+
+    def end_of_weights(self) -> None:
+        """After the weight of each site."""
+        self._watch = WeightWatch(self._weights)
         self._fill_banks()
 
     def record(
@@ -330,3 +336,19 @@ def _as_slice(rows: Sequence[int]) -> slice | list[int]:
     if list(rows) == list(range(first, first + count)):
         return slice(first, first + count)
     return list(rows)
+
+
+def read_weights(accumulators: Iterable[Accumulator]) -> None:
+    """Read the weight of each of their sites once for all of them, and hold one at a time.
+
+    Raises as `Accumulator` does: now, not in the middle of a run.
+    """
+    among = list(accumulators)
+    for row, site in {row: site for each in among for row, site in each._sites.items()}.items():
+        reading = WeightReading(site)
+        for each in among:
+            if row in each._sites:
+                each.take_weight(row, reading)
+        del reading
+    for each in among:
+        each.end_of_weights()

@@ -6,12 +6,13 @@ float64: it squares W's condition number, and in float32 the weak directions of 
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastheads.backends.protocol import FusedBackend
+from fastheads.backends.protocol import FusedBackend, NormsBackend
 from fastheads.models.residual import Place, Update
 from fastheads.models.sites import HeadSite
 from fastheads.models.weights import (
@@ -35,14 +36,43 @@ def _plain_mode() -> Iterator[None]:
         yield
 
 
+class WeightReading:
+    """The dense weight of one projection with its version and checksum: read once, for all that is made of it."""
+
+    def __init__(self, site: HeadSite, weight: Tensor | None = None) -> None:
+        """`weight` is `dense_weight(site)`, where the caller has it."""
+        # In the caller's mode, like every look at the weight: what acts may depend on it (`repacks_when_run`).
+        self.weight = dense_weight(site) if weight is None else weight
+        self.version = WeightVersion(site)
+
+    @cached_property
+    def checksum(self) -> Tensor:
+        """That of the weight's bits, an int64 scalar."""
+        with _plain_mode():
+            return checksum(self.weight)
+
+
+class WeightVersion:
+    """The version key of one projection's weight at this moment, and how to read it again."""
+
+    def __init__(self, site: HeadSite) -> None:
+        self.moves_itself = moves_when_run(site)
+        self.read_key = key_reader(site)
+        self.key, self.held = self.read_key(), hold_key(site)
+
+
 class SiteWeight:
     """The weight of one projection, of which is known when it is replaced, moved or changed in place the ordinary way."""
 
-    def __init__(self, site: HeadSite, update: Update | None = None) -> None:
-        """With an `update` it is diag(g) W, g the gain of its norm."""
+    _key: Any
+
+    def __init__(
+        self, site: HeadSite, update: Update | None = None, version: WeightVersion | None = None
+    ) -> None:
+        """With an `update` it is diag(g) W, g the gain of its norm. `version` is that of the weight, where the caller has it."""
         self.site = site
         self._update = update
-        self._note_key()
+        self._note_version(version or WeightVersion(site))
 
     def places(self) -> list[Place] | None:
         """The slots of all parameters and norms that the weight is made from; None if it depends on anything else."""
@@ -68,14 +98,15 @@ class SiteWeight:
         """Take the weight as it is. Raises UnsupportedWeightError where it cannot be read any more."""
         if self.moved():
             dense_weight(self.site)
-            self._note_key()
+            self._note_version(WeightVersion(self.site))
 
-    def _note_key(self) -> None:
-        self.moves_itself = moves_when_run(self.site)
-        self._read_key = key_reader(self.site)
-        self._key, self._held = self.key(), hold_key(self.site)
+    def _note_version(self, version: WeightVersion) -> None:
+        self.moves_itself, self._read_key = version.moves_itself, version.read_key
+        self._key = version.key
+        self._held = version.held
         if self._update is not None:
-            self._held += hold(self._update.parameters())
+            self._key = (version.key, self._update.key())
+            self._held = version.held + hold(self._update.parameters())
 
 
 class SiteFactor(SiteWeight):
@@ -86,8 +117,10 @@ class SiteFactor(SiteWeight):
     rewritten in place, for a CUDA graph holds their addresses.
     """
 
-    def __init__(self, site: HeadSite, weight: Tensor | None = None, update: Update | None = None) -> None:
-        """`weight` is `dense_weight(site)`, where the caller has it: it can take long to read."""
+    def __init__(
+        self, site: HeadSite, reading: WeightReading | None = None, update: Update | None = None
+    ) -> None:
+        """`reading` is that of the weight, where the caller has it: it can take long to read."""
         self.in_graph = False  # a CUDA graph reads it
         self.in_own_graph = (
             False  # one that was captured by hand: its replays ask nobody whether the weight has changed
@@ -101,7 +134,15 @@ class SiteFactor(SiteWeight):
             site,
             update,
         )  # not as the base does it: the weight may be slow to look at twice
-        self._note_weight(weight)
+        self._note_weight(reading or WeightReading(site))
+
+    def make(self, weight: Tensor, backend: NormsBackend | FusedBackend, precision: str) -> None:
+        """Make the form that the backend will ask for, of the weight as it was just read."""
+        lower = self._lower(weight)
+        if backend.needs == "form":
+            self._make_form(backend, lower, weight.dtype, precision)
+        else:
+            self._write_dense(lower)
 
     def dense(self) -> Tensor:
         """L `[num_heads, head_dim, head_dim]`, lower triangular: float32, or float64 for a float64 weight."""
@@ -115,15 +156,18 @@ class SiteFactor(SiteWeight):
         """The form that a fused backend reads (`fastheads.kernels.KernelFactor`)."""
         self._unverified = True
         form = self._fused.get((backend.name, dtype, precision))
-        if form is None:
-            form = backend.prepare(self._lower(), dtype, precision)
-            self._fused[backend.name, dtype, precision] = form
+        return self._make_form(backend, self._lower(), dtype, precision) if form is None else form
+
+    def _make_form(self, backend: FusedBackend, lower: Tensor, dtype: torch.dtype, precision: str) -> Any:
+        form = backend.prepare(lower, dtype, precision)
+        self._fused[backend.name, dtype, precision] = form
         return form
 
     def keep_dense_in(self, storage: Tensor) -> None:
         """Hold the dense form in `storage` `[num_heads, head_dim, head_dim]`, so that neighbours make one batch."""
+        lower = self._lower() if self._dense is None else self._dense
         self._dense = storage
-        self._write_dense(self._lower())
+        self._write_dense(lower)
 
     def refresh(self) -> None:
         """Rebuild where the weight is known to have changed; reads no value back."""
@@ -134,10 +178,11 @@ class SiteFactor(SiteWeight):
     def rebuild(self) -> None:
         """Make every form anew of the weight as it is now; forgets that it was stale."""
         self._stale = False
-        weight = self._note_weight()
+        reading = WeightReading(self.site)
+        self._note_weight(reading)
         if self._dense is None and not self._fused:
             return
-        lower = self._lower(weight)
+        lower = self._lower(reading.weight)
         if self._dense is not None:
             self._write_dense(lower)
         for key, form in list(self._fused.items()):
@@ -156,24 +201,21 @@ class SiteFactor(SiteWeight):
             return not self._stale
         if self.moved():
             return not self.in_graph
-        self._unverified = not torch.equal(self._sum(dense_weight(self.site)), self._checksum)
+        self._unverified = not torch.equal(self._sum(checksum(dense_weight(self.site))), self._checksum)
         return not self._unverified
 
-    def _note_weight(self, weight: Tensor | None = None) -> Tensor:
-        """The weight as it is now; its key and checksum are kept."""
-        # In the caller's mode, like every look at the weight: what acts may depend on it (`repacks_when_run`).
-        weight = dense_weight(self.site) if weight is None else weight
-        self._note_key()
+    def _note_weight(self, reading: WeightReading) -> None:
+        """Keep the version and the checksum of the weight as it was read."""
+        self._note_version(reading.version)
+        weight = reading.weight
         # Of the dense form: float32 rounds by 6e-8, as the products themselves do.
         self.place = (weight.device, torch.float64 if weight.dtype == torch.float64 else torch.float32)
         with _plain_mode():
-            self._checksum = self._sum(weight)
+            self._checksum = self._sum(reading.checksum)
         self._unverified = False
-        return weight
 
-    def _sum(self, weight: Tensor) -> Tensor:
-        """A checksum over the bits of all that the factor is made from."""
-        total = checksum(weight)
+    def _sum(self, total: Tensor) -> Tensor:
+        """A checksum over the bits of all that the factor is made from; `total` is the weight's."""
         for parameter in () if self._update is None else self._update.parameters():
             total = total * 31 + checksum(parameter.detach().view(1, -1)).to(total.device)
         return total

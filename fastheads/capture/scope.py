@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastheads.backends import tensor_parallel
-from fastheads.backends.accumulator import Accumulator
+from fastheads.backends.accumulator import Accumulator, read_weights
 from fastheads.backends.factors import SiteFactor
 from fastheads.capture.channels import (
     Channel,
@@ -84,6 +84,7 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
     at_input = tuple(channels)
     if updates.normed and options.measures(UPDATE):
         channels.append(channel_of_updates(len(channels), chosen, updates.normed, ranks=ranks, **how))
+    read_weights(channel.accumulator for channel in channels)
     return Scope(
         model=model,
         engine=TransformersEngine(model, chosen, ranks, options.skip_first),

@@ -5,12 +5,12 @@ heads may have been pruned. So the widths of its other projections are used too.
 heads, that is the number; if they contradict each other, there is none.
 """
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
+from fastheads.models.families import family_of
 from fastheads.models.weight_formats import is_transposed, plain_forward
 
 # Attribute of a wrapper that holds its linear layer (MoshiLinear), and of an adapter that holds the layer it adapts.
@@ -52,15 +52,11 @@ LATENT_PROJECTIONS = ("kv_b_proj",)  # MLA: keys without their rotary part, and 
 FUSED_PROJECTIONS = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv")
 SEPARATE_QUERY = "q_attn"  # beside a fused projection without queries: GPT-2's attention to an encoder
 
-# Heads that the attention combines into one unit before the output projection, by patterns of its class.
-HEADS_PER_UNIT = {
-    r"^DiffLlama": 2,  # the difference of two heads, as wide as both
-}
-
 
 def heads_per_unit(owner: nn.Module) -> int:
     """Return how many heads the attention combines into one unit before its output projection: mostly 1."""
-    return next((n for kind, n in HEADS_PER_UNIT.items() if re.search(kind, type(owner).__name__)), 1)
+    family = family_of("attention", owner)
+    return 1 if family is None or family.heads_per_unit is None else family.heads_per_unit
 
 
 def input_width(projection: nn.Module) -> int | None:
@@ -91,14 +87,21 @@ def head_dim_of(owner: nn.Module, width: int) -> int | None:
     """Return head_dim (the width of a unit of heads) for a projection input of `width`; None if unknown or contradictory."""
     declared = declared_head_dim(owner, width)
     number = _num_units(owner, width, None if declared is None else width // declared)
-    return None if number is None else width // number
+    if number is None or width % number:
+        return None
+    family, units = family_of("attention", owner), heads_per_unit(owner)
+    if family is not None:
+        heads, head_dim = family.number("num_heads", owner), family.number("head_dim", owner)
+        if heads not in (None, units * number) or head_dim not in (None, width // (units * number)):
+            return None  # the module contradicts its family
+    return width // number
 
 
 def declared_head_dim(owner: nn.Module, width: int) -> int | None:
     """As `head_dim_of`, from the module's attributes alone."""
     units = heads_per_unit(owner)
-    widths = [n for n in _positive_ints(owner, HEAD_DIM_ATTRIBUTES) if width % (units * n) == 0]
-    counts = [n for n in _positive_ints(owner, NUM_HEADS_ATTRIBUTES) if width % n == 0]
+    widths = [n for n in _head_dims(owner, HEAD_DIM_ATTRIBUTES) if width % (units * n) == 0]
+    counts = [n for n in _head_counts(owner) if width % n == 0]
     if widths and counts:
         widths = [n for n in widths if width // n in counts]
         return units * widths[0] if widths else None
@@ -179,16 +182,14 @@ def _from_fused(owner: nn.Module, width: int) -> set[int] | None:
 
 def _from_counts(owner: nn.Module, width: int) -> set[int] | None:
     units = heads_per_unit(owner)
-    return {
-        n // units for n in _positive_ints(owner, NUM_HEADS_ATTRIBUTES) if width % n == 0 and n % units == 0
-    } or None
+    return {n // units for n in _head_counts(owner) if width % n == 0 and n % units == 0} or None
 
 
 def _from_value_dims(owner: nn.Module, width: int) -> set[int] | None:
     """Return the possible numbers of units by the attributes for the value's width."""
     units = heads_per_unit(owner)
     return {
-        width // (units * n) for n in _positive_ints(owner, VALUE_DIM_ATTRIBUTES) if width % (units * n) == 0
+        width // (units * n) for n in _head_dims(owner, VALUE_DIM_ATTRIBUTES) if width % (units * n) == 0
     } or None
 
 
@@ -230,7 +231,10 @@ def kv_heads_of_keys(owner: nn.Module) -> int | None:
 
 
 def declared_kv_heads(owner: nn.Module, num_heads: int) -> list[int]:
-    """Return every number of KV heads for `num_heads` query heads that the module's attributes give."""
+    """Return every number of KV heads for `num_heads` query heads that the module's family or attributes give."""
+    family = family_of("attention", owner)
+    if family is not None and (given := family.number("num_kv_heads", owner)) is not None:
+        return [given] if num_heads % given == 0 else []
     groups = [num_heads // n for n in _positive_ints(owner, (GROUP_ATTRIBUTE,)) if num_heads % n == 0]
     return groups + [n for n in _positive_ints(owner, NUM_KV_HEADS_ATTRIBUTES) if num_heads % n == 0]
 
@@ -239,6 +243,11 @@ def describe(owner: nn.Module) -> str:
     """List the attributes and projection widths that concern heads, for an error message."""
     names = (*HEAD_DIM_ATTRIBUTES, *QUERY_DIM_ATTRIBUTES, *QUERY_DIM_PARTS, *NUM_HEADS_ATTRIBUTES)
     has = [f"{name} {getattr(owner, name)}" for name in names if hasattr(owner, name)]
+    family = family_of("attention", owner)
+    for key in ("num_heads", "head_dim") if family is not None else ():
+        assert family is not None
+        if (number := family.number(key, owner)) is not None:
+            has.append(f"{key} {number} by its family {family.name!r}")
     for kind in (
         QUERY_PROJECTIONS,
         KEY_PROJECTIONS,
@@ -269,6 +278,20 @@ def _intersection(*candidates: set[int] | None) -> set[int] | None:
 
 def _only(numbers: set[int] | None) -> int | None:
     return next(iter(numbers)) if numbers is not None and len(numbers) == 1 else None
+
+
+def _head_dims(owner: nn.Module, attributes: Iterable[str]) -> list[int]:
+    """Return the width of one head that the module's family gives; else what these attributes give."""
+    family = family_of("attention", owner)
+    given = None if family is None else family.number("head_dim", owner)
+    return _positive_ints(owner, attributes) if given is None else [given]
+
+
+def _head_counts(owner: nn.Module) -> list[int]:
+    """Return the number of heads that the module's family gives; else what its attributes give."""
+    family = family_of("attention", owner)
+    given = None if family is None else family.number("num_heads", owner)
+    return _positive_ints(owner, NUM_HEADS_ATTRIBUTES) if given is None else [given]
 
 
 def _positive_ints(owner: Any, attributes: Iterable[str]) -> list[int]:

@@ -17,50 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastheads.errors import UnsupportedWeightError
+from fastheads.errors import OptionError, UnsupportedWeightError
 from fastheads.models.computed_weights import isolated
-from fastheads.models.sites import HeadSite, unwrapped
+from fastheads.models.families import Family, builtin_family, registered_family
+from fastheads.models.geometry import output_width
+from fastheads.models.sites import HeadSite, registered_attention_of, unwrapped
 from fastheads.models.weight_formats import is_dtensor
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Attribute names in a decoder layer: the norm and multiplier that it applies to the output of the child `attention`."""
+    """Attribute names in a decoder layer: the norm and multiplier that it applies to its attention's output."""
 
     norm: str | None = None
     multiplier: str | None = None
-    attention: str | None = None  # None: any name
-
-
-# By patterns of the decoder layer's class. Other layers of transformers without SCALES add the output unchanged.
-RULES: dict[str, Rule] = {
-    r"^(Gemma[234]|Gemma4Unified|DiffusionGemma|EmbeddingGemma2|MuseGlimmer)(Text|Encoder|Decoder)*Layer$": Rule(
-        "post_attention_layernorm"
-    ),
-    r"^(Olmo[23]|FlexOlmo|OlmoHybridAttention|Exaone4|Exaone4_5_|Afmoe)DecoderLayer$": Rule(
-        "post_attention_layernorm"
-    ),
-    r"^(Glm4|Kolibri1|T5Gemma2?|Glm4vText|GlmImageText|GlmOcrText)(En|De)?(coder)?Layer$": Rule(
-        "post_self_attn_layernorm", attention="self_attn"
-    ),
-    r"^Lfm3DecoderLayer$": Rule("post_operator_norm"),
-    r"^HyperCLOVAXDecoderLayer$": Rule("post_norm1", "residual_multiplier"),
-    r"^FalconH1DecoderLayer$": Rule(multiplier="attn_out_multiplier"),
-    r"^Granite\w*DecoderLayer$": Rule(multiplier="residual_multiplier"),
-    r"^MiniCPM3DecoderLayer$": Rule(multiplier="residual_scale"),
-    r"^MiniMaxDecoderLayer$": Rule(multiplier="attn_beta_factor"),
-}
-# Layers that do something else, and the reason.
-UNKNOWN: dict[str, str] = {
-    r"^BeamDecoder": "it scales the sum with the depth of the layer",
-    r"^Gemma3nText": "it mixes several residual streams",
-    r"^HYV4": "it mixes several residual streams",
-    r"^(Idefics|Mllama)\w*CrossAttention": "a gate comes between",
-    r"^Inkling2": "it convolves the attention's output",
-    r"^Qwen4Exp": "it mixes several residual streams",
-    r"^Zamba": "the attention's output goes through another layer before it is added",
-    r"^Zaya": "it scales the output by learnt numbers of each channel",
-}
 
 
 # A layer may also scale the output with parameters of its own, or with children of these names.
@@ -86,6 +56,7 @@ class Update:
 
     layer: Any = None
     rule: Rule = Rule()
+    out_features: int = 1  # of the projection
 
     @property
     def multiplier(self) -> float:
@@ -97,8 +68,8 @@ class Update:
 
     @property
     def width(self) -> int:
-        """The width of the norm's gain; 1 without a norm."""
-        return next((p.numel() for p in self.parameters()), 1)
+        """The width of the norm's gain: that of its parameters; the projection's if it has none, or one number for all."""
+        return next((p.numel() for p in self.parameters() if p.numel() > 1), self.out_features)
 
     @property
     def device(self) -> torch.device:
@@ -150,12 +121,22 @@ class Update:
             raise UnknownUpdateError(f"{type(norm).__name__} is wrapped or offloaded")
         if any(is_dtensor(parameter) for parameter in self.parameters()):
             raise UnknownUpdateError(f"{type(norm).__name__} is spread over ranks")
-        gain, width = self.gain(self.width, self.device), self.width
-        with torch.no_grad():
-            probe = torch.linspace(-1.0, 2.0, width, device=self.device)
-            want = gain * probe.double() / (probe.double().square().mean() + self.eps).sqrt()
-            got = self._normed(probe[None, None])[0, 0].double()
-        if not torch.allclose(got, want, rtol=2e-2, atol=2e-2 * float(gain.abs().max())):
+        width = self.width
+        probe = torch.linspace(-1.0, 2.0, width, device=self.device)
+        try:
+            gain = self.gain(width, self.device)
+            with torch.no_grad():
+                got = self._normed(probe[None, None])[0, 0].double()
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            if isinstance(error, UnknownUpdateError):
+                raise
+            raise UnknownUpdateError(
+                f"{type(norm).__name__} cannot be run on what the projection gives"
+            ) from error
+        want = gain * probe.double() / (probe.double().square().mean() + self.eps).sqrt()
+        if got.shape != want.shape or not torch.allclose(
+            got, want, rtol=2e-2, atol=2e-2 * float(gain.abs().max())
+        ):
             raise UnknownUpdateError(f"{type(norm).__name__} is no RMS norm")
 
     def gain(self, width: int, device: torch.device) -> Tensor:
@@ -223,22 +204,35 @@ def _scale(norms: Tensor, multiplier: float, eps: float, width: int) -> Tensor:
 
 
 def update_of(model: nn.Module, site: HeadSite) -> Update:
-    """Find what the decoder layer of `site` does to its output. Raises UnknownUpdateError if that is not known."""
+    """Find what the decoder layer of `site` does to its output.
+
+    Raises:
+        UnknownUpdateError: that is not known.
+        OptionError: a registered family does not fit the layer.
+    """
     parts = site.name.split(".")
+    registered = registered_attention_of(model, site)
+    outermost = len(parts) if registered is None else registered[1]
     layer: Any = model
     for depth in range(len(parts) - 1, 0, -1):
         above: Any = unwrapped(model.get_submodule(".".join(parts[:depth])))
         kind = type(above).__name__
-        if layer is model and not type(above).__module__.startswith(KNOWN_PACKAGES):
+        family = registered_family("layer", above)
+        if family is None and depth >= outermost:
+            continue  # inside the attention of a registered family, of which the projection's output is the output
+        known = type(above).__module__.startswith(KNOWN_PACKAGES)
+        if family is None and layer is model and not known:
             raise UnknownUpdateError(f"what a {kind}, which is not of transformers, does to it is not known")
-        for pattern, why in UNKNOWN.items():
-            if re.search(pattern, kind):
-                raise UnknownUpdateError(f"what a {kind} adds to the residual stream is not known: {why}")
-        for pattern, rule in RULES.items():
-            if re.search(pattern, kind):
-                if rule.attention not in (None, parts[depth]):
-                    raise UnknownUpdateError(f"what a {kind} adds of {parts[depth]} is not known")
-                return Update(above, rule)
+        family = family or builtin_family("layer", above)
+        if family is not None:
+            if family.update_unknown is not None:
+                raise UnknownUpdateError(
+                    f"what a {kind} adds to the residual stream is not known: {family.update_unknown}"
+                )
+            if family.child not in (None, parts[depth]):
+                raise UnknownUpdateError(f"what a {kind} adds of {parts[depth]} is not known")
+            _check_fits(above, family)
+            return Update(above, Rule(family.norm, family.multiplier), output_width(site.module) or 1)
         if layer is model and parts[depth - 1].isdigit():
             layer = above
     kind = type(layer).__name__
@@ -249,3 +243,14 @@ def update_of(model: nn.Module, site: HeadSite) -> Update:
     if own and layer is not model and not SCALES_THE_RESIDUAL.search(kind):
         raise UnknownUpdateError(f"what a {kind} does with its {own[0]} is not known")
     return Update()
+
+
+def _check_fits(layer: nn.Module, family: Family) -> None:
+    """Raise OptionError if the layer lacks the norm or the multiplier that its family names."""
+    kind = type(layer).__name__
+    for key in ("norm", "multiplier"):
+        name = getattr(family, key)
+        if name is not None and not hasattr(layer, name):
+            raise OptionError(f"family {family.name!r}: {key} is {name!r}, which a {kind} has not")
+    if family.norm is not None and not isinstance(getattr(layer, family.norm), nn.Module | None):
+        raise OptionError(f"family {family.name!r}: {family.norm} of a {kind} is no module")

@@ -1,18 +1,18 @@
 """Find the attention output projections of a model, with their layer, number of heads and head_dim.
 
-Everything that differs between families is in the tables at the top.
+The usual names are in the tables at the top; what a family does otherwise is in `families`.
 """
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 
 from fastheads.errors import NoSitesError, OptionError
+from fastheads.models.families import any_registered, family_of, refusal_of, registered_family
 from fastheads.models.geometry import WRAPPED, declared_head_dim, describe, head_dim_of, input_width
 
 # Paths from an attention module to its output projection; the first that exists is used. ".." is the parent, if that is an
@@ -41,29 +41,6 @@ NOT_ATTENTION = re.compile(
 # Module names of attention to an encoder's output, which a model without an encoder never runs.
 CROSS_ATTENTION = re.compile(r"\b(encoder_attn|crossattention|EncDecAttention)\b")
 
-# Attention that cannot be profiled: a pattern of the class name, and the reason.
-REFUSED = {
-    r"^Blt": "its layers run over bytes and over patches of them, so that valid tokens are unknown",
-    r"^CpmAnt": "it puts a prompt of its own before the tokens, so that valid tokens are unknown",
-    r"^DeepseekV4": "its output projection is in two steps, and the input of o_b_proj is not the heads'",
-    r"^JetMoe": "its output projections are experts, chosen for each token",
-    r"^MultiheadAttention$": "torch.nn.MultiheadAttention never calls its output projection",
-    r"^ProphetNet": "its n-gram streams share the output projection, so that valid tokens are unknown",
-    r"^Reformer": "it pads sequences to its chunks, so that valid tokens are unknown",
-    r"^Rwkv": "it is a linear recurrence without heads",
-    r"^XLNet": "its output projection is a bare parameter and no module",
-}
-# The same, if a condition on the attention module holds.
-REFUSED_IF: dict[str, tuple[Callable[[Any], bool], str]] = {
-    r"^Bloom": (
-        lambda owner: owner.pretraining_tp > 1 and owner.slow_but_exact,
-        "with slow_but_exact it never calls its output projection: set config.slow_but_exact = False",
-    ),
-}
-
-
-# Packages whose attention passes its projection [seq, batch, width].
-SEQUENCE_FIRST = ("transformers.models.fsmt.",)
 # Packages whose attention passes [batch, seq, width]; packages of wrappers that may lie between an attention and its projection.
 BATCH_FIRST = ("transformers.",)
 WRAPPER_PACKAGES = ("torch.", "peft.", "fastheads.")
@@ -144,26 +121,53 @@ def sites_of_layers(sites: list[HeadSite], layers: list[int] | None) -> dict[int
 
 def is_sequence_first(model: nn.Module, site: HeadSite) -> bool:
     """True if the projection's input is `[seq, batch, width]`."""
-    return type(attention_of(model, site)).__module__.startswith(SEQUENCE_FIRST)
+    family = family_of("attention", attention_of(model, site))
+    return family is not None and family.layout == "sequence_first"
 
 
 def has_known_layout(model: nn.Module, site: HeadSite) -> bool:
-    """True if the order of the projection's input dimensions is known: the attention runs a forward of transformers."""
+    """True if the order of the projection's input dimensions is known: the attention runs a forward of transformers, or its own
+    of a registered family that says the order.
+    """
     owner = attention_of(model, site)
-    if not type(owner).__module__.startswith(BATCH_FIRST) or "forward" in vars(owner):
+    if "forward" in vars(owner):
         return False
-    forward = inspect.unwrap(type(owner).forward)
-    return getattr(forward, "__module__", "").startswith(BATCH_FIRST)
+    forward = getattr(inspect.unwrap(type(owner).forward), "__module__", "")
+    family = registered_family("attention", owner)
+    if family is not None and family.layout is not None:
+        return forward in {kind.__module__ for kind in type(owner).__mro__}
+    return type(owner).__module__.startswith(BATCH_FIRST) and forward.startswith(BATCH_FIRST)
 
 
 def attention_of(model: nn.Module, site: HeadSite) -> nn.Module:
     """Return the module that calls the projection."""
+    registered = registered_attention_of(model, site)
+    if registered is not None:
+        return registered[0]
     parts = site.name.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         above = model.get_submodule(".".join(parts[:depth]))
         if not type(above).__module__.startswith(WRAPPER_PACKAGES):
             return above
     return model
+
+
+def registered_attention_of(model: nn.Module, site: HeadSite) -> tuple[nn.Module, int] | None:
+    """Return the attention of a registered family that the projection belongs to, and the number of parts of the projection's
+    name that lead to the outermost module of that attention; None if there is none.
+    """
+    if not any_registered():
+        return None
+    parts = site.name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        above = model.get_submodule(".".join(parts[:depth]))
+        if registered_family("attention", above) is not None:
+            return above, depth
+        for child in above.children():
+            family = registered_family("attention", child)
+            if family is not None and family.projection == f"../{'.'.join(parts[depth:])}":
+                return child, depth + 1
+    return None
 
 
 def find_sites(model: nn.Module, include: str | Iterable[str] = ()) -> list[HeadSite]:
@@ -175,6 +179,7 @@ def find_sites(model: nn.Module, include: str | Iterable[str] = ()) -> list[Head
 
     Raises:
         NoSitesError: there is no site, a pattern matches none, or some attention cannot be profiled; the message says why.
+        OptionError: a registered family does not fit the model.
     """
     patterns = [include] if isinstance(include, str) else list(include)
     attentions = list(_attentions(model))
@@ -212,7 +217,7 @@ def _matching(pattern: str, attentions: "list[_Attention]", model: str) -> set[s
         raise NoSitesError(
             f"no attention module of {model} matches include={pattern!r}; those left out by default: {left_out}"
         )
-    profilable = {a.path for a in matching if a.refusal() is None}
+    profilable = {a.path for a in matching if refusal_of(a.owner) is None}
     if not profilable:
         matching[0].check_profilable()
     return profilable
@@ -231,18 +236,9 @@ class _Attention:
     def is_called(self, pattern: str) -> bool:
         return fnmatchcase(self.path, pattern) or fnmatchcase(self.name, pattern)
 
-    def refusal(self) -> str | None:
-        """Return the reason why it cannot be profiled; None if it can."""
-        kind = type(self.owner).__name__
-        reasons = [why for refused, why in REFUSED.items() if re.search(refused, kind)]
-        for refused, (applies, why) in REFUSED_IF.items():
-            if re.search(refused, kind) and applies(self.owner):
-                reasons.append(why)
-        return reasons[0] if reasons else None
-
     def check_profilable(self) -> None:
         """Raise NoSitesError, with the reason, if it cannot be profiled."""
-        if (why := self.refusal()) is not None:
+        if (why := refusal_of(self.owner)) is not None:
             kind = type(self.owner).__name__
             raise NoSitesError(f"{self.path or 'the model'} ({kind}) cannot be profiled: {why}")
 
@@ -270,13 +266,15 @@ def _attentions(model: nn.Module) -> Iterator[_Attention]:
     has_encoder = any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in around)
     for path, owner in model.named_modules():
         kind = type(owner).__name__
-        is_attention = ATTENTION.search(kind) is not None
+        registered = registered_family("attention", owner) is not None
+        is_attention = registered or ATTENTION.search(kind) is not None
         name, projection = _projection(path, modules)
         if not is_attention and (
             projection is None or declared_head_dim(owner, input_width(projection) or 0) is None
         ):
             continue
-        by_default = is_attention and id(owner) in in_decoder and not NOT_ATTENTION.search(kind)
+        usual = registered or not NOT_ATTENTION.search(kind)
+        by_default = is_attention and id(owner) in in_decoder and usual
         if by_default and not has_encoder:
             by_default = not CROSS_ATTENTION.search(path)
         yield _Attention(path, owner, by_default, name, projection)
@@ -284,12 +282,14 @@ def _attentions(model: nn.Module) -> Iterator[_Attention]:
 
 def _projection(path: str, modules: dict[str, nn.Module]) -> tuple[str, nn.Module | None]:
     """Return the name and the output projection of the attention module at `path`; "" and None if there is none."""
-    for relative in PROJECTION_PATHS:
+    family = family_of("attention", modules[path])
+    named = None if family is None else family.projection
+    for relative in PROJECTION_PATHS if named is None else (named,):
         parts = path.split(".") if path else []
         steps = relative.split("/")
         if steps[0] == "..":
             parts = parts[:-1]
-            if not ATTENTION.search(type(modules[".".join(parts)]).__name__):
+            if named is None and not ATTENTION.search(type(modules[".".join(parts)]).__name__):
                 continue
         name = ".".join([*parts, *steps[-1].split(".")])
         module = modules.get(name)
@@ -298,6 +298,11 @@ def _projection(path: str, modules: dict[str, nn.Module]) -> tuple[str, nn.Modul
             module = modules.get(name)
         if module is not None:
             return name, module
+    if family is not None and named is not None:
+        kind = type(modules[path]).__name__
+        raise OptionError(
+            f"family {family.name!r}: projection is {named!r}, but {path} ({kind}) has no linear layer there"
+        )
     return "", None
 
 
