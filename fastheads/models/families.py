@@ -238,11 +238,15 @@ FAMILIES = (
 )
 
 _registered: dict[str, Family] = {}
-# Of FAMILIES: the first entry for a class, by the pattern that is matched.
-_found: dict[str, WeakKeyDictionary[type, Family | None]] = {
-    "attention": WeakKeyDictionary(),
-    "layer": WeakKeyDictionary(),
-}
+
+
+def _no_classes() -> dict[str, WeakKeyDictionary[type, Any]]:
+    return {"attention": WeakKeyDictionary(), "layer": WeakKeyDictionary()}
+
+
+# By the pattern that is matched, what was found for a class: of FAMILIES the first entry, of the registered families all.
+_builtin_found = _no_classes()
+_registered_found = _no_classes()
 
 
 def register_family(family: Family) -> None:
@@ -262,6 +266,8 @@ def register_family(family: Family) -> None:
             f"a family {family.name!r} is known already, with another {', '.join(changed)}: choose another name"
         )
     _registered.setdefault(family.name, family)
+    for found in _registered_found.values():
+        found.clear()
 
 
 def any_registered() -> bool:
@@ -276,19 +282,24 @@ def registered_family(whose: str, module: nn.Module) -> Family | None:
     """
     if not _registered:
         return None
-    matching = [family for family in list(_registered.values()) if _matches(family, whose, type(module))]
+    kind, found = type(module), _registered_found[whose]
+    matching: list[Family] | None = found.get(kind)
+    if matching is None:
+        matching = [family for family in list(_registered.values()) if _matches(family, whose, kind)]
+        found[kind] = matching
     if len(matching) > 1:
         names = " and ".join(repr(family.name) for family in matching)
-        raise OptionError(f"a {type(module).__name__} is in the families {names}: make a pattern narrower")
+        raise OptionError(f"a {kind.__name__} is in the families {names}: make a pattern narrower")
     return matching[0] if matching else None
 
 
 def builtin_family(whose: str, module: nn.Module) -> Family | None:
     """Return the first of FAMILIES that `module` is in, as an attention or a layer; None if there is none."""
-    kind, found = type(module), _found[whose]
+    kind, found = type(module), _builtin_found[whose]
     if kind not in found:
         found[kind] = next((family for family in FAMILIES if _matches(family, whose, kind)), None)
-    return found[kind]
+    family: Family | None = found[kind]
+    return family
 
 
 def family_of(whose: str, module: nn.Module) -> Family | None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ class Run:
         # Before the first forward, in which some quantized layers repack their weights; only once, since it reads all weights.
         needed = checkpoint is not None or job.place.shard[1] > 1
         self._weights = (weights_of(hooks) or fingerprint(model))["sha256"] if needed else ""
+        self._config_digest = config_digest(model) if needed else ""
         self._takes_cache = takes_argument(early_exit.decoder, "use_cache")
         self._due = 0.0
         # The mask must be an argument of the compiled function, else its shape would be assumed constant.
@@ -102,7 +104,7 @@ class Run:
 
     def check_together(self) -> None:
         """Raise OptionError, on all ranks, unless they have the same model, data and options. Collective."""
-        own = self.configuration() | {
+        own = self.configuration | {
             "shard": list(self.settings.shard),
             "checkpoints": self.checkpoint is not None,
         }
@@ -152,7 +154,7 @@ class Run:
         if loaded is None:
             return
         tensors, document = loaded
-        self.checkpoint.check(document.get("configuration"), self.configuration())
+        self.checkpoint.check(document.get("configuration"), self.configuration)
         counts = [document.get(key) for key in ("tokens", "sequences", "area", "batches", "looks")]
         seconds, position, notes = (document.get(key) for key in ("seconds", "position", "notes"))
         sound = all(type(n) is int and n >= 0 for n in counts)
@@ -178,8 +180,9 @@ class Run:
         )
         self.feed = self._make_feed(position)
 
+    @cached_property
     def configuration(self) -> dict[str, Any]:
-        """Return everything that the result depends on, as JSON values."""
+        """Everything that the result depends on, as JSON values: as the run began."""
         settings, place = self.settings, self.job.place
         rule = self.sharing.described()
         if isinstance(self.corpus, Corpus):
@@ -188,7 +191,7 @@ class Run:
             data = {"data source": "token batches", "max_tokens": settings.max_tokens}
         return {
             "model weights": self._weights,
-            "model configuration": config_digest(self.model),
+            "model configuration": self._config_digest,
             **data,
             **settings.options,
             "batch_size": settings.batch_size,
@@ -205,7 +208,7 @@ class Run:
             return False
         buffers, notes = state(recorder_of(self.hooks))
         document = {
-            "configuration": self.configuration(),
+            "configuration": self.configuration,
             "position": self.feed.position(),
             "notes": notes,
             "tokens": self.tokens,

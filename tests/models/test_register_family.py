@@ -86,6 +86,7 @@ FACTS = dict(
 @pytest.fixture(autouse=True)
 def none_registered(monkeypatch):
     monkeypatch.setattr(families, "_registered", {})
+    monkeypatch.setattr(families, "_registered_found", families._no_classes())
 
 
 @pytest.fixture
@@ -334,8 +335,22 @@ def test_norms_of_torch(model, norm):
 def test_a_norm_that_is_no_rms_norm(model, norm):
     register_family(Family("reader", **FACTS))
     model.stages[0].tamed = norm
-    described = HookManager(model)._recorder.scope.updates.unknown
-    assert list(described) == [0] and type(norm).__name__ in described[0]
+    with HookManager(model) as hooks:
+        described = hooks.to_profile().metadata["residual_update"]
+    assert type(norm).__name__ in described[0] and described[1] == "normed (BranchNorm), times 0.25"
+
+
+def test_no_two_entries_of_the_table_have_one_name():
+    names = [family.name for family in families.FAMILIES]
+    assert len(names) == len(set(names))
+
+
+def test_a_family_that_is_registered_after_a_first_look(model):
+    register_family(Family("other", attention="^Other$", num_heads=2))
+    with pytest.raises(NoSitesError):
+        find_sites(model)
+    register_family(Family("reader", **FACTS))
+    assert len(find_sites(model)) == LAYERS
 
 
 def test_two_families_for_one_class(model):
