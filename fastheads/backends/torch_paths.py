@@ -1,7 +1,6 @@
 """The backends in plain torch: "loop", "einsum" and "factored". They serve every device, dtype and head_dim."""
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from fastheads.backends.protocol import NormsNeeds
@@ -57,9 +56,9 @@ class Factored(TorchPath):
     def contribution_norms(self, x: Tensor, weights: Tensor) -> Tensor:
         """‖W_h z‖ `[G, N, heads]` with the factors L `[G, heads, head_dim, head_dim]`."""
         groups, heads = weights.shape[:2]
-        z = rearrange(split_heads(x, heads), "g n h d -> (g h) n d")
+        z = split_heads(x, heads).transpose(1, 2).flatten(0, 1)  # [G * heads, N, head_dim]
         y = torch.bmm(z, weights.to(z.dtype).flatten(0, 1))
-        return rearrange(l2(y), "(g h) n -> g n h", g=groups)
+        return l2(y).unflatten(0, (groups, heads)).mT
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
