@@ -109,7 +109,7 @@ def profile(
             halved from there on, and every sample still counts once.
         max_tokens: stop after exactly this many valid tokens: the last sequence is truncated. None: use all data.
         layers: profile only these layers (None: all).
-        backend: "auto", "loop", "einsum", "factored" or "triton".
+        backend: "auto", "loop", "einsum", "factored", "triton", or one that `register_backend` was given.
         precision: "exact" or "fast".
         skip_first: leave out the first valid tokens of each sequence (1: the attention sink).
         allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
