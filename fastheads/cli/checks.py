@@ -50,6 +50,8 @@ def check_options(
     from fastheads.stats.options import MeasureOptions
 
     check_backend(backend)
+    if skip_first < 0:
+        raise OptionError(f"skip_first must be 0 tokens or more, not {skip_first}")
     MeasureOptions(precision=precision, skip_first=skip_first)
     if dtype not in DTYPES:
         raise OptionError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
