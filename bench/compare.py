@@ -1,4 +1,4 @@
-"""What a profiled forward costs with the package as it is here, and as it was in an earlier checkout.
+"""Compare the cost of a profiled forward between this checkout and an earlier one.
 
     git worktree add ../before COMMIT
     python bench/compare.py ../before             # the shape of SmolLM2 on the CPU
@@ -176,7 +176,7 @@ class Dress:
 def compared_compiled(
     model: Any, packages: list[Any], ids: torch.Tensor, mode: str | None
 ) -> Iterator[list[Callable[[int], float]]]:
-    """The same of compiled forwards, each of its own twin of the modules over the same weights."""
+    """Yield functions that time compiled forwards; each has its own copy of the modules, and all share the weights."""
     twins = [model, *(sharing_twin(model) for _ in packages)]
     managers = [package.HookManager(twin, "all") for package, twin in zip(packages, twins[1:], strict=True)]
 

@@ -1,4 +1,4 @@
-"""What a backend is: it computes norms of contributions, or (the fused kernel) updates the moments itself.
+"""Protocols of backends: one computes norms of contributions; a fused one updates the moments itself.
 
 Shapes: G inputs of one shape, N tokens, `x` [G, N, heads * head_dim], `weights` as the backend's `needs` says.
 """
@@ -16,7 +16,7 @@ NormsNeeds = Literal["weight", "factor"]
 
 
 class Backend(Protocol):
-    """What the registry asks of every backend."""
+    """The interface of every backend in the registry."""
 
     name: str  # in `HookManager(model, backend=name)`
 
@@ -74,7 +74,7 @@ class FusedBackend(Backend, Protocol):
         skip_first: int,
         keep_scratch: bool,
     ) -> Callable[[list[int], Tensor, Tensor | None], bool] | None:
-        """What makes the launch of `record` again, as `fastheads.kernels.repeater`; None where it cannot be made again."""
+        """Return a function that repeats the last launch of `record` at other addresses; None if it cannot be repeated."""
 
     def token_norms(self, inputs: Sequence[Tensor], forms: Sequence[Any], *, scale: Tensor | None) -> Tensor:
         """‖z‖ and ‖W z‖ of every token, `[G, 2, heads, B * S]`."""

@@ -97,7 +97,7 @@ class _Registered:
 
 
 def backend_names() -> tuple[str, ...]:
-    """What may be asked for, "auto" first."""
+    """Return the names that `backend=` accepts, "auto" first."""
     return (AUTO, *_BACKENDS)
 
 
@@ -134,7 +134,7 @@ def backend_for(
 
 
 def without_fused(name: str) -> str:
-    """What serves in place of a fused backend where it cannot, whatever it was asked for by name: "auto"."""
+    """Return "auto" in place of the name of a fused backend, and any other name as it is."""
     return AUTO if name != AUTO and named(name).needs == "form" else name
 
 

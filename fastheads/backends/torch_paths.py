@@ -8,7 +8,7 @@ from fastheads.stats.metrics import l2
 
 
 class TorchPath:
-    """What the torch paths have in common: they work everywhere."""
+    """Base of the torch backends, which serve every device, dtype and head_dim."""
 
     def missing(self) -> str | None:
         """None."""

@@ -85,7 +85,7 @@ class Triton:
         skip_first: int,
         keep_scratch: bool,
     ) -> Callable[[list[int], Tensor, Tensor | None], bool] | None:
-        """What makes the launch of `record` again; None where it cannot be made again."""
+        """Return a function that repeats the last launch of `record` at other addresses; None if it cannot be repeated."""
         again: Callable[[list[int], Tensor, Tensor | None], bool] | None = kernels().repeater(
             inputs,
             forms,

@@ -4,38 +4,21 @@ import torch
 from torch import Tensor
 
 from fastheads.backends.launch import Kept, Profiled
-from fastheads.capture.coverage import Coverage
-from fastheads.capture.deferral.launches import DeferredLaunches
 from fastheads.capture.forward import Forward
-from fastheads.capture.forwards import Forwards
 from fastheads.capture.graphs import GraphSink
-from fastheads.capture.input_check import InputCheck
 from fastheads.capture.memory import check_unchanged
-from fastheads.capture.queue import DeviceQueue, DeviceQueues, Scaled, grouped
-from fastheads.capture.scope import Scope
-from fastheads.capture.stats import LaunchCounter
+from fastheads.capture.queue import DeviceQueue, Scaled, grouped
+from fastheads.capture.sink import Sink, SinkParts
 from fastheads.models.residual import OutputNorms, scales
 
 
-class EagerSink:
+class EagerSink(Sink):
     """Takes inputs in plain Python: `put` and `put_scaled` during the decoder's call, `flush` at its end."""
 
-    def __init__(
-        self,
-        scope: Scope,
-        queues: DeviceQueues,
-        forwards: Forwards,
-        *,
-        deferred: DeferredLaunches,
-        coverage: Coverage,
-        inputs: InputCheck,
-        graph: GraphSink,
-        counter: LaunchCounter,
-    ) -> None:
+    def __init__(self, parts: SinkParts, graph: GraphSink) -> None:
         """`graph` takes the inputs that come between the graphs of a compiled decoder, where `flush` is not called."""
-        self._scope, self._queues, self._forwards = scope, queues, forwards
-        self._deferred, self._coverage, self._inputs, self._graph = deferred, coverage, inputs, graph
-        self._counter = counter
+        super().__init__(parts)
+        self._graph = graph
 
     def queue_of(self, forward: Forward, device: torch.device) -> DeviceQueue:
         """Return the forward's queue on `device`; makes one if there is none."""

@@ -11,16 +11,11 @@ from torch import Tensor, nn
 from fastheads.backends.launch import CachedLaunch, Profiled, TracedSite
 from fastheads.capture import custom_op
 from fastheads.capture.channels import Channel
-from fastheads.capture.coverage import Coverage
-from fastheads.capture.deferral.launches import DeferredLaunches
 from fastheads.capture.forward import Forward
-from fastheads.capture.forwards import Forwards
-from fastheads.capture.input_check import InputCheck
 from fastheads.capture.memory import check_addresses
 from fastheads.capture.projection_hook import SITE_ATTRIBUTE
-from fastheads.capture.queue import DeviceQueues, ManagerQueue, grouped
-from fastheads.capture.scope import Scope
-from fastheads.capture.stats import LaunchCounter
+from fastheads.capture.queue import ManagerQueue, grouped
+from fastheads.capture.sink import Sink, SinkParts
 from fastheads.errors import ForwardError
 from fastheads.models.residual import OutputNorms, scales
 from fastheads.stats.moments import RunningMoments
@@ -33,25 +28,13 @@ _MOST_LAUNCHES = 256
 _captured: list[Any] = []
 
 
-class GraphSink:
+class GraphSink(Sink):
     """Takes inputs while Dynamo makes a graph (`put`, `put_scaled`, `flush`), and measures them when it runs (`record`)."""
 
-    def __init__(
-        self,
-        scope: Scope,
-        queues: DeviceQueues,
-        forwards: Forwards,
-        *,
-        deferred: DeferredLaunches,
-        coverage: Coverage,
-        inputs: InputCheck,
-        handle: int,
-        counter: LaunchCounter,
-    ) -> None:
+    def __init__(self, parts: SinkParts, handle: int) -> None:
         """`handle`: the recorder's, for the custom op (`custom_op.register`)."""
-        self._scope, self._queues, self._forwards = scope, queues, forwards
-        self._deferred, self._coverage, self._inputs, self._handle = deferred, coverage, inputs, handle
-        self._counter = counter
+        super().__init__(parts)
+        self._handle = handle
         self._launches: dict[tuple[int, ...], CachedLaunch] = {}  # by channel, GPU, and rows
 
     # ------------------------------------------------------------------ while a graph is made

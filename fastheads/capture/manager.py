@@ -78,18 +78,18 @@ class HookManager:
         metrics: Iterable[str] | None = None,
     ) -> None:
         self._model = unwrapped(model)
-        self._options = MeasureOptions(
+        self._options = MeasureOptions.of(
             token_agg=token_agg,
-            layers=layers,  # type: ignore[arg-type]  # the options make a tuple of it
+            layers=layers,
             backend=backend,
             precision=precision,
             skip_first=skip_first,
             group_bytes=group_bytes,
             allow_skipped=allow_skipped,
             kv_groups=kv_groups,
-            include=include,  # type: ignore[arg-type]
+            include=include,
             verify=verify,
-            metrics=metrics,  # type: ignore[arg-type]
+            metrics=metrics,
         )
         scope = scope_of(self._model, self._options)
         self._recorder = Recorder(scope)

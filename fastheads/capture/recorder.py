@@ -30,6 +30,7 @@ from fastheads.capture.graphs import GraphSink
 from fastheads.capture.input_check import InputCheck
 from fastheads.capture.queue import DeviceQueue, DeviceQueues
 from fastheads.capture.scope import Scope
+from fastheads.capture.sink import SinkParts
 from fastheads.capture.stats import LaunchCounter, LaunchStats
 from fastheads.capture.verify import SelfCheck
 from fastheads.errors import ForwardError
@@ -57,14 +58,17 @@ class Recorder:
             self.queues, scope.accumulator, self.forwards.main_is_elsewhere, self.counter
         )
         self.handle = custom_op.register(self)
-        parts: dict[str, Any] = {
-            "deferred": self.deferred,
-            "counter": self.counter,
-            "coverage": self.coverage,
-            "inputs": InputCheck(scope.model, scope.sites, scope.chosen),
-        }
-        self.graph = GraphSink(scope, self.queues, self.forwards, handle=self.handle, **parts)
-        self.sink = EagerSink(scope, self.queues, self.forwards, graph=self.graph, **parts)
+        parts = SinkParts(
+            scope=scope,
+            queues=self.queues,
+            forwards=self.forwards,
+            deferred=self.deferred,
+            coverage=self.coverage,
+            inputs=InputCheck(scope.model, scope.sites, scope.chosen),
+            counter=self.counter,
+        )
+        self.graph = GraphSink(parts, self.handle)
+        self.sink = EagerSink(parts, self.graph)
         self.attached = False
         self.check: SelfCheck | None = None
         self._projections = [_slot_of(scope.model, site) for site in scope.chosen.values()]

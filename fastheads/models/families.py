@@ -98,19 +98,19 @@ class Family:
 
         Raises OptionError if the module lacks the attribute, or has no positive whole number there.
         """
-        given = getattr(self, key)
+        given: int | str | None = getattr(self, key)
         if not isinstance(given, str):
-            return given  # type: ignore[no-any-return]
+            return given
         kind = type(owner).__name__
         try:
-            value = attrgetter(given)(owner)
+            value: int = attrgetter(given)(owner)
         except AttributeError:
             raise OptionError(f"family {self.name!r}: {key} is {given!r}, which a {kind} has not") from None
         if not _is_positive(value):
             raise OptionError(
                 f"family {self.name!r}: {given} of a {kind} must be a positive whole number, not {value!r}"
             )
-        return value  # type: ignore[no-any-return]
+        return value
 
     def refusal(self, owner: nn.Module) -> str | None:
         """Return the reason why the attention module `owner` cannot be profiled; None if it can."""

@@ -209,16 +209,16 @@ def profile(
         corpus = source
 
     early_exit = EarlyExit(module, allowed=not compile)
-    options = MeasureOptions(
+    options = MeasureOptions.of(
         token_agg=token_agg,
         backend=backend,
         precision=precision,
         skip_first=skip_first,
         allow_skipped=allow_skipped,
         kv_groups=kv_groups,
-        layers=layers,  # type: ignore[arg-type]  # the options make tuples
-        include=include,  # type: ignore[arg-type]
-        metrics=metrics,  # type: ignore[arg-type]
+        layers=layers,
+        include=include,
+        metrics=metrics,
     )
     if until_stable is not False and not options.measures(metrics_of([RANKING_METRIC])[0]):
         raise OptionError(f"until_stable looks at {RANKING_METRIC}: name it in metrics too")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from fastheads.errors import OptionError
 from fastheads.stats.metric import KV_GROUP, Metric, metrics_of
@@ -48,6 +48,11 @@ class MeasureOptions:
             if not names:
                 raise OptionError("metrics is empty: name some, or leave it out")
             object.__setattr__(self, "metrics", tuple(metric.name for metric in metrics_of(names)))
+
+    @classmethod
+    def of(cls, **given: Any) -> Self:
+        """Return the options from arguments as a user gives them: any iterables for `layers`, `include` and `metrics`."""
+        return cls(**given)
 
     def measures(self, metric: Metric) -> bool:
         """True if the metric is to be in the results."""
