@@ -89,43 +89,49 @@ def test_autocast_and_tf32_change_no_number():
 @pytest.mark.parametrize("token_agg", ["last", "all", "token"])
 @pytest.mark.parametrize("group_bytes", [0, 64 << 20])
 def test_no_hook_waits_for_the_gpu(token_agg, group_bytes):
-    """Hooks of the user's own around those of the library forbid waiting between them."""
+    """Hooks of the user's own around those of the library forbid waiting between them. Those of the library come last on the
+    model and the decoder, so that what allows waiting again is a hook on the module that runs next.
+    """
     model = gpu_model()
     one_forward = batches()[0]
     projections = [site.module for site in fastheads.find_sites(model)]
     on, launches = [], []
 
+    def count():
+        stats = hooks.stats
+        launches.append(stats.launches + stats.waiting)
+
     def forbid(*_):
         if on:
             torch.cuda.set_sync_debug_mode("error")
-            launches.append(hooks.stats.launches)
+            count()
 
     def allow(*_):
         torch.cuda.set_sync_debug_mode("default")
         if on:
-            launches.append(hooks.stats.launches)
+            count()
 
-    for module in (model, model.model):
-        module.register_forward_pre_hook(forbid)
-        module.register_forward_hook(forbid)
-    for module in projections:
-        module.register_forward_pre_hook(forbid)
     hooks = fastheads.HookManager(model, token_agg, group_bytes=group_bytes)
-    for module in (model, model.model):
-        module.register_forward_pre_hook(allow)
-        module.register_forward_hook(allow)
+    model.register_forward_pre_hook(forbid)
+    model.model.embed_tokens.register_forward_pre_hook(allow)
     for module in projections:
+        module.register_forward_pre_hook(forbid)
         module.register_forward_hook(allow)
+    model.model.register_forward_hook(forbid)
+    model.lm_head.register_forward_pre_hook(allow)
+    model.register_forward_hook(forbid)  # until the call has returned
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the mode announces itself as a prototype
             model(**one_forward)
             on.append(True)
             model(**one_forward)
+            allow()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     before, after = launches[::2], launches[1::2]
-    assert hooks.stats.launches - before[0] == sum(b - a for a, b in zip(before, after, strict=True))
+    assert len(before) == len(after) == len(projections) + 3
+    assert after[-1] - before[0] == sum(b - a for a, b in zip(before, after, strict=True)) > 0
     assert (hooks.get_results()["head_output_norm"]["count"] >= 6).all()
     hooks.remove()
 

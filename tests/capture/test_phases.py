@@ -1,6 +1,7 @@
 """Every event in every phase of a forward: what counts is what the table says, by the oracle."""
 
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -67,11 +68,11 @@ def test_what_counts_is_what_the_table_says(phase, event):
     def capture():
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        try:
+        with warnings.catch_warnings():
+            # Where the call is refused, nothing is captured.
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")
             with torch.cuda.graph(graph):
                 call_other()
-        except RuntimeError:
-            assert refused
         if not refused:
             graph.replay()
 

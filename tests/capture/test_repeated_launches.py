@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -522,8 +523,11 @@ def test_what_waits_is_measured_while_a_forward_of_another_thread_is_under_way()
 
         handle = model.model.layers[1].mlp.register_forward_pre_hook(wait)
 
+        # On the same stream: a forward on another one has what waits measured first.
+        stream = torch.cuda.stream(torch.cuda.current_stream()) if DEVICE == "cuda" else nullcontext()
+
         def run():
-            with torch.no_grad():
+            with torch.no_grad(), stream:
                 model(input_ids=batches[4], use_cache=False)
 
         with ThreadPoolExecutor(1) as pool:
