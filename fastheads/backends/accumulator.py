@@ -9,8 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fastheads.backends.factors import SiteFactor, SiteWeight, WeightReading, WeightWatch
-from fastheads.backends.launch import CachedLaunch, Profiled
-from fastheads.backends.protocol import FusedBackend, NormsBackend
+from fastheads.backends.protocol import FusedBackend, Launch, NormsBackend
 from fastheads.backends.registry import backend_for, check_backend
 from fastheads.backends.tensor_parallel import Ranks
 from fastheads.errors import StaleFactorError
@@ -24,6 +23,8 @@ from fastheads.stats.token_layout import TokenLayout, last_tokens
 
 # Samples of a layer, at most, that wait for the other layers': 32 KiB.
 LATE_ELEMENTS = 2**12
+# Launches that are kept to be made again: one for each group of layers, shape and presence of a mask or scale.
+MOST_LAUNCHES = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,8 @@ class Accumulator:
         # Backends without factors read the weight each time, but behind a group of layers: there too it must stand for a forward.
         self._weights: list[SiteWeight] = []
         self._forms: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self.epoch = 0  # how often `_forms` were forgotten, and so every launch that reads them
+        self._launches: dict[tuple[Any, ...], Launch] = {}
         self.generation = 0  # how often factors followed a weight that had changed
         self._ranks = ranks
         # row -> (its bank, its place in it, its view of it)
@@ -108,11 +111,10 @@ class Accumulator:
         moments: RunningMoments,
         *,
         scale: Tensor | None = None,
-        alike: bool = False,
-    ) -> None:
+    ) -> bool:
         """Merge the samples of a group: inputs `[B, S, H·D]` of one shape, dtype and device, of sites of one geometry, all
-        different; `scale` `[len(inputs), B, S]` multiplies the norms of the contributions; `alike`: the inputs' strides are the
-        same too. Never waits for the device.
+        different; `scale` `[len(inputs), B, S]` multiplies the norms of the contributions. Never waits for the device. Returns
+        True if an earlier launch was made again.
         """
         x, site = inputs[0], self._sites[rows[0]]
         backend = self._choice(x.device, x.dtype, site.head_dim)
@@ -131,19 +133,10 @@ class Accumulator:
                 norms = rearrange(backend.token_norms(inputs, forms, scale=scale), "g k h n -> k g n h")
                 packed = packed_samples(norms, *layout.packed(x))
                 self._merge_later(_Samples(moments, list(rows), *packed))
-                return
-            backend.record(
-                inputs,
-                forms,
-                moments.buffer,
-                rows,
-                token_agg=token_agg,
-                valid=None if layout.valid is None else layout.mask(x),
-                skip_first=layout.skip_first,
-                scale=scale,
-                alike=alike,
+                return False
+            return self._launch(
+                backend, forms, rows, inputs, moments.buffer, layout=layout, token_agg=token_agg, scale=scale
             )
-            return
         with exact_arithmetic(x.device.type):
             mask = layout.mask(x)
             cu_seqlens = None if layout.cu_seqlens is None else layout.packed(x)[1]
@@ -160,41 +153,50 @@ class Accumulator:
                     self._merge_later(taken)
                 else:  # one sum at the end serves all
                     moments.batches.append(taken)
+        return False
 
-    def cached_launch(
+    def _launch(
         self,
-        profiled: tuple[Profiled, ...],
+        backend: FusedBackend,
+        forms: tuple[Any, ...],
         rows: Sequence[int],
         inputs: Sequence[Tensor],
-        layout: TokenLayout,
-        moments: RunningMoments,
+        state: Tensor,
         *,
-        keep_scratch: bool,
-    ) -> CachedLaunch | None:
-        """What makes the launch again that `record` has just made of `inputs`, all alike; None where it cannot."""
-        x = inputs[0]
-        if layout.cu_seqlens is not None or self._ranks is not None:
-            return None
-        backend = self._choice(x.device, x.dtype, self._sites[rows[0]].head_dim)
-        if backend.needs != "form":
-            return None
-        valid = layout.valid
-        if valid is not None and (valid.shape != x.shape[:2] or valid.device != x.device):
-            return None  # `TokenLayout.mask` has something to do each time
-        launch = backend.repeater(
+        layout: TokenLayout,
+        token_agg: str,
+        scale: Tensor | None,
+    ) -> bool:
+        """Make an earlier launch again, which returns True, or a new one."""
+        valid = None if layout.valid is None else layout.mask(inputs[0])
+        key = _launch_key(rows, inputs[0], valid, scale)
+        launch = self._launches.get(key)
+        if launch is not None and launch.factors == forms:
+            addresses = launch.matches(inputs, valid, layout.skip_first, is_scaled=scale is not None)
+            if addresses is not None and launch.run(addresses, state, valid, scale=scale):
+                return True
+        launch = backend.record(
             inputs,
-            self._forms_of(backend, rows, x.dtype),
-            moments.buffer,
+            forms,
+            state,
             rows,
-            token_agg=self.token_agg,
+            token_agg=token_agg,
             valid=valid,
             skip_first=layout.skip_first,
-            keep_scratch=keep_scratch,
+            scale=scale,
         )
-        if launch is None:
-            return None
-        forms = self._forms
-        return CachedLaunch(profiled, inputs, layout, launch, lambda: self._forms is forms)
+        self._launches.pop(key, None)
+        if launch is not None:
+            if len(self._launches) >= MOST_LAUNCHES:
+                del self._launches[next(iter(self._launches))]
+            self._launches[key] = launch
+        return False
+
+    def launch_of(self, rows: Sequence[int], x: Tensor, layout: TokenLayout) -> Launch | None:
+        """The launch that `record` has just made for these rows and inputs like `x`; None where it cannot be made again. It
+        serves as long as `epoch` does not change.
+        """
+        return self._launches.get(_launch_key(rows, x, layout.valid, None))
 
     def _forms_of(self, backend: FusedBackend, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
         """The factors of these rows as the backend reads them; asked for once until one changes, or all were verified."""
@@ -207,7 +209,7 @@ class Accumulator:
 
     def stale(self) -> list[str]:
         """The names of the sites whose weight is not the one that the factor was made from. Waits for the device."""
-        self._forms = {}  # to be asked for again, so that they are verified again
+        self._forget_forms()  # to be asked for again, so that they are verified again
         return [factor.site.name for factor in self.factors.values() if not factor.verify()]
 
     def finish(self, moments: RunningMoments) -> None:
@@ -297,18 +299,22 @@ class Accumulator:
             if any(weight.moved() and not weight.moves_itself for weight in self._weights):
                 self.generation += 1
             self._watch.refresh()
-            self._forms = {}
+            self._forget_forms()
 
     def rebuild(self) -> None:
         """Make every factor anew of the weight as it is now."""
-        self._forms = {}
+        self._forget_forms()
         for factor in self.factors.values():
             factor.rebuild()
 
     def mark_changed(self) -> None:
         """The weights may have changed without a trace."""
         self._watch.mark_changed()
+        self._forget_forms()
+
+    def _forget_forms(self) -> None:
         self._forms = {}
+        self.epoch += 1
 
     def check_unmoved(self, generation: int) -> None:
         """Raises StaleFactorError where a weight changed during a forward, at whose start `generation` was what it was then."""
@@ -328,6 +334,12 @@ class Accumulator:
         if key not in self._choices:
             self._choices[key] = backend_for(self.backend, device, dtype, head_dim)
         return self._choices[key]
+
+
+def _launch_key(
+    rows: Sequence[int], x: Tensor, valid: Tensor | None, scale: Tensor | None
+) -> tuple[Any, ...]:
+    return (x.shape, x.dtype, x.get_device(), valid is None, scale is None, *rows)
 
 
 def _as_slice(rows: Sequence[int]) -> slice | list[int]:

@@ -32,10 +32,9 @@ class MetricAccumulator(Accumulator):
         moments: RunningMoments,
         *,
         scale: Tensor | None = None,
-        alike: bool = False,
-    ) -> None:
-        """Merge the samples of inputs `[B, S, H·D]` of sites of one geometry. Raises BackendError for a function whose values are
-        not `[B, S, H]`.
+    ) -> bool:
+        """Merge the samples of inputs `[B, S, H·D]` of sites of one geometry; returns False. Raises BackendError for a function
+        whose values are not `[B, S, H]`.
         """
         self.used.add(self._metric.name)
         plane = RunningMoments.over(moments.buffer[:, :1])
@@ -54,3 +53,4 @@ class MetricAccumulator(Accumulator):
                 )
             samples, present = token_samples(values.double(), layout, self.token_agg)
             plane.update([row], samples[:, None, None], present)
+        return False

@@ -3,7 +3,7 @@
 Shapes: G inputs of one shape, N tokens, `x` [G, N, heads * head_dim], `weights` as the backend's `needs` says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -58,23 +58,36 @@ class FusedBackend(Backend, Protocol):
         valid: Tensor | None,
         skip_first: int,
         scale: Tensor | None,
-        alike: bool,
-    ) -> None:
-        """Merge the samples of `inputs` `[B, S, width]` into `state`, as `fastheads.kernels.head_stats` does."""
-
-    def repeater(
-        self,
-        inputs: Sequence[Tensor],
-        forms: Sequence[Any],
-        state: Tensor,
-        rows: Sequence[int],
-        *,
-        token_agg: str,
-        valid: Tensor | None,
-        skip_first: int,
-        keep_scratch: bool,
-    ) -> Callable[[list[int], Tensor, Tensor | None], bool] | None:
-        """Return a function that repeats the last launch of `record` at other addresses; None if it cannot be repeated."""
+    ) -> "Launch | None":
+        """Merge the samples of `inputs` `[B, S, width]` into `state`, as `fastheads.kernels.head_stats` does. Returns the launch,
+        if it can be made again.
+        """
 
     def token_norms(self, inputs: Sequence[Tensor], forms: Sequence[Any], *, scale: Tensor | None) -> Tensor:
         """‖z‖ and ‖W z‖ of every token, `[G, 2, heads, B * S]`."""
+
+
+class Launch(Protocol):
+    """A launch that was made once, to be made again for other inputs of the same form."""
+
+    extent: int  # bytes from the first of an input to beyond its last
+    factors: tuple[Any, ...]  # the forms that it reads
+
+    def matches(
+        self, inputs: Sequence[Tensor], valid: Tensor | None, skip_first: int, *, is_scaled: bool = False
+    ) -> list[int] | None:
+        """Return the inputs' addresses for `run`; None if this launch does not serve them."""
+
+    def run(
+        self,
+        addresses: Sequence[int],
+        state: Tensor,
+        valid: Tensor | None,
+        *,
+        scale: Tensor | None = None,
+        scratch: Tensor | None = None,
+    ) -> bool:
+        """Launch at these addresses. Returns False, and does nothing, if `state`, `valid` or `scale` cannot be read."""
+
+    def new_scratch(self) -> Tensor:
+        """Make memory to be kept from `run` to `run` on one stream; without it each run makes its own."""

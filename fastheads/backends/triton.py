@@ -2,12 +2,14 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from fastheads.backends.protocol import Launch
 
 
 @cache
@@ -53,10 +55,9 @@ class Triton:
         valid: Tensor | None,
         skip_first: int,
         scale: Tensor | None,
-        alike: bool,
-    ) -> None:
-        """Launch the kernel: merge the samples of `inputs` into `state`."""
-        kernels().head_stats(
+    ) -> Launch | None:
+        """Launch the kernel: merge the samples of `inputs` into `state`. Returns the launch, if it can be made again."""
+        launch: Launch | None = kernels().head_stats(
             inputs,
             forms,
             state,
@@ -65,35 +66,10 @@ class Triton:
             valid=valid,
             skip_first=skip_first,
             scale=scale,
-            alike=alike,
         )
+        return launch
 
     def token_norms(self, inputs: Sequence[Tensor], forms: Sequence[Any], *, scale: Tensor | None) -> Tensor:
         """‖z‖ and ‖W z‖ of every token, float32 `[G, 2, heads, B * S]`: 8 bytes a head beside the one read of x."""
         norms: Tensor = kernels().token_norms(inputs, forms, scale=scale)
         return norms
-
-    def repeater(
-        self,
-        inputs: Sequence[Tensor],
-        forms: Sequence[Any],
-        state: Tensor,
-        rows: Sequence[int],
-        *,
-        token_agg: str,
-        valid: Tensor | None,
-        skip_first: int,
-        keep_scratch: bool,
-    ) -> Callable[[list[int], Tensor, Tensor | None], bool] | None:
-        """Return a function that repeats the last launch of `record` at other addresses; None if it cannot be repeated."""
-        again: Callable[[list[int], Tensor, Tensor | None], bool] | None = kernels().repeater(
-            inputs,
-            forms,
-            state,
-            rows,
-            token_agg=token_agg,
-            valid=valid,
-            skip_first=skip_first,
-            keep_scratch=keep_scratch,
-        )
-        return again

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastheads.backends.launch import Profiled
 from fastheads.capture import forward_hooks
+from fastheads.capture.profiled import Profiled
 from fastheads.capture.projection_hook import RetraceHandle, Tap, add_tap, takes_taps
 from fastheads.capture.recorder import Recorder
 from fastheads.models.residual import Update

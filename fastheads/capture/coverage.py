@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from fastheads.backends.launch import Profiled
+from fastheads.capture.profiled import Profiled
 from fastheads.errors import ResultsError
 from fastheads.stats.moments import Moments
 

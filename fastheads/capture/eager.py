@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastheads.backends.launch import Kept, Profiled
 from fastheads.capture.forward import Forward
 from fastheads.capture.graphs import GraphSink
 from fastheads.capture.memory import check_unchanged
+from fastheads.capture.profiled import Kept, KeptLaunch, Profiled
 from fastheads.capture.queue import DeviceQueue, Scaled, grouped
 from fastheads.capture.sink import Sink, SinkParts
 from fastheads.models.residual import OutputNorms, scales
@@ -80,8 +80,8 @@ class EagerSink(Sink):
             return
         assert forward.layout is not None  # within a decoder's call
         if may_defer and not scaled and self._deferred.takes(queue, kept, forward.layout):
-            assert queue.cached_launch is not None  # which serves it
-            forward.ran |= queue.cached_launch.rows
+            assert queue.kept_launch is not None  # which serves it
+            forward.ran |= queue.kept_launch.rows
             return
         # A generator: it is drawn only where something waits.
         self._deferred.check_not_overwritten(self._queues.on(queue.device), (x for _, x, _ in kept))
@@ -105,7 +105,7 @@ class EagerSink(Sink):
         ran = set(rows)
         forward.ran |= ran
         if len(kinds) == 1 and len(ran) == len(rows):
-            self._record(forward, queue, rows, inputs, alike=True)
+            self._record(forward, queue, rows, inputs)
             self._remember(forward, queue, kept, rows, inputs, may_defer=not scaled)
         else:
             for group in grouped(kept):
@@ -115,18 +115,18 @@ class EagerSink(Sink):
 
     def _launched_again(self, forward: Forward, queue: DeviceQueue, kept: list[Kept]) -> bool:
         """Measure inputs by repeating the last forward's launch. Returns False if they do not fit it."""
-        cached_launch, layout = queue.cached_launch, forward.layout
-        if cached_launch is None or layout is None or forward.capturing:
+        kept_launch, layout = queue.kept_launch, forward.layout
+        if kept_launch is None or layout is None or forward.capturing:
             return False
         if not queue.off_stream():
-            addresses = cached_launch.addresses_of(kept, layout)
+            addresses = kept_launch.addresses_of(kept, layout)
             state = queue.moments.pending[0].buffer
-            if addresses is not None and cached_launch.launch(addresses, state, layout.valid):
-                forward.ran |= cached_launch.rows
+            if addresses is not None and kept_launch.run(addresses, state, layout.valid):
+                forward.ran |= kept_launch.rows
                 queue.recorded = True
-                self._counter.count_repeated()
+                self._counter.count(repeated=True)
                 return True
-        queue.cached_launch = None
+        queue.kept_launch = None
         return False
 
     def _remember(
@@ -146,29 +146,22 @@ class EagerSink(Sink):
             return
         if inputs[0].shape[0] == inputs[0].shape[1] > 1:  # each time it is asked whether the batch is known
             return
-        profiled = tuple(item[0] for item in kept)
-        pending = queue.moments.pending[0]
-        queue.cached_launch = self._scope.accumulator.cached_launch(
-            profiled, rows, inputs, forward.layout, pending, keep_scratch=True
-        )
-        if queue.cached_launch is not None and may_defer:
+        accumulator = self._scope.accumulator
+        launch = accumulator.launch_of(rows, inputs[0], forward.layout)
+        if launch is None or forward.layout.cu_seqlens is not None:
+            return
+        queue.kept_launch = KeptLaunch([profiled for profiled, _, _ in kept], launch, accumulator)
+        if may_defer:
             queue.deferred.watch(kept, queue.budget)
 
-    def _record(
-        self,
-        forward: Forward,
-        queue: DeviceQueue,
-        rows: list[int],
-        inputs: list[Tensor],
-        alike: bool = False,
-    ) -> None:
+    def _record(self, forward: Forward, queue: DeviceQueue, rows: list[int], inputs: list[Tensor]) -> None:
         assert forward.layout is not None  # within a decoder's call
         queue.recorded = True
         with queue.on_its_stream():
             for channel in self._scope.at_input:
                 pending = queue.moments.pending[channel.index]
-                channel.accumulator.record(rows, inputs, forward.layout, pending, alike=alike)
-                self._counter.launches += 1
+                repeated = channel.accumulator.record(rows, inputs, forward.layout, pending)
+                self._counter.count(repeated=repeated)
 
     def _record_scaled(self, forward: Forward, queue: DeviceQueue, scaled: list[Scaled]) -> None:
         assert forward.layout is not None  # within a decoder's call
@@ -178,5 +171,7 @@ class EagerSink(Sink):
         with torch.no_grad(), queue.on_its_stream():
             for group in grouped(scaled):
                 scale = scales(group.extras)
-                channel.accumulator.record(group.rows, group.inputs, forward.layout, pending, scale=scale)
-                self._counter.launches += 1
+                repeated = channel.accumulator.record(
+                    group.rows, group.inputs, forward.layout, pending, scale=scale
+                )
+                self._counter.count(repeated=repeated)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.backends.launch import TracedSite
 from fastheads.capture.phases import Phase
+from fastheads.capture.profiled import TracedSite
 from fastheads.capture.queue import DeviceQueue
 from fastheads.models.residual import OutputNorms
 from fastheads.stats.token_layout import TokenLayout

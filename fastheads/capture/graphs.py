@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.backends.launch import CachedLaunch, Profiled, TracedSite
 from fastheads.capture import custom_op
 from fastheads.capture.channels import Channel
 from fastheads.capture.forward import Forward
 from fastheads.capture.memory import check_addresses
+from fastheads.capture.profiled import Profiled, TracedSite
 from fastheads.capture.projection_hook import SITE_ATTRIBUTE
 from fastheads.capture.queue import ManagerQueue, grouped
 from fastheads.capture.sink import Sink, SinkParts
@@ -20,9 +20,6 @@ from fastheads.errors import ForwardError
 from fastheads.models.residual import OutputNorms, scales
 from fastheads.stats.moments import RunningMoments
 from fastheads.stats.token_layout import TokenLayout
-
-# Launches of compiled code that are remembered: one for each group of layers of each graph.
-_MOST_LAUNCHES = 256
 
 # What a CUDA graph captured is read and written by each replay, whenever that is: it lives until the process ends.
 _captured: list[Any] = []
@@ -35,7 +32,6 @@ class GraphSink(Sink):
         """`handle`: the recorder's, for the custom op (`custom_op.register`)."""
         super().__init__(parts)
         self._handle = handle
-        self._launches: dict[tuple[int, ...], CachedLaunch] = {}  # by channel, GPU, and rows
 
     # ------------------------------------------------------------------ while a graph is made
 
@@ -174,49 +170,16 @@ class GraphSink(Sink):
             self._deferred.check_not_overwritten(queue, inputs)
         if (forward is None or forward is whole) and not capturing:
             accumulator.refresh(before=self._deferred.weights_changed_in_graph)
-        key = (channel, inputs[0].get_device(), *rows)
-        simple = not capturing and layout.cu_seqlens is None and scale is None
-        launch = self._launches.get(key) if simple else None
-        if launch is not None and launch.again_in_graph(
-            inputs, self._scope.options.skip_first, state[channel], layout.valid
-        ):
-            self._counter.count_repeated()
-            return
         check_addresses([self._scope.sites[row].name for row in rows], inputs)
         moments = RunningMoments.over(state[channel])
-        accumulator.record(rows, inputs, layout, moments, scale=scale)
+        self._counter.count(repeated=accumulator.record(rows, inputs, layout, moments, scale=scale))
         accumulator.finish(moments)
-        self._counter.launches += 1
-        if simple:
-            self._remember(key, rows, inputs, layout, moments)
-
-    def _remember(
-        self,
-        key: tuple[int, ...],
-        rows: list[int],
-        inputs: list[Tensor],
-        layout: TokenLayout,
-        moments: RunningMoments,
-    ) -> None:
-        """Keep the launch that was just made, to repeat it in the next call of the op."""
-        if len(self._launches) >= _MOST_LAUNCHES:
-            self._launches.clear()
-        self._launches.pop(key, None)
-        if len({(x.shape, x.stride(), x.dtype) for x in inputs}) == 1:
-            accumulator = self._scope.channels[key[0]].accumulator
-            made = accumulator.cached_launch((), rows, inputs, layout, moments, keep_scratch=False)
-            if made is not None:
-                self._launches[key] = made
 
     def keep_for_graph(self) -> None:
         """Keep everything alive that replays of the CUDA graph being captured read and write."""
         if not any(kept is self._scope.channels for kept in _captured):
             _captured.append(self._scope.channels)
             _captured.extend(queue.moments.buffers() for queue in self._queues)
-
-    def forget_launches(self) -> None:
-        """Forget all launches kept for repetition."""
-        self._launches.clear()
 
     def release(self) -> None:
         """Make the ops of all graphs do nothing from now on."""

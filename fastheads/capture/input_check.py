@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.backends.launch import Profiled, TracedSite
 from fastheads.capture.forward import Forward
+from fastheads.capture.profiled import Profiled, TracedSite
 from fastheads.errors import ForwardError
 from fastheads.models.sites import HeadSite, attention_of, has_known_layout
 from fastheads.stats.token_layout import TokenLayout

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from fastheads.backends.launch import Kept
+from fastheads.capture.profiled import Kept
 from fastheads.errors import ForwardError
 
 _AT_ONCE = "HookManager(..., group_bytes=0) measures each input at once"

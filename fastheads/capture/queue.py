@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from fastheads.backends.launch import CachedLaunch, Kept, Profiled, TracedSite
 from fastheads.capture.deferral.backlog import DeferredForwards
+from fastheads.capture.profiled import Kept, KeptLaunch, Profiled, TracedSite
 from fastheads.models.residual import OutputNorms
 from fastheads.stats.moments import CommittedMoments, PendingMoments
 
@@ -53,7 +53,7 @@ class DeviceQueue(Generic[M]):
     # Bytes that may still be kept; -1 while no call of the decoder is under way in plain Python.
     room: int = -1
     thread: int = 0  # the one that runs the forward whose inputs are kept
-    cached_launch: CachedLaunch | None = None
+    kept_launch: KeptLaunch | None = None
     deferred: DeferredForwards = field(default_factory=DeferredForwards)
     recorded: bool = False  # whether the forward under way has samples in the pending moments
     stream: torch.cuda.Stream | None = None  # where the forward under way began
@@ -97,7 +97,7 @@ class DeviceQueue(Generic[M]):
         ):
             current.wait_stream(self.stream)
         self.stream, self.raw_stream = current, current.cuda_stream
-        self.cached_launch = None  # its scratch belongs to the other stream
+        self.kept_launch = None  # its scratch belongs to the other stream
         self.deferred.forget_form()
 
     def off_stream(self) -> bool:

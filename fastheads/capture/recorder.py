@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.backends.launch import Profiled, TracedSite
 from fastheads.capture import custom_op
 from fastheads.capture.coverage import Coverage
 from fastheads.capture.deferral.launches import DeferredLaunches
@@ -28,6 +27,7 @@ from fastheads.capture.forward import Forward, frame_of_compiled_call, on_stack
 from fastheads.capture.forwards import Forwards
 from fastheads.capture.graphs import GraphSink
 from fastheads.capture.input_check import InputCheck
+from fastheads.capture.profiled import Profiled, TracedSite
 from fastheads.capture.queue import DeviceQueue, DeviceQueues
 from fastheads.capture.scope import Scope
 from fastheads.capture.sink import SinkParts
@@ -447,9 +447,8 @@ class Recorder:
             self.deferred.catch_up_all()
         finally:
             self.forwards.drop_all()
-            self.graph.forget_launches()
             for queue in self.queues:
-                queue.cached_launch = None
+                queue.kept_launch = None
                 queue.moments.freeze()
             self.deferred.clear_backlogs()
 

@@ -43,10 +43,10 @@ class LaunchCounter:
         """Set every count to zero."""
         self.launches = self.repeated = self.deferred = 0
 
-    def count_repeated(self) -> None:
-        """Count a launch that repeated an earlier one."""
+    def count(self, *, repeated: bool) -> None:
+        """Count a launch, and whether it repeated an earlier one."""
         self.launches += 1
-        self.repeated += 1
+        self.repeated += repeated
 
     def read(self, waiting: int, inputs: Iterable[Tensor]) -> LaunchStats:
         """Return the counts, with the number of waiting forwards and the memory of the inputs held now."""

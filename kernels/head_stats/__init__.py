@@ -5,6 +5,6 @@ Installed as `fastheads.kernels`. Importing it imports triton; `import fastheads
 
 from .config import Config
 from .factor import KernelFactor
-from .launch import head_stats, prepare, repeater, token_norms, unsupported
+from .launch import Launch, head_stats, prepare, token_norms, unsupported
 
-__all__ = ["Config", "KernelFactor", "head_stats", "prepare", "repeater", "token_norms", "unsupported"]
+__all__ = ["Config", "KernelFactor", "Launch", "head_stats", "prepare", "token_norms", "unsupported"]

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,8 +35,6 @@ class KernelFactor:
     dtype: torch.dtype  # of x
     precision: str
     config: Config
-    # Of launches that this factor comes first in.
-    plans: dict[object, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def pieces(self) -> tuple[int, ...]:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from functools import partial as bind
+from operator import attrgetter, or_
 
 import torch
 import triton
@@ -123,8 +124,7 @@ def head_stats(
     valid: Tensor | None = None,
     skip_first: int = 0,
     scale: Tensor | None = None,
-    alike: bool = False,
-) -> None:
+) -> "Launch | None":
     """Merge the samples of a group of layers into `state`, in place, without waiting for the GPU.
 
     Args:
@@ -138,77 +138,27 @@ def head_stats(
         skip_first: tokens at the start of each row that are left out; counts only where `valid` is None.
         scale: `[batch, seq]`, or `[layers, batch, seq]` with one for each input, multiplied into the norms of the contributions
             |W z| (not of |z|), token by token.
-        alike: the caller has seen that all inputs have the first one's shape, strides, dtype and device: they are not looked at
-            again.
+
+    Returns:
+        What makes these launches again for other inputs of the same form; None where each must be made anew.
 
     Raises:
         ValueError: shapes, dtypes, devices or names that do not fit together.
     """
-    valid, last = _as_kernel_reads(valid, token_agg)
-    if scale is not None:
-        scale = scale.to(torch.float32).expand(len(inputs), *inputs[0].shape[:2]).contiguous()
-    key = _plan_key(factors, state, rows, token_agg, skip_first)
-    plans = factors[0].plans.get(key) if factors else None
-    if plans is not None and _launch_again(plans, inputs, state, valid, last, scale, alike):
-        return
     _check(inputs, factors, state, rows, token_agg)
     if inputs[0].shape[0] == 0 or inputs[0].shape[1] == 0:
-        return
+        return None
+    mask, last = _as_kernel_reads(valid, token_agg)
+    if scale is not None:
+        scale = _scale_as_kernel_reads(scale, len(inputs), inputs[0].shape)
     loadable = [_loadable(x) for x in inputs]
     with _on(state.device):
-        plans = _launch_groups(loadable, factors, state, rows, token_agg, valid, last, skip_first, scale)
-    if plans is not None:
-        factors[0].plans[key] = plans
-
-
-def _plan_key(
-    factors: Sequence[KernelFactor], state: Tensor, rows: Sequence[int], token_agg: str, skip_first: int
-) -> tuple[object, ...]:
-    return (token_agg, skip_first, state.shape, tuple(rows), tuple(factors))
-
-
-def repeater(
-    inputs: Sequence[Tensor],
-    factors: Sequence[KernelFactor],
-    state: Tensor,
-    rows: Sequence[int],
-    *,
-    token_agg: str,
-    valid: Tensor | None = None,
-    skip_first: int = 0,
-    keep_scratch: bool = False,
-) -> Callable[[list[int], Tensor, Tensor | None], bool] | None:
-    """A function that makes the last launches with these arguments again, for inputs of the same form at other addresses.
-
-    It takes the addresses, which must be multiples of 16, and tensors like `state` and `valid`; it looks at nothing but the
-    addresses of these: False, and nothing was done, where the kernel cannot read them there. `keep_scratch`:
-    the memory of the partial sums is kept from launch to launch, which is not for CUDA graphs. None where those launches cannot
-    be made again.
-    """
-    plans = factors[0].plans.get(_plan_key(factors, state, rows, token_agg, skip_first))
-    mask, last = _as_kernel_reads(valid, token_agg)
-    if plans is None or not all(plan.serves(inputs[plan.part], state, mask, last, None) for plan in plans):
+        parts = _launch_groups(loadable, factors, state, rows, token_agg, mask, last, skip_first, scale)
+    if parts is None or len({(x.stride(), type(x)) for x in inputs}) > 1:
         return None
-    size, device = max(plan.partial for plan in plans), state.device
-    launches = [(plan.run, plan.part, plan.padding, plan.tables, plan.numbers) for plan in plans]
-
-    def scratch() -> Tensor:
-        return torch.empty(size, dtype=torch.float64, device=device)
-
-    kept = scratch() if keep_scratch else None
-
-    def again(addresses: list[int], moments: Tensor, real: Tensor | None) -> bool:
-        partial = scratch() if kept is None else kept
-        mask = last = None
-        if real is not None:
-            mask, last = _as_kernel_reads(real, token_agg)
-        if any([tensor is not None and tensor.data_ptr() & 15 for tensor in (moments, mask, last)]):
-            return False
-        for run, part, padding, tables, numbers in launches:
-            run((*addresses[part], *padding), *tables, moments, partial, None, mask, last, None, *numbers)
-        return True
-
-    return again
+    if any(x is not given for x, given in zip(loadable, inputs, strict=True)):
+        return None  # a copy must be made each time
+    return Launch(parts, inputs, factors, state, token_agg, valid, skip_first, scale is not None)
 
 
 def _last_of(valid: Tensor) -> Tensor:
@@ -227,6 +177,11 @@ def _as_kernel_reads(valid: Tensor | None, token_agg: str) -> tuple[Tensor | Non
     return valid.contiguous().view(torch.uint8), last
 
 
+def _scale_as_kernel_reads(scale: Tensor, layers: int, shape: torch.Size) -> Tensor:
+    """`scale` for inputs of this shape: contiguous float32 `[layers, batch, seq]`."""
+    return scale.to(torch.float32).expand(layers, *shape[:2]).contiguous()
+
+
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """A context in which that GPU is the current one."""
     is_elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
@@ -234,85 +189,111 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Plan:
-    """A launch that was made once, to be made again with other tensors: small forwards take as long as their Python does.
-
-    `run` is the compiled kernel with its grid: it looks at no argument again, so `serves` has to.
-    """
+class _Part:
+    """One launch of a group, of up to 32 layers: the compiled kernel with its grid, and the arguments that stay."""
 
     run: Callable[..., object]
-    part: slice  # of the inputs
-    like: Tensor  # of no elements, with the inputs' dtype and device
-    shape: torch.Size  # of an input
-    strides: tuple[int, ...]
-    given: tuple[bool, bool, bool]  # which of valid, last and scale there are
-    padding: tuple[int, ...]
-    tables: tuple[object, object]
+    inputs: slice  # of the group
+    padding: tuple[int, ...]  # of the table of addresses
+    tables: tuple[object, object]  # addresses of the factors, places of the rows
     numbers: tuple[object, ...]  # the arguments after the tensors
-    partial: int  # elements of the partial sums; no memory is kept, for it may be a CUDA graph's
+    partial: int  # elements of the partial sums
 
-    def serves(
+
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
+
+
+class Launch:
+    """The launches that measured a group of inputs, to be made again for others that differ in nothing but their addresses: small
+    forwards take as long as their Python does. The compiled kernel looks at no argument again, so `matches` and `run` do.
+    """
+
+    def __init__(
         self,
+        parts: Sequence[_Part],
         inputs: Sequence[Tensor],
+        factors: Sequence[KernelFactor],
         state: Tensor,
+        token_agg: str,
         valid: Tensor | None,
-        last: Tensor | None,
-        scale: Tensor | None,
-    ) -> bool:
-        """Whether the launch would be the same but for addresses; state's shape, rows and factors are those of the key."""
-        shape, strides, dtype, device = self.shape, self.strides, self.like.dtype, self.like.device
-        if (valid is not None, last is not None, scale is not None) != self.given:
-            return False
-        addresses = state.data_ptr()
-        for x in inputs:
-            if x.shape != shape or x.stride() != strides or x.dtype != dtype or x.device != device:
-                return False
-        for tensor in (valid, last, scale):
-            if tensor is not None:
-                addresses |= tensor.data_ptr()
-        # The compiled code may be for addresses that are multiples of 16; `_launch_again` sees to those of the inputs.
-        return (
-            not addresses & 15
-            and state.dtype == torch.float64
-            and state.device == device
-            and state.is_contiguous()
-        )
-
-    def launch(
-        self,
-        addresses: list[int],
-        state: Tensor,
-        valid: Tensor | None,
-        last: Tensor | None,
-        scale: Tensor | None,
+        skip_first: int,
+        is_scaled: bool,
     ) -> None:
-        """On the current GPU; the addresses are multiples of 16."""
-        partial = torch.empty(self.partial, dtype=torch.float64, device=state.device)
-        table = (*addresses, *self.padding)
-        self.run(table, *self.tables, state, partial, None, valid, last, scale, *self.numbers)
+        """`inputs` are of one type, shape, strides and dtype; none was copied."""
+        x = inputs[0]
+        self.factors = tuple(factors)  # whose addresses are in the tables
+        self._parts = tuple(parts)
+        self._shape, self._strides, self._is_contiguous = x.shape, x.stride(), x.is_contiguous()
+        self._count, self._dtypes, self._types = len(inputs), {x.dtype}, {type(x)}
+        # Bytes from the first of an input to beyond its last.
+        self.extent = x.element_size() * (
+            1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+        )
+        self._index = x.get_device()
+        self._device, self._state_shape = state.device, state.shape
+        self._token_agg, self._skip_first, self._is_scaled = token_agg, skip_first, is_scaled
+        self._valid_like = None if valid is None else (valid.shape, valid.device)
+        self._scratch = max(part.partial for part in parts)
 
+    def matches(
+        self, inputs: Sequence[Tensor], valid: Tensor | None, skip_first: int, *, is_scaled: bool = False
+    ) -> list[int] | None:
+        """The addresses of these inputs, all on one device, for `run`; None where these launches do not serve them."""
+        if (len(inputs), skip_first, is_scaled) != (self._count, self._skip_first, self._is_scaled):
+            return None
+        if valid is None or self._valid_like is None:
+            if valid is not self._valid_like:
+                return None
+        elif (valid.shape, valid.device) != self._valid_like:
+            return None
+        if (
+            set(map(type, inputs)) != self._types
+            or set(map(_DTYPE, inputs)) != self._dtypes
+            or set(map(_SHAPE, inputs)) != {self._shape}
+            or inputs[0].get_device() != self._index
+        ):
+            return None
+        if self._is_contiguous:
+            if not all(map(Tensor.is_contiguous, inputs)):
+                return None
+        elif any(x.stride() != self._strides for x in inputs):
+            return None
+        addresses = list(map(Tensor.data_ptr, inputs))
+        # The compiled code may be for addresses that are multiples of 16.
+        return None if reduce(or_, addresses) & 15 else addresses
 
-def _launch_again(
-    plans: Sequence[_Plan],
-    inputs: Sequence[Tensor],
-    state: Tensor,
-    valid: Tensor | None,
-    last: Tensor | None,
-    scale: Tensor | None,
-    alike: bool,
-) -> bool:
-    """Launch; False, and nothing is done, where a plan does not serve, or an address is not what the kernel can read."""
-    parts = [(plan, inputs[plan.part], None if scale is None else scale[plan.part]) for plan in plans]
-    for plan, xs, part in parts:
-        if not plan.serves(xs[:1] if alike else xs, state, valid, last, part):
+    def new_scratch(self) -> Tensor:
+        """Memory for the partial sums of one launch at a time: to be kept from `run` to `run`, but not for a CUDA graph."""
+        return torch.empty(self._scratch, dtype=torch.float64, device=self._device)
+
+    def run(
+        self,
+        addresses: Sequence[int],
+        state: Tensor,
+        valid: Tensor | None,
+        *,
+        scale: Tensor | None = None,
+        scratch: Tensor | None = None,
+    ) -> bool:
+        """Launch for the inputs at these addresses, which `matches` gave. False, and nothing was done, where the kernel cannot
+        read the state, the mask or the scale.
+        """
+        mask, last = _as_kernel_reads(valid, self._token_agg)
+        scales: list[Tensor | None] = [None] * len(self._parts)
+        if scale is not None:
+            scale = _scale_as_kernel_reads(scale, self._count, self._shape)
+            scales = [scale[part.inputs] for part in self._parts]
+        if state.shape != self._state_shape or state.device != self._device or not state.is_contiguous():
             return False
-    addresses = [x.data_ptr() for x in inputs]
-    if any([address & 15 for address in addresses]):
-        return False
-    with _on(state.device):
-        for plan, _, part in parts:
-            plan.launch(addresses[plan.part], state, valid, last, part)
-    return True
+        if any([tensor is not None and tensor.data_ptr() & 15 for tensor in (state, mask, last, *scales)]):
+            return False
+        with _on(self._device):
+            if scratch is None:
+                scratch = self.new_scratch()
+            for part, of_part in zip(self._parts, scales, strict=True):
+                table = (*addresses[part.inputs], *part.padding)
+                part.run(table, *part.tables, state, scratch, None, mask, last, of_part, *part.numbers)
+        return True
 
 
 def _check(
@@ -370,11 +351,11 @@ def _launch_groups(
     last: Tensor | None,
     skip_first: int,
     scale: Tensor | None,
-) -> tuple[_Plan, ...] | None:
-    """Launches of layers with the same strides, no factor twice in one (its ticket counts one layer); their plans, if each is of
-    neighbours.
+) -> tuple[_Part, ...] | None:
+    """Launch for layers with the same strides, no factor twice in one (its ticket counts one layer). Returns the launches, if
+    each is of neighbours and can be made again.
     """
-    plans: list[_Plan | None] = []
+    parts: list[_Part | None] = []
     waiting = list(zip(inputs, factors, rows, range(len(rows)), strict=True))
     while waiting:
         strides = _strides(waiting[0][0])
@@ -389,20 +370,20 @@ def _launch_groups(
                 later.append(item)
         waiting = later
         xs, fs, rs, places = zip(*group, strict=True)
-        part = scale
+        of_group = scale
         if scale is not None and len(group) < len(inputs):
-            part = torch.stack([scale[place] for place in places])
-        plan = None
+            of_group = torch.stack([scale[place] for place in places])
+        part = None
         if token_agg == "token":
-            _launch_tokens(xs, fs, state, rs, valid, skip_first, part)
+            _launch_tokens(xs, fs, state, rs, valid, skip_first, of_group)
         else:
-            plan = _launch_one(xs, fs, state, rs, token_agg, valid, last, skip_first, part, None)
+            part = _launch_one(xs, fs, state, rs, token_agg, valid, last, skip_first, of_group, None)
         first, stop = places[0], places[0] + len(places)
-        if plan is not None:
-            plan = replace(plan, part=slice(first, stop)) if places == tuple(range(first, stop)) else None
-        plans.append(plan)
-    known = [plan for plan in plans if plan is not None]
-    return tuple(known) if len(known) == len(plans) else None
+        if part is not None:
+            part = replace(part, inputs=slice(first, stop)) if places == tuple(range(first, stop)) else None
+        parts.append(part)
+    known = [part for part in parts if part is not None]
+    return tuple(known) if len(known) == len(parts) else None
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -440,7 +421,7 @@ def _launch_one(
     skip_first: int,
     scale: Tensor | None,
     norms: Tensor | None,
-) -> _Plan | None:
+) -> _Part | None:
     batch, seq, _ = xs[0].shape
     factor = factors[0]
     heads, pieces = factor.heads, factor.pieces
@@ -511,13 +492,9 @@ def _launch_one(
     compiled = run()
     if partial is None or any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors):
         return None
-    return _Plan(
+    return _Part(
         bind(launcher, **options) if IS_INTERPRETED else compiled[grid],  # type: ignore[index]
         slice(0, len(xs)),
-        xs[0].new_empty(0),
-        xs[0].shape,
-        xs[0].stride(),
-        (valid is not None, last is not None, scale is not None),
         addresses[len(xs) :],
         (factor_addresses, slots),
         (*numbers, *compiled_for.values()),

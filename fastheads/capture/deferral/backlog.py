@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastheads.backends.launch import CachedLaunch, Kept
 from fastheads.capture.memory import are_apart, storages
+from fastheads.capture.profiled import Kept, KeptLaunch
 from fastheads.stats.token_layout import TokenLayout
 
 # Forwards that wait, at most; of how many the inputs must fit into the budget, and how many must come between changes of the
@@ -19,14 +19,14 @@ FEWEST_FORWARDS = 4
 class EndedForward(NamedTuple):
     """A forward to be measured after its end: its launch, its inputs with their addresses, its valid tokens."""
 
-    cached_launch: CachedLaunch
+    kept_launch: KeptLaunch
     kept: list[Kept]
     addresses: list[int]
     layout: TokenLayout
 
     def spans(self) -> list[tuple[int, int]]:
         """Return the addresses (start, stop) of each input."""
-        return [(start, start + self.cached_launch.extent) for start in self.addresses]
+        return [(start, start + self.kept_launch.extent) for start in self.addresses]
 
 
 class DeferredForwards:

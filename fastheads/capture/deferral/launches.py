@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastheads.backends.accumulator import Accumulator
-from fastheads.backends.launch import Kept
 from fastheads.capture.deferral.backlog import EndedForward
 from fastheads.capture.memory import REUSED, check_unchanged, is_changed, overlap
+from fastheads.capture.profiled import Kept
 from fastheads.capture.queue import DeviceQueues, ManagerQueue
 from fastheads.capture.stats import LaunchCounter
 from fastheads.errors import ForwardError, ResultsError
@@ -44,12 +44,12 @@ class DeferredLaunches:
 
     def takes(self, queue: ManagerQueue, kept: list[Kept], layout: TokenLayout) -> bool:
         """Defer the kept inputs of a small forward that is like the one before. Returns False if they must be measured now."""
-        cached_launch = queue.cached_launch
-        if cached_launch is None or not queue.deferred.may_take() or queue.off_stream():
+        kept_launch = queue.kept_launch
+        if kept_launch is None or not queue.deferred.may_take() or queue.off_stream():
             return False
-        addresses = cached_launch.addresses_of(kept, layout)
+        addresses = kept_launch.addresses_of(kept, layout)
         return addresses is not None and queue.deferred.offer(
-            EndedForward(cached_launch, kept, addresses, layout)
+            EndedForward(kept_launch, kept, addresses, layout)
         )
 
     def check_not_overwritten(self, queue: ManagerQueue, inputs: Iterable[Tensor]) -> None:
@@ -148,14 +148,13 @@ class DeferredLaunches:
             else:
                 targets = [moments.pending[0], moments.committed[0]]
             for target in targets:
-                for cached_launch, kept, addresses, layout in forwards:
-                    if cached_launch.launch(addresses, target.buffer, layout.valid):
-                        self._counter.count_repeated()
+                for kept_launch, kept, addresses, layout in forwards:
+                    if kept_launch.run(addresses, target.buffer, layout.valid):
+                        self._counter.count(repeated=True)
                     else:
                         rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
-                        self._accumulator.record(rows, inputs, layout, target, alike=True)
+                        self._counter.count(repeated=self._accumulator.record(rows, inputs, layout, target))
                         self._accumulator.finish(target)
-                        self._counter.launches += 1
             if is_even:
                 moments.commit()
             elif apart is not None:

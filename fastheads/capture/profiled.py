@@ -1,0 +1,83 @@
+"""The sites that are measured, what the hook of a small input keeps, and the launch that may serve the next forward's."""
+
+from collections.abc import Iterable
+from operator import attrgetter, sub
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from fastheads.backends.accumulator import Accumulator
+from fastheads.backends.protocol import Launch
+from fastheads.models.sites import HeadSite
+from fastheads.stats.token_layout import TokenLayout
+
+if TYPE_CHECKING:
+    from fastheads.capture.queue import ManagerQueue
+
+
+class Profiled:
+    """A site that is profiled: its row in the results, and the queue of its weight's device."""
+
+    def __init__(self, row: int, site: HeadSite, queue: "ManagerQueue") -> None:
+        self.row, self.site, self.queue = row, site, queue
+        self.name, self.head_dim = site.name, site.head_dim
+        self.width = site.num_heads * site.head_dim  # of its input
+
+    def traced(self) -> "TracedSite":
+        """The site as constants, for a compiled graph."""
+        return TracedSite(self.row, self.name, self.head_dim, self.width, str(self.queue.device))
+
+
+class TracedSite(NamedTuple):
+    """A profiled site in constants. torch.compile does not look again at what a graph read of a module, as long as that is
+    constants alone, and the module as it was.
+    """
+
+    row: int
+    name: str
+    head_dim: int
+    width: int
+    device: str
+
+
+# What the hook of a small input leaves behind: the site, its input, and the input's version (None for an inference tensor: it
+# has none, so that nothing shows whether it was changed).
+Kept = tuple[Profiled, Tensor, int | None]
+
+_VERSION = attrgetter("_version")
+
+
+class KeptLaunch:
+    """The launch that served all kept inputs of a forward, for those of the next: decode steps differ in nothing but addresses,
+    and what is looked at here is all that the time of such a step allows.
+    """
+
+    def __init__(self, profiled: Iterable[Profiled], launch: Launch, accumulator: Accumulator) -> None:
+        """`launch`: of the inputs of these sites, in that order, by `accumulator`. It may run on one stream."""
+        self._profiled = list(profiled)
+        self.rows = {p.row for p in self._profiled}
+        self.extent = launch.extent
+        self._launch, self._scratch = launch, launch.new_scratch()
+        self._accumulator, self._epoch = accumulator, accumulator.epoch
+        self._no_versions = [None] * len(self._profiled)
+
+    def addresses_of(self, kept: list[Kept], layout: TokenLayout) -> list[int] | None:
+        """Addresses of the inputs; None if an input was changed, or the launch may not serve them."""
+        profiled, inputs, versions = map(list, zip(*kept, strict=True))
+        if profiled != self._profiled or layout.cu_seqlens is not None:
+            return None
+        if layout.tokens != inputs[0].shape[:2] or self._accumulator.epoch != self._epoch:
+            return None
+        if versions != self._no_versions and (None in versions or versions != list(map(_VERSION, inputs))):
+            return None
+        addresses = self._launch.matches(inputs, layout.valid, layout.skip_first)
+        if addresses is None:
+            return None
+        ordered = sorted(addresses)
+        if len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < self.extent:
+            return None  # one may lie where another lay
+        return addresses
+
+    def run(self, addresses: list[int], state: Tensor, valid: Tensor | None) -> bool:
+        """Measure what `addresses_of` gave; False, and nothing was done, where the state or the mask cannot be read."""
+        return self._launch.run(addresses, state, valid, scratch=self._scratch)
