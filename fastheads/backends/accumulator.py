@@ -16,7 +16,7 @@ from fastheads.errors import StaleFactorError
 from fastheads.models.residual import Update
 from fastheads.models.sites import HeadSite
 from fastheads.models.weights import dense_weight
-from fastheads.stats.metrics import ContributionNorms, packed_samples, samples
+from fastheads.stats.metrics import ContributionNorms, packed_samples, samples, with_ratio
 from fastheads.stats.moments import RunningMoments
 from fastheads.stats.numerics import exact_arithmetic
 from fastheads.stats.token_layout import TokenLayout, last_tokens
@@ -29,7 +29,7 @@ MOST_LAUNCHES = 256
 
 @dataclass(frozen=True, eq=False)
 class _Samples:
-    """Samples `[n, 4, rows, heads]` of one call of the decoder, on their way to the moments."""
+    """Samples `[n, 4 or 6, rows, heads]` of one call of the decoder, on their way to the moments."""
 
     moments: RunningMoments
     rows: list[int]
@@ -38,11 +38,11 @@ class _Samples:
 
     def joins(self, others: "list[_Samples]") -> bool:
         """Whether one merge can take these along: one shape but for the rows, which are all different."""
-        n, _, _, heads = self.values.shape
-        first = others[0]
+        n, metrics, _, heads = self.values.shape
+        first = others[0].values.shape
         return (
-            (first.values.shape[0], first.values.shape[3]) == (n, heads)
-            and (first.present is None) == (self.present is None)
+            (first[0], first[1], first[3]) == (n, metrics, heads)
+            and (others[0].present is None) == (self.present is None)
             and not any(row in other.rows for other in others for row in self.rows)
         )
 
@@ -81,6 +81,8 @@ class Accumulator:
         self._forms: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self.epoch = 0  # how often `_forms` were forgotten, and so every launch that reads them
         self._launches: dict[tuple[Any, ...], Launch] = {}
+        # By GPU: the stream of the last launch of a fused backend.
+        self._streams: dict[int, tuple[int, torch.cuda.Stream]] = {}
         self.generation = 0  # how often factors followed a weight that had changed
         self._ranks = ranks
         # row -> (its bank, its place in it, its view of it)
@@ -111,31 +113,41 @@ class Accumulator:
         moments: RunningMoments,
         *,
         scale: Tensor | None = None,
+        ratio: Tensor | None = None,
     ) -> bool:
         """Merge the samples of a group: inputs `[B, S, H·D]` of one shape, dtype and device, of sites of one geometry, all
-        different; `scale` `[len(inputs), B, S]` multiplies the norms of the contributions. Never waits for the device. Returns
-        True if an earlier launch was made again.
+        different; `scale` `[len(inputs), B, S]` multiplies the norms of the contributions; with `ratio`, of the same shape, 1/‖r‖
+        of each token, the ratio to the residual stream is measured too. Never waits for the device. Returns True if an earlier
+        launch was made again.
         """
         x, site = inputs[0], self._sites[rows[0]]
         backend = self._choice(x.device, x.dtype, site.head_dim)
         self.used.add(backend.name)
         token_agg = self.token_agg
         if layout.cu_seqlens is not None and token_agg == "last":
-            if scale is not None:
-                numbers, _ = last_tokens([of_layer.unsqueeze(-1) for of_layer in scale], layout)
-                scale = torch.stack(list(numbers)).squeeze(-1)
+            scale, ratio = (_last_numbers(scale, layout), _last_numbers(ratio, layout))
             inputs, layout = last_tokens(inputs, layout)
             x, token_agg = inputs[0], "token"
         if backend.needs == "form":
+            self.follow_stream(x.get_device())
             forms = self._forms_of(backend, rows, x.dtype)
             if layout.cu_seqlens is not None and token_agg == "all":
                 # It adds up rows, not segments of them. So it gives the norms of the tokens, and torch adds those up.
                 norms = rearrange(backend.token_norms(inputs, forms, scale=scale), "g k h n -> k g n h")
+                norms = with_ratio(norms, None if ratio is None else ratio.flatten(1))
                 packed = packed_samples(norms, *layout.packed(x))
                 self._merge_later(_Samples(moments, list(rows), *packed))
                 return False
             return self._launch(
-                backend, forms, rows, inputs, moments.buffer, layout=layout, token_agg=token_agg, scale=scale
+                backend,
+                forms,
+                rows,
+                inputs,
+                moments.buffer,
+                layout=layout,
+                token_agg=token_agg,
+                scale=scale,
+                ratio=ratio,
             )
         with exact_arithmetic(x.device.type):
             mask = layout.mask(x)
@@ -144,9 +156,15 @@ class Accumulator:
                 several = part.stop - part.start > 1
                 group = torch.stack(list(inputs[part])) if several else inputs[part.start].unsqueeze(0)
                 contribution = self._contribution(backend, rows[part], x.device)
-                of_part = None if scale is None else scale[part]
                 values, present = samples(
-                    group, mask, token_agg, site.num_heads, contribution, scale=of_part, cu_seqlens=cu_seqlens
+                    group,
+                    mask,
+                    token_agg,
+                    site.num_heads,
+                    contribution,
+                    scale=None if scale is None else scale[part],
+                    ratio=None if ratio is None else ratio[part],
+                    cu_seqlens=cu_seqlens,
                 )
                 taken = _Samples(moments, list(rows[part]), values, present)
                 if self._ranks is None:
@@ -166,14 +184,17 @@ class Accumulator:
         layout: TokenLayout,
         token_agg: str,
         scale: Tensor | None,
+        ratio: Tensor | None,
     ) -> bool:
         """Make an earlier launch again, which returns True, or a new one."""
         valid = None if layout.valid is None else layout.mask(inputs[0])
-        key = _launch_key(rows, inputs[0], valid, scale)
+        key = _launch_key(rows, inputs[0], valid, scale, ratio)
         launch = self._launches.get(key)
         if launch is not None and launch.factors == forms:
-            addresses = launch.matches(inputs, valid, layout.skip_first, is_scaled=scale is not None)
-            if addresses is not None and launch.run(addresses, state, valid, scale=scale):
+            addresses = launch.matches(
+                inputs, valid, layout.skip_first, is_scaled=scale is not None, has_ratio=ratio is not None
+            )
+            if addresses is not None and launch.run(addresses, state, valid, scale=scale, ratio=ratio):
                 return True
         launch = backend.record(
             inputs,
@@ -184,6 +205,7 @@ class Accumulator:
             valid=valid,
             skip_first=layout.skip_first,
             scale=scale,
+            ratio=ratio,
         )
         self._launches.pop(key, None)
         if launch is not None:
@@ -192,11 +214,28 @@ class Accumulator:
             self._launches[key] = launch
         return False
 
-    def launch_of(self, rows: Sequence[int], x: Tensor, layout: TokenLayout) -> Launch | None:
+    def follow_stream(self, index: int) -> None:
+        """Let the current stream of the GPU `index` (-1: none) wait for the launches of these factors on another one: launches
+        that share a factor, which counts the programs that have ended, must not overlap.
+        """
+        if index < 0:
+            return
+        known = self._streams.get(index)
+        raw = torch._C._cuda_getCurrentRawStream(index)
+        if known is None or known[0] != raw:
+            current = torch.cuda.current_stream(index)
+            if not torch.cuda.is_current_stream_capturing():  # a graph may wait for nothing outside it
+                if known is not None:
+                    current.wait_stream(known[1])
+                self._streams[index] = raw, current
+
+    def launch_of(
+        self, rows: Sequence[int], x: Tensor, layout: TokenLayout, ratio: Tensor | None
+    ) -> Launch | None:
         """The launch that `record` has just made for these rows and inputs like `x`; None where it cannot be made again. It
         serves as long as `epoch` does not change.
         """
-        return self._launches.get(_launch_key(rows, x, layout.valid, None))
+        return self._launches.get(_launch_key(rows, x, layout.valid, None, ratio))
 
     def _forms_of(self, backend: FusedBackend, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
         """The factors of these rows as the backend reads them; asked for once until one changes, or all were verified."""
@@ -337,9 +376,17 @@ class Accumulator:
 
 
 def _launch_key(
-    rows: Sequence[int], x: Tensor, valid: Tensor | None, scale: Tensor | None
+    rows: Sequence[int], x: Tensor, valid: Tensor | None, scale: Tensor | None, ratio: Tensor | None
 ) -> tuple[Any, ...]:
-    return (x.shape, x.dtype, x.get_device(), valid is None, scale is None, *rows)
+    return (x.shape, x.dtype, x.get_device(), valid is None, scale is None, ratio is None, *rows)
+
+
+def _last_numbers(numbers: Tensor | None, layout: TokenLayout) -> Tensor | None:
+    """As `last_tokens`, for a number of each layer and token, `[G, B, S]`."""
+    if numbers is None:
+        return None
+    last, _ = last_tokens([of_layer.unsqueeze(-1) for of_layer in numbers], layout)
+    return torch.stack(list(last)).squeeze(-1)
 
 
 def _as_slice(rows: Sequence[int]) -> slice | list[int]:

@@ -32,6 +32,7 @@ class MetricAccumulator(Accumulator):
         moments: RunningMoments,
         *,
         scale: Tensor | None = None,
+        ratio: Tensor | None = None,
     ) -> bool:
         """Merge the samples of inputs `[B, S, H·D]` of sites of one geometry; returns False. Raises BackendError for a function
         whose values are not `[B, S, H]`.

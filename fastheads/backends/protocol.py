@@ -58,6 +58,7 @@ class FusedBackend(Backend, Protocol):
         valid: Tensor | None,
         skip_first: int,
         scale: Tensor | None,
+        ratio: Tensor | None,
     ) -> "Launch | None":
         """Merge the samples of `inputs` `[B, S, width]` into `state`, as `fastheads.kernels.head_stats` does. Returns the launch,
         if it can be made again.
@@ -74,7 +75,13 @@ class Launch(Protocol):
     factors: tuple[Any, ...]  # the forms that it reads
 
     def matches(
-        self, inputs: Sequence[Tensor], valid: Tensor | None, skip_first: int, *, is_scaled: bool = False
+        self,
+        inputs: Sequence[Tensor],
+        valid: Tensor | None,
+        skip_first: int,
+        *,
+        is_scaled: bool = False,
+        has_ratio: bool = False,
     ) -> list[int] | None:
         """Return the inputs' addresses for `run`; None if this launch does not serve them."""
 
@@ -85,9 +92,10 @@ class Launch(Protocol):
         valid: Tensor | None,
         *,
         scale: Tensor | None = None,
+        ratio: Tensor | None = None,
         scratch: Tensor | None = None,
     ) -> bool:
-        """Launch at these addresses. Returns False, and does nothing, if `state`, `valid` or `scale` cannot be read."""
+        """Launch at these addresses. Returns False, and does nothing, if one of the tensors cannot be read."""
 
     def new_scratch(self) -> Tensor:
         """Make memory to be kept from `run` to `run` on one stream; without it each run makes its own."""

@@ -100,8 +100,8 @@ class Ranks:
             )
 
     def relate(self, samples: Sequence[Tensor]) -> None:
-        """Collective: the relative metrics of samples `[n, 4, rows, heads]`, in place; one all-reduce for all of them. Those that
-        are there took this rank's heads for all.
+        """Collective: the relative metrics of samples `[n, 4 or 6, rows, heads]`, in place; one all-reduce for all of them. Those
+        that are there took this rank's heads for all.
         """
         if any(values.is_cuda for values in samples) and torch.cuda.is_current_stream_capturing():
             raise ForwardError("heads of a tensor-parallel model cannot be profiled in CUDA graphs")
@@ -112,7 +112,9 @@ class Ranks:
         for values, part, all_heads in zip(samples, sums, parts, strict=True):
             # Where every rank has all heads, each of them is in the sum once a rank: the mean is the same.
             mean = all_heads.view(part.shape) / (values.shape[-1] * self._size)
-            values[:, NUM_NORMS:] = relative_to_layer(values[:, :NUM_NORMS], mean.unsqueeze(-1))
+            values[:, NUM_NORMS : 2 * NUM_NORMS] = relative_to_layer(
+                values[:, :NUM_NORMS], mean.unsqueeze(-1)
+            )
 
     def whole(self, measured: Callable[[], Moments]) -> Moments:
         """Collective: the moments of the whole model `[metrics, rows, heads]`, the same bits on every rank, from the ones that

@@ -55,6 +55,7 @@ class Triton:
         valid: Tensor | None,
         skip_first: int,
         scale: Tensor | None,
+        ratio: Tensor | None,
     ) -> Launch | None:
         """Launch the kernel: merge the samples of `inputs` into `state`. Returns the launch, if it can be made again."""
         launch: Launch | None = kernels().head_stats(
@@ -66,6 +67,7 @@ class Triton:
             valid=valid,
             skip_first=skip_first,
             scale=scale,
+            ratio=ratio,
         )
         return launch
 

@@ -57,6 +57,7 @@ class KeptLaunch:
         self._profiled = list(profiled)
         self.rows = {p.row for p in self._profiled}
         self.extent = launch.extent
+        self._index = self._profiled[0].queue.index
         self._launch, self._scratch = launch, launch.new_scratch()
         self._accumulator, self._epoch = accumulator, accumulator.epoch
         self._no_versions = [None] * len(self._profiled)
@@ -80,4 +81,5 @@ class KeptLaunch:
 
     def run(self, addresses: list[int], state: Tensor, valid: Tensor | None) -> bool:
         """Measure what `addresses_of` gave; False, and nothing was done, where the state or the mask cannot be read."""
+        self._accumulator.follow_stream(self._index)
         return self._launch.run(addresses, state, valid, scratch=self._scratch)

@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastheads.errors import OptionError
-from fastheads.stats.names import KV_METRIC, METRICS, UPDATE_METRIC
+from fastheads.stats.names import KV_METRIC, METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC, UPDATE_METRIC
 
-Source = Literal["output", "contribution", "update", "kv_group", "function"]
+Source = Literal["output", "contribution", "update", "ratio", "kv_group", "function"]
 
 
 @dataclass(frozen=True)
 class Metric:
     """One number of every token and head, and where it comes from.
 
-    `source`: "output", the norm of z_h; "contribution", of W_h z_h; "update", of what the layer adds for the head; "kv_group", of
-    the summed contributions of a KV group; "function", the number that `function` gives.
+    `source`: "output", the norm of z_h; "contribution", of W_h z_h; "update", of what the layer adds for the head; "ratio", that
+    over the norm of the residual stream; "kv_group", of the summed contributions of a KV group; "function", the number that
+    `function` gives.
     """
 
     name: str
@@ -44,8 +45,12 @@ HEAD_METRICS = (
 NUM_NORMS = sum(metric.relative_to is None for metric in HEAD_METRICS)
 UPDATE = Metric(UPDATE_METRIC, "update")
 KV_GROUP = Metric(KV_METRIC, "kv_group")
+# They come from one read, in planes behind those of HEAD_METRICS.
+RATIOS = (Metric(RATIO_METRIC, "ratio"), Metric(RATIO_SQUARE_METRIC, "ratio"))
 
-_registered: dict[str, Metric] = {metric.name: metric for metric in (*HEAD_METRICS, UPDATE, KV_GROUP)}
+_registered: dict[str, Metric] = {
+    metric.name: metric for metric in (*HEAD_METRICS, UPDATE, *RATIOS, KV_GROUP)
+}
 
 
 def register_metric(name: str, function: Callable[[Any, Any], Any], *, needs_weight: bool = False) -> Metric:

@@ -10,7 +10,14 @@ from einops import rearrange
 from torch import Tensor
 
 # Re-exported.
-from fastheads.stats.names import KV_METRIC, METRICS, TOKEN_AGGS, UPDATE_METRIC  # noqa: F401
+from fastheads.stats.names import (  # noqa: F401
+    KV_METRIC,
+    METRICS,
+    RATIO_METRIC,
+    RATIO_SQUARE_METRIC,
+    TOKEN_AGGS,
+    UPDATE_METRIC,
+)
 from fastheads.stats.token_layout import (
     TokenLayout,
     last_tokens,
@@ -61,24 +68,30 @@ def samples(
     contribution: ContributionNorms,
     *,
     scale: Tensor | None = None,
+    ratio: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the samples of one call of G projections with inputs `x` `[G, B, S, H·D]`.
 
-    `mask`, bool `[B, S]`: the valid tokens. `scale` `[G, B, S]`: factors of each token's contributions.
+    `mask`, bool `[B, S]`: the valid tokens. `scale` `[G, B, S]`: factors of each token's contributions. `ratio` `[G, B, S]`:
+    1/‖r‖ of each token.
 
     Returns values, float64 `[n, 4, G, H]` in the order of METRICS, and bool `[n]`, True for those that count (None: all); n is B
-    for "last" and "all", B·S for "token". With `cu_seqlens` `[N + 1]` of packed sequences n is N for "all"; "last" takes none.
+    for "last" and "all", B·S for "token". With `ratio` there are two more, `[n, 6, G, H]`: the contribution norm (scaled) times
+    `ratio`, and the square of that. With `cu_seqlens` `[N + 1]` of packed sequences n is N for "all"; "last" takes none.
     """
     present: Tensor | None
     if token_agg == "last":
         last, present = take_last(x, mask)
-        if scale is not None:
-            scale = take_last(scale.unsqueeze(-1), mask)[0].squeeze(-1)
-        norms = token_norms(last, num_heads, contribution, scale)  # [2, G, B, H]
+        scale, ratio = (
+            None if each is None else take_last(each.unsqueeze(-1), mask)[0].squeeze(-1)
+            for each in (scale, ratio)
+        )
+        norms = with_ratio(token_norms(last, num_heads, contribution, scale), ratio)  # [2 or 4, G, B, H]
     else:
-        scale = None if scale is None else scale.flatten(1, 2)
-        norms = token_norms(x.flatten(1, 2), num_heads, contribution, scale)  # [2, G, B·S, H]
+        scale, ratio = (None if each is None else each.flatten(1, 2) for each in (scale, ratio))
+        norms = token_norms(x.flatten(1, 2), num_heads, contribution, scale)
+        norms = with_ratio(norms, ratio)  # [2 or 4, G, B·S, H]
         present = None if mask is None else mask.flatten()
     if token_agg == "all" and cu_seqlens is not None:
         assert mask is not None
@@ -108,14 +121,22 @@ def token_samples(values: Tensor, layout: TokenLayout, token_agg: str) -> tuple[
     return means[0, 0], present
 
 
+def with_ratio(norms: Tensor, ratio: Tensor | None) -> Tensor:
+    """Norms `[2, G, N, H]` of every token, and with `ratio` `[G, N]` two more: the second times `ratio`, and its square."""
+    if ratio is None:
+        return norms
+    ratios = norms[1].double() * ratio.double().unsqueeze(-1)
+    return torch.cat([norms.double(), torch.stack([ratios, ratios.square()])])
+
+
 def packed_samples(norms: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """As `samples`, for "all" with packed sequences, from the norms `[2, G, B·S, H]` of all tokens."""
+    """As `samples`, for "all" with packed sequences, from the values `[2 or 4, G, B·S, H]` of all tokens (`with_ratio`)."""
     means, present = mean_over_sequences(norms.double(), mask.flatten(), cu_seqlens)
     return _with_relative(means), present
 
 
 def _with_relative(norms: Tensor) -> Tensor:
-    return rearrange([*norms, *relative_to_layer(norms)], "k g n h -> n k g h")
+    return rearrange([*norms[:2], *relative_to_layer(norms[:2]), *norms[2:]], "k g n h -> n k g h")
 
 
 def relative_to_layer(norms: Tensor, mean: Tensor | None = None) -> Tensor:

@@ -116,11 +116,11 @@ class RunningMoments:
         return Moments(counts[0], counts[1], *self.buffer[MEAN:])
 
     def update(self, rows: slice | list[int], values: Tensor, present: Tensor | None = None) -> None:
-        """Merge samples `values` `[n, metrics, rows, h ≤ heads]`, without those where `present` `[n]` is False."""
+        """Merge samples `values` `[n, m ≤ metrics, rows, h ≤ heads]`, without those where `present` `[n]` is False."""
         if values.shape[0] == 0:
             return
-        heads = values.shape[-1]
-        planes = self.views()
+        metrics, heads = values.shape[1], values.shape[-1]
+        planes = Moments(*(plane[:metrics] for plane in self.views()))
         state = Moments(*(plane[:, rows, :heads] for plane in planes))
         merged = state.merged(Moments.of(values.to(self.buffer.device), present))
         for plane, new in zip(planes, merged, strict=True):

@@ -10,5 +10,9 @@ METRICS = (
 # of the query heads that share keys and values.
 UPDATE_METRIC = "head_residual_update_norm"
 KV_METRIC = "kv_group_residual_contribution_norm"
+# The norm of what the layer adds for a head, over that of the residual stream that it is added to, token by token; and its
+# square, the root of whose mean is the root mean square.
+RATIO_METRIC = "head_residual_ratio"
+RATIO_SQUARE_METRIC = "head_residual_ratio_square"
 TOKEN_AGGS = ("last", "all", "token")
 PRECISIONS = ("exact", "fast")

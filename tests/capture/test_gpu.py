@@ -11,6 +11,9 @@ from oracle import METRICS, assert_results, captured_inputs, equal_results
 from tiny_models import build, tokens
 
 import fastheads
+from fastheads.capture.manager import recorder_of
+from fastheads.stats.moments import RunningMoments
+from fastheads.stats.token_layout import TokenLayout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -350,3 +353,27 @@ def test_forwards_in_threads_on_the_same_stream_and_on_streams_of_their_own(grou
         results = hooks.get_results()
     masks = [None if (mask := call.get("attention_mask")) is None else mask.cpu().numpy() for call in calls]
     assert_results(results, sites, inputs, masks, "all", 1e-4)
+
+
+def test_launches_that_share_factors_are_ordered_over_streams():
+    """A factor counts the programs of its launch that have ended: two launches at once would take each other's for their own."""
+    model = gpu_model()
+    with fastheads.HookManager(model, "all") as hooks:
+        accumulator = recorder_of(hooks).scope.accumulator
+        site = fastheads.find_sites(model)[0]
+        x = torch.randn(2, 6, site.num_heads * site.head_dim, dtype=model.dtype, device="cuda")
+        layout = TokenLayout()
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        moments = [RunningMoments(4, 3, site.num_heads, x.device) for _ in streams]
+        for warm in moments:
+            accumulator.record([0], [x], layout, warm)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[0]):
+            torch.cuda._sleep(10**9)
+            accumulator.record([0], [x], layout, moments[0])
+        with torch.cuda.stream(streams[1]):
+            accumulator.record([0], [x], layout, moments[1])
+        assert not streams[1].query()
+        torch.cuda.synchronize()
+    for each in moments:
+        assert (each.views().count[:, 0] == 4).all()
