@@ -9,6 +9,7 @@ What the walk does not understand is a value of its own, so that it leads to no 
 
 import ast
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,10 +20,11 @@ from typing import Any
 
 from torch import nn
 
-# Methods that leave the numbers as they are (but for the dtype), and functions that add their first two arguments.
+# Methods that leave the numbers as they are, but for the dtype.
 SAME_NUMBERS = ("to", "float", "type_as", "contiguous", "clone", "detach")
-ADDS = ("dropout_add",)
-MAX_DEPTH = 2  # of the module's own methods, which are read where they are called
+# Parameters that may be a residual stream where nothing else tells: the second one of BERT's output, or of Bloom's attention.
+STREAM_NAMES = re.compile(r"residual|input_tensor|hidden_states")
+MAX_DEPTH = 2  # of methods and functions that are read where they are called
 
 
 class UnreadableError(Exception):
@@ -56,6 +58,7 @@ class Stream:
     child: str | None = None
     multiplier: str | None = None
     norm: str | None = None
+    is_returned: bool = False  # the sum is all that becomes of it in this module
     in_place: bool = False  # it is overwritten, by the sum or later
 
 
@@ -67,7 +70,7 @@ def stream_in(module: nn.Module, target: str) -> Stream | None:
     forward = _forward_of(module)
     walk = _Walk(module, target)
     walk.call(forward, None)
-    if not walk.runs:
+    if not walk.results:
         raise UnreadableError(f"its forward does not call {target}")
     found = {_stream_of(walk, forward, *addition) for addition in walk.additions}
     if len(found) > 1:
@@ -77,6 +80,14 @@ def stream_in(module: nn.Module, target: str) -> Stream | None:
     if found and walk.returns_branch:
         raise UnreadableError(f"it adds {target} in some cases only")
     return found.pop() if found else None
+
+
+def norm_after(module: nn.Module, target: str) -> tuple[str | None, bool]:
+    """Return the child of `module` that alone has the output of `target`, if it is a norm; and True if `module` only returns it."""
+    walk = _Walk(module, target)
+    walk.call(_forward_of(module), None)
+    uses = [use for result in walk.results for use in result.uses]
+    return walk.norm_of(uses), set(uses) == {"return"}
 
 
 def _forward_of(module: nn.Module) -> FunctionType:
@@ -107,9 +118,9 @@ def _parsed(function: FunctionType) -> ast.FunctionDef:
 
 
 def _parameters(function: FunctionType) -> list[str]:
-    """Return the names of the parameters that can be passed by position, without `self`."""
+    """Return the names of the parameters that can be passed by position."""
     arguments = _parsed(function).args
-    return [a.arg for a in (*arguments.posonlyargs, *arguments.args)][1:]
+    return [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
 
 
 def _stream_of(walk: "_Walk", forward: FunctionType, stream: Value, total: Value) -> Stream:
@@ -117,17 +128,19 @@ def _stream_of(walk: "_Walk", forward: FunctionType, stream: Value, total: Value
     if stream.product is not None:
         stream, multiplier = stream.product
     in_place = stream.is_overwritten
-    norms = [path for path in total.uses if path in walk.norms]
-    norm = norms[0] if norms and len(total.uses) == len(norms) else None
+    facts: dict[str, Any] = dict(
+        **dict(multiplier=multiplier, norm=walk.norm_of(total.uses), in_place=in_place),
+        is_returned=set(total.uses) == {"return"},
+    )
     if stream.parameter is not None:
-        names = _parameters(forward)
+        names = _parameters(forward)[1:]  # without self
         position = names.index(stream.parameter) if stream.parameter in names else len(names)
-        return Stream(stream.parameter, position, None, multiplier, norm, in_place)
+        return Stream(stream.parameter, position, **facts)
     # A child that is called more than once has other inputs too.
     once = [path for path in stream.read_by if walk.called.count(path) == 1]
     if not once:
         raise UnreadableError("no module's input is what it adds to")
-    return Stream(child=once[0], multiplier=multiplier, norm=norm, in_place=in_place)
+    return Stream(child=once[0], **facts)
 
 
 class _Walk:
@@ -136,13 +149,17 @@ class _Walk:
     def __init__(self, module: nn.Module, target: str) -> None:
         self.module, self.target = module, target
         self.additions: list[tuple[Value, Value]] = []
-        self.runs = 0  # calls of the target
+        self.results: list[Value] = []  # of the target's calls
         self.called: list[str] = []  # paths of children, in the order of their calls
         self.norms: set[str] = set()
         self.returns_branch = False
         self._feeding: set[Value] = set()  # what the target's arguments were computed from
         self._names: dict[str, Value] = {}
+        self._globals: dict[str, Any] = {}
+        self._first: Value | None = None  # the forward's first argument
+        self._returned: list[Value] = []
         self._depth = 0
+        self._numbers: dict[str, str] = {}  # of variables that number children, in the target's path
 
     # ---------------------------------------------------------------- functions
 
@@ -152,14 +169,14 @@ class _Walk:
         arguments = definition.args
         names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
         if given is None:
-            given = {name: Value(parameter=name) for name in names[1:]}
-        outer, self._names = self._names, {name: Value() for name in names[1:]} | given
-        self._names[names[0]] = Value(path="")
-        self._returned: list[Value] = []
-        outer_returned = self._returned
+            given = {name: Value(parameter=name) for name in names[1:]} | {names[0]: Value(path="")}
+            self._first = given[names[1]] if len(names) > 1 else None
+        before = self._names, self._globals, self._returned
+        self._names = {name: Value() for name in names} | given
+        self._globals, self._returned = function.__globals__, []
         self._block(definition.body)
-        returned, self._returned = self._returned, outer_returned
-        self._names = outer
+        returned = self._returned
+        self._names, self._globals, self._returned = before
         result = self._merged(returned) if returned else Value()
         if self._depth == 0:
             self.returns_branch = any(_holds_branch(value) for value in returned)
@@ -190,7 +207,7 @@ class _Walk:
             case ast.If(test=test, body=body, orelse=orelse):
                 known = self._decided(test)
                 if known is None:
-                    self._computed([self._value(test)])
+                    self._new([self._value(test)])
                     self._either(body, orelse)
                 else:
                     self._block(body if known else orelse)
@@ -269,6 +286,8 @@ class _Walk:
                 return self._item(value, number)
             case ast.Subscript(value=inner, slice=index):
                 value = self._value(inner)
+                if value.path is not None and isinstance(index, ast.Name):
+                    return Value(path=f"{value.path}.{{{index.id}}}")
                 if isinstance(index, ast.Slice) and value.is_branch:
                     return Value()  # the rest of a child's outputs
                 return self._computed([value, self._value(index)])
@@ -299,8 +318,10 @@ class _Walk:
         named = {keyword.arg: self._value(keyword.value) for keyword in node.keywords}
         arguments = [*positional, *named.values()]
         match node.func:
-            case ast.Name(id=name) if name in ADDS and len(positional) > 1:
-                return self._sum(positional[:2])
+            case ast.Name(id=name) if name not in self._names and any(map(_holds_branch, arguments)):
+                function = self._globals.get(name)
+                if isinstance(function, FunctionType) and self._depth < MAX_DEPTH:
+                    return self._inlined(function, positional, named)
             case ast.Attribute(value=inner, attr=name) if name in SAME_NUMBERS:
                 value = self._value(inner)
                 if value.path is None:
@@ -311,10 +332,31 @@ class _Walk:
                 self._overwritten(value)
                 self._assign(inner, result)
                 return result
-        function = self._value(node.func)
-        if function.path is None:
-            return self._computed([function, *arguments])
-        return self._child(function.path, positional, named)
+        called = self._value(node.func)
+        if called.path is None:
+            return self._computed([called, *arguments])
+        return self._child(self._numbered(called.path), positional, named)
+
+    def _inlined(
+        self, function: FunctionType, positional: list[Value], named: dict[str | None, Value]
+    ) -> Value:
+        given = dict(zip(_parameters(function), positional, strict=False))
+        given |= {name: value for name, value in named.items() if name is not None}
+        self._depth += 1
+        try:
+            return self.call(function, given)
+        finally:
+            self._depth -= 1
+
+    def _numbered(self, path: str) -> str:
+        """Put numbers for the variables in the path of a child, as "attentions.{i}" has them: those of the target."""
+        variables = re.findall(r"{(\w+)}", path)
+        fits = re.fullmatch(re.sub(r"\\{\w+\\}", r"(\\d+)", re.escape(path)), self.target)
+        if variables and fits:
+            self._numbers |= dict(zip(variables, fits.groups(), strict=True))
+        for variable in variables:
+            path = path.replace(f"{{{variable}}}", self._numbers.get(variable, "0"))
+        return path
 
     def _child(self, path: str, positional: list[Value], named: dict[str | None, Value]) -> Value:
         """A call of the child at `path`, or of a method of the module."""
@@ -332,26 +374,28 @@ class _Walk:
                 first.read_by.append(path)
                 first.uses.append(path)
             if path == self.target:
-                self.runs += 1
                 self._feeding |= {a for value in arguments for a in (value, *value.ancestors)}
-                return Value(is_branch=True)
+                self.results.append(Value(is_branch=True))
+                return self.results[-1]
             return self._computed(arguments, noted=first)
         method = getattr(type(self.module), path, None) if "." not in path else None
         if isinstance(method, FunctionType) and self._depth < MAX_DEPTH:
-            names = _parameters(method)
-            given = dict(zip(names, positional, strict=False))
-            given |= {name: value for name, value in named.items() if name is not None}
-            self._depth += 1
-            try:
-                return self.call(method, given)
-            finally:
-                self._depth -= 1
+            static = isinstance(vars(type(self.module)).get(path), staticmethod)
+            return self._inlined(method, positional if static else [Value(path=""), *positional], named)
         return self._computed(arguments)
 
     # ---------------------------------------------------------------- values
 
     def _computed(self, operands: list[Value], noted: Value | None = None) -> Value:
-        """Return a new value that is computed from the operands: the branch still, if one of them is."""
+        """Return a new value that is computed from the operands: the branch still, if one of them is.
+
+        Raises UnreadableError if another one is what the branch could be added to.
+        """
+        if any(map(_holds_branch, operands)) and any(map(self._is_hidden, operands)):
+            raise UnreadableError(f"it combines {self.target} with what the stream may be, and not by a sum")
+        return self._new(operands, noted)
+
+    def _new(self, operands: list[Value], noted: Value | None = None) -> Value:
         for operand in operands:
             if operand is not noted:
                 operand.uses.append("else")
@@ -370,7 +414,7 @@ class _Walk:
             overwritten.is_overwritten = True
 
     def _sum(self, terms: list[Value]) -> Value:
-        total = self._computed(terms)
+        total = self._new(terms)
         if not total.is_branch:
             return total
         streams = [value for value in terms if not value.is_branch and self._is_stream(value)]
@@ -385,7 +429,17 @@ class _Walk:
 
     def _is_stream(self, value: Value) -> bool:
         base = value if value.product is None else value.product[0]
-        return base.parameter is not None or base in self._feeding or any(map(self._is_stream, value.options))
+        if base in self._feeding or any(map(self._is_stream, value.options)):
+            return True
+        return base.parameter is not None and STREAM_NAMES.search(base.parameter) is not None
+
+    def _is_hidden(self, value: Value) -> bool:
+        """True for hidden states, as far as that can be seen: the first argument, and what modules read before the target."""
+        return value is self._first or (value in self._feeding and bool(value.read_by))
+
+    def norm_of(self, uses: list[str]) -> str | None:
+        """Return the norm that is the only use of a value; None if there are others."""
+        return uses[0] if uses and all(path in self.norms for path in uses) else None
 
     def _merged(self, options: list[Value]) -> Value:
         first = options[0]
@@ -394,7 +448,7 @@ class _Walk:
         if all(o.items is not None for o in options) and len({len(o.items or ()) for o in options}) == 1:
             parts = zip(*(o.items or () for o in options), strict=True)
             return Value(items=tuple(self._merged(list(part)) for part in parts))
-        merged = self._computed(options)
+        merged = self._new(options)
         merged.options = tuple(options)
         return merged
 
@@ -410,6 +464,10 @@ class _Walk:
                 if decisive in decided:
                     return decisive
                 return None if None in decided else not decisive
+            case ast.Compare(
+                left=ast.Name() as left, ops=[ast.Is() | ast.IsNot() as operator], comparators=[right]
+            ) if isinstance(right, ast.Constant) and right.value is None:
+                return isinstance(operator, ast.IsNot) if self._is_hidden(self._value(left)) else None
             case ast.Compare(left=left, ops=[operator], comparators=[right]):
                 compare = _COMPARISONS.get(type(operator))
                 a, b = self._constant(left), self._constant(right)
@@ -425,7 +483,7 @@ class _Walk:
         match node:
             case ast.Constant(value=value):
                 return value
-            case ast.Attribute() if (path := self._value(node).path):
+            case ast.Attribute() if path := self._value(node).path:
                 try:
                     value = attrgetter(path)(self.module)
                 except Exception:  # a configuration may raise anything

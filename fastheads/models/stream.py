@@ -5,14 +5,15 @@ update is). r is the input of some module of the layer, mostly of the layer itse
 forward (`dataflow`), or a registered family says it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastheads.errors import OptionError, UnsupportedWeightError
-from fastheads.models.dataflow import Stream, UnreadableError, stream_in
+from fastheads.models.dataflow import UnreadableError, norm_after, stream_in
 from fastheads.models.families import Family, builtin_family, registered_family
 from fastheads.models.residual import KNOWN_PACKAGES
 from fastheads.models.sites import WRAPPER_PACKAGES, HeadSite, registered_attention_of
@@ -34,7 +35,9 @@ class StreamSource:
     position: int = 0
     keyword: str | None = None  # None: the first keyword argument, where none is passed by position
     layer: nn.Module | None = None  # that has the multiplier
-    multiplier: str | None = None  # of the stream, before the sum: a number, or a tensor that broadcasts with it
+    multiplier: str | None = (
+        None  # of the stream, before the sum: a number, or a tensor that broadcasts with it
+    )
     norm: str | None = None  # class of a norm after the sum, as in post-LN models: it is not applied
     is_overwritten: bool = False  # during the layer's call: a reference to it holds other numbers later
 
@@ -72,56 +75,86 @@ def stream_of(model: nn.Module, site: HeadSite) -> StreamSource:
         UnknownStreamError: it is not known; the message says why.
         OptionError: a registered family does not fit the layer.
     """
+    levels = _levels(model, site)
+    for module, target, family in levels:
+        source, is_returned = _in_module(module, target, family)
+        if source is not None:
+            return replace(source, norm=_norm_outside(levels)) if is_returned else source
+    raise UnknownStreamError("nothing in the model adds it to anything")
+
+
+# A module on the way from the projection outwards, the path in it to the one before, and its family as a layer.
+Level = tuple[nn.Module, str, Family | None]
+
+
+def _levels(model: nn.Module, site: HeadSite) -> Iterator[Level]:
+    """Yield the modules around the projection, from the inside, whose forward the projection's output passes.
+
+    Raises UnknownStreamError at a module that nobody knows.
+    """
     parts = site.name.split(".")
     registered = registered_attention_of(model, site)
-    attention_depth = len(parts) if registered is None else registered[1]
-    below = attention_depth  # number of parts of the path to the child whose output is followed
-    for depth in range(len(parts) - 1, -1, -1):
-        above = model.get_submodule(".".join(parts[:depth]))
-        family = registered_family("layer", above)
-        if family is None:
-            if depth >= attention_depth or type(above).__module__.startswith(WRAPPER_PACKAGES):
-                continue  # inside a registered attention, or a wrapper that is called as what it wraps
-            if not type(above).__module__.startswith(KNOWN_PACKAGES):
-                raise UnknownStreamError(
-                    f"what a {_kind(above)}, which is not of transformers, adds it to is not known"
-                )
-            family = builtin_family("layer", above)
-        target = ".".join(parts[depth:below])
-        source = _in_layer(above, target, family)
-        if source is not None:
-            return source
+    # The projection's output is that of a registered family's attention, whatever it looks like inside.
+    below = len(parts) if registered is None else registered[1]
+    for depth in range(below - 1, -1, -1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        family, package = registered_family("layer", module), type(module).__module__
+        if family is None and package.startswith(WRAPPER_PACKAGES):
+            continue  # called as what it wraps, or a list
+        if family is None and not package.startswith(KNOWN_PACKAGES):
+            raise UnknownStreamError(
+                f"what a {_kind(module)}, which is not of transformers, adds it to is not known"
+            )
+        yield module, ".".join(parts[depth:below]), family or builtin_family("layer", module)
         below = depth
-    raise UnknownStreamError("no layer adds it to anything")
 
 
-def _in_layer(layer: nn.Module, target: str, family: Family | None) -> StreamSource | None:
-    """Return the stream that `layer` adds the output of `target` to; None if it hands the output on as it is."""
-    kind = _kind(layer)
-    if family is not None and family.stream_unknown is not None:
-        raise UnknownStreamError(f"the residual stream of a {kind} is not known: {family.stream_unknown}")
-    if family is not None and family.child not in (None, target.split(".")[0]):
-        raise UnknownStreamError(f"what a {kind} adds {target} to is not known")
-    if family is not None and family.stream is not None:
-        try:
-            inside = "" if family.stream == "." else family.stream
-            return StreamSource(layer.get_submodule(inside), layer=layer)
-        except AttributeError:
-            raise OptionError(
-                f"family {family.name!r}: stream is {family.stream!r}, which a {kind} has not"
-            ) from None
+def _in_module(module: nn.Module, target: str, family: Family | None) -> tuple[StreamSource | None, bool]:
+    """Return the stream that `module` adds the output of `target` to, None if it hands the output on unadded; and True if the sum
+    is only returned.
+    """
+    kind = _kind(module)
+    if family is not None:
+        reason = family.stream_unknown
+        if family.stream is None:
+            reason = reason or family.update_unknown  # it would be told in vain, and nothing has tried it
+        if reason is not None:
+            raise UnknownStreamError(f"the residual stream of a {kind} is not known: {reason}")
+        if family.child not in (None, target.split(".")[0]):
+            raise UnknownStreamError(f"what a {kind} adds {target} to is not known")
+        if family.stream is not None:
+            return StreamSource(_named_module(module, family)), False
     try:
-        found = stream_in(layer, target)
+        found = stream_in(module, target)
     except UnreadableError as error:
         raise UnknownStreamError(f"the residual stream of a {kind} is not known: {error}") from error
-    return None if found is None else _source(layer, found)
+    if found is None:
+        return None, False
+    read = module if found.child is None else module.get_submodule(found.child)
+    norm = None if found.norm is None else _kind(module.get_submodule(found.norm))
+    facts = (module, found.multiplier, norm, found.in_place)
+    return StreamSource(read, found.position, found.name or None, *facts), found.is_returned
 
 
-def _source(layer: nn.Module, found: Stream) -> StreamSource:
-    module = layer if found.child is None else layer.get_submodule(found.child)
-    norm = None if found.norm is None else _kind(layer.get_submodule(found.norm))
-    position, keyword = (0, None) if found.child is not None else (found.position, found.name)
-    return StreamSource(module, position, keyword, layer, found.multiplier, norm, found.in_place)
+def _named_module(layer: nn.Module, family: Family) -> nn.Module:
+    try:
+        return layer.get_submodule("" if family.stream == "." else family.stream or "")
+    except AttributeError:
+        raise OptionError(
+            f"family {family.name!r}: stream is {family.stream!r}, which a {_kind(layer)} has not"
+        ) from None
+
+
+def _norm_outside(levels: Iterator[Level]) -> str | None:
+    """Return the class of the norm that an outer module applies to the sum, before anything else reads it."""
+    try:
+        for module, target, _ in levels:
+            norm, is_returned = norm_after(module, target)
+            if not is_returned:
+                return None if norm is None else _kind(module.get_submodule(norm))
+    except (UnknownStreamError, UnreadableError):
+        pass
+    return None
 
 
 def _kind(module: nn.Module) -> str:
