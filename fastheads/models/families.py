@@ -21,6 +21,7 @@ _IDENTIFIER = r"[^\W\d]\w*"
 _NAME = re.compile(_IDENTIFIER)
 _ATTRIBUTE = re.compile(rf"{_IDENTIFIER}(\.{_IDENTIFIER})*")
 _PATH = re.compile(r"(\.\./)?\w+(\.\w+)*")
+_PATH_INSIDE = re.compile(r"\.|\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ class Family:
     multiplier: str | None = None  # a number, that multiplies after the norm
     child: str | None = None  # only of the child of this name: other attentions of the layer are unknown
     update_unknown: str | None = None  # the reason why it is not known what is added
+    # The module inside the layer whose first argument is the residual stream that the attention's output is added to, "." the
+    # layer itself; None: as the source of the layer's forward says.
+    stream: str | None = None
+    stream_unknown: str | None = None  # the reason why the residual stream is not known
 
     def __post_init__(self) -> None:
         self._check(isinstance(self.name, str) and bool(self.name), "name", "a text")
@@ -73,7 +78,9 @@ class Family:
         self._check(sound, "heads_per_unit", "a positive whole number")
         self._check(self.layout in (None, *LAYOUTS), "layout", f"one of {', '.join(LAYOUTS)}")
         self._check(self.refused_if is None or callable(self.refused_if), "refused_if", "a function")
-        for key in ("refused", "update_unknown"):
+        sound = _is_text(self.stream, _PATH_INSIDE)
+        self._check(sound, "stream", 'a path inside the layer, such as "norm1", or "." for the layer')
+        for key in ("refused", "update_unknown", "stream_unknown"):
             value = getattr(self, key)
             self._check(value is None or (isinstance(value, str) and bool(value)), key, "a reason in words")
         for key in ("norm", "multiplier", "child"):
@@ -123,7 +130,7 @@ _FACTS = {
         *("projection", "num_heads", "head_dim", "num_kv_heads", "heads_per_unit"),
         *("layout", "refused", "refused_if"),
     ),
-    "layer": ("norm", "multiplier", "child", "update_unknown"),
+    "layer": ("norm", "multiplier", "child", "update_unknown", "stream", "stream_unknown"),
 }
 
 
@@ -227,7 +234,7 @@ FAMILIES = (
     Family("gemma3n", layer=r"^Gemma3nText", update_unknown="it mixes several residual streams"),
     Family("hy_v4", layer=r"^HYV4", update_unknown="it mixes several residual streams"),
     Family("idefics", layer=r"^(Idefics|Mllama)\w*CrossAttention", update_unknown="a gate comes between"),
-    Family("inkling2", layer=r"^Inkling2", update_unknown="it convolves the attention's output"),
+    Family("inkling", layer=r"^Inkling", update_unknown="it convolves the attention's output"),
     Family("qwen4_exp", layer=r"^Qwen4Exp", update_unknown="it mixes several residual streams"),
     Family(
         "zamba",
