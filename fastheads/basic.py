@@ -15,17 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.capture.channels import Updates
+from fastheads.capture.residual_stream import Streams
 from fastheads.capture.stats import LaunchStats
 from fastheads.capture.verify import Finding
 from fastheads.errors import OptionError
 from fastheads.models.fingerprint import fingerprint
 from fastheads.models.metadata import describe
 from fastheads.models.sites import HeadSite, decoder_of, find_sites, unwrapped
+from fastheads.models.stream import StreamSource
 from fastheads.models.weights import dense_weight
 from fastheads.results.head_profile import HeadProfile, warn_where_empty
-from fastheads.stats.metrics import METRICS, TOKEN_AGGS, UPDATE_METRIC
+from fastheads.stats.metrics import METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC, TOKEN_AGGS, UPDATE_METRIC
 from fastheads.stats.moments import Moments
 from fastheads.stats.token_layout import DecoderArguments, TokenLayout, TokenMask
+
+NAMES = (*METRICS, UPDATE_METRIC, RATIO_METRIC, RATIO_SQUARE_METRIC)
 
 
 class Welford:
@@ -61,6 +65,8 @@ class HookManager:
         self.token_agg = token_agg
         self.sites = find_sites(self.model)
         self._updates = Updates(self.model, dict(enumerate(self.sites)))
+        self._streams = Streams(self.model, dict(enumerate(self.sites)), self._updates)
+        self._stream_norms: dict[int, Tensor] = {}  # ‖r‖ of each token [batch, seq], by row
         self._decoder = decoder_of(self.model)
         self._arguments = DecoderArguments(self._decoder)
         self._layout: TokenLayout | None = None  # the valid tokens of the decoder's running call
@@ -71,7 +77,7 @@ class HookManager:
 
     def reset(self) -> None:
         """Forget every sample."""
-        names = (*METRICS, UPDATE_METRIC)
+        names = NAMES
         self._weights = fingerprint(self.model)
         self._launches = 0
         self._stats = [[[Welford() for _ in range(site.num_heads)] for _ in names] for site in self.sites]
@@ -79,6 +85,9 @@ class HookManager:
     def _attach_hooks(self) -> None:
         self._handles.append(self._decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._handles.append(self._decoder.register_forward_hook(self._leave, always_call=True))
+        for row, source in self._streams.sources.items():
+            hook = self._make_stream_hook(row, source)
+            self._handles.append(source.module.register_forward_pre_hook(hook, with_kwargs=True))
         for row, site in enumerate(self.sites):
             self._handles.append(
                 site.module.register_forward_hook(self._make_o_proj_hook(row, site), prepend=True)
@@ -89,6 +98,13 @@ class HookManager:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._layout = None
+
+    def _make_stream_hook(self, row: int, source: StreamSource) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._layout is not None:
+                self._stream_norms[row] = source.read(args, kwargs).detach().double().norm(dim=-1)
+
+        return hook
 
     def _make_o_proj_hook(self, row: int, site: HeadSite) -> Callable[..., None]:
         @torch.no_grad()
@@ -105,21 +121,20 @@ class HookManager:
                 weight = dense_weight(site).double()  # [hidden, num_heads * head_dim]
             update_weight, scale = self._update_weight(row, weight, output.double())
             scale = scale.reshape(batch * seq)
+            stream_norm = self._stream_norms.get(row, torch.full((batch, seq), torch.nan)).reshape(-1)
             cu_seqlens = self._layout.cu_seqlens
             if cu_seqlens is None:  # each row is a sequence
                 cu_seqlens = torch.arange(batch + 1) * seq
             for start, stop in pairwise(cu_seqlens.tolist()):
                 valid = head_outputs[start:stop]  # [tokens, heads, head_dim]
-                scale_valid = scale[start:stop]  # [tokens]
+                scales = torch.stack([scale, scale / stream_norm])[:, start:stop]  # [2, tokens]
                 if mask is not None:
                     keep = mask.flatten()[start:stop]
-                    valid, scale_valid = valid[keep], scale_valid[keep]
+                    valid, scales = valid[keep], scales[:, keep]
                 if self.token_agg == "last":
-                    valid, scale_valid = valid[-1:], scale_valid[-1:]
+                    valid, scales = valid[-1:], scales[:, -1:]
                 if len(valid):
-                    self._update(
-                        row, site, valid, weight=weight, update_weight=update_weight, scale=scale_valid
-                    )
+                    self._update(row, site, valid, weight=weight, update_weight=update_weight, scales=scales)
 
         return hook
 
@@ -143,24 +158,27 @@ class HookManager:
         *,
         weight: Tensor,
         update_weight: Tensor,
-        scale: Tensor,
+        scales: Tensor,
     ) -> None:
-        """Add the samples of one sequence: `head_outputs` `[tokens, num_heads, head_dim]`, `scale` `[tokens]`."""
+        """Add the samples of one sequence: `head_outputs` `[tokens, num_heads, head_dim]`; `scales` `[2, tokens]` of the update,
+        as it is and over the norm of the residual stream.
+        """
         per_head = []
         for h in range(site.num_heads):
             head_out = head_outputs[:, h]  # [tokens, head_dim]
             columns = slice(h * site.head_dim, (h + 1) * site.head_dim)
             contrib = head_out @ weight[:, columns].T  # [tokens, hidden]
-            added = scale[:, None] * (head_out @ update_weight[:, columns].T)
-            of_tokens = torch.stack([v.norm(dim=1) for v in (head_out, contrib, added)])  # [3, tokens]
+            added, ratio = scales[:, :, None] * (head_out @ update_weight[:, columns].T)
+            norms = [v.norm(dim=1) for v in (head_out, contrib, added, ratio)]
+            of_tokens = torch.stack([*norms, norms[-1].square()])  # [5, tokens]
             per_head.append(of_tokens.mean(dim=1, keepdim=True) if self.token_agg == "all" else of_tokens)
-        norms = torch.stack(per_head, dim=-1)  # [3, samples, num_heads]
-        samples, updates = norms[:2], norms[2]
+        values = torch.stack(per_head, dim=-1)  # [5, samples, num_heads]
+        samples = values[:2]
         layer_mean = samples.mean(dim=-1, keepdim=True)
         relative = torch.where(layer_mean.isfinite(), samples / layer_mean, torch.nan)
-        known = [updates] if row in self._updates.known else []
-        for metric, values in enumerate([*samples, *relative, *known]):
-            for sample in values.tolist():
+        known = 5 if row in self._streams.sources else 3 if row in self._updates.known else 2
+        for metric, of_metric in enumerate([*samples, *relative, *values[2:known]]):
+            for sample in of_metric.tolist():
                 for h, value in enumerate(sample):
                     self._stats[row][metric][h].update(value)
 
@@ -183,12 +201,18 @@ class HookManager:
                     for f in Moments._fields
                 )
             )
-            for m, name in enumerate((*METRICS, UPDATE_METRIC))
+            for m, name in enumerate(NAMES)
         }
         options = {"token_agg": self.token_agg, "skip_first": 0, "backend": "basic", "precision": "exact"}
         updates = self._updates.describe(range(len(self.sites)))
         about = describe(
-            self.model, self.sites, **options, layers=None, residual_update=updates, weights=self._weights
+            self.model,
+            self.sites,
+            **options,
+            layers=None,
+            residual_update=updates,
+            residual_stream=self._streams.describe(range(len(self.sites))),
+            weights=self._weights,
         )
         return HeadProfile(moments, about)
 

@@ -230,12 +230,12 @@ class Accumulator:
                 self._streams[index] = raw, current
 
     def launch_of(
-        self, rows: Sequence[int], x: Tensor, layout: TokenLayout, ratio: Tensor | None
+        self, rows: Sequence[int], x: Tensor, layout: TokenLayout, *, has_ratio: bool
     ) -> Launch | None:
         """The launch that `record` has just made for these rows and inputs like `x`; None where it cannot be made again. It
         serves as long as `epoch` does not change.
         """
-        return self._launches.get(_launch_key(rows, x, layout.valid, None, ratio))
+        return self._launches.get(_launch_key(rows, x, layout.valid, None, x if has_ratio else None))
 
     def _forms_of(self, backend: FusedBackend, rows: Sequence[int], dtype: torch.dtype) -> tuple[Any, ...]:
         """The factors of these rows as the backend reads them; asked for once until one changes, or all were verified."""

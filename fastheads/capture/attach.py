@@ -12,7 +12,9 @@ from fastheads.capture import forward_hooks
 from fastheads.capture.profiled import Profiled
 from fastheads.capture.projection_hook import RetraceHandle, Tap, add_tap, takes_taps
 from fastheads.capture.recorder import Recorder
+from fastheads.errors import ForwardError
 from fastheads.models.residual import Update
+from fastheads.models.stream import StreamSource
 
 
 def attach(recorder: Recorder, handles: list[Any]) -> None:
@@ -27,6 +29,8 @@ def attach(recorder: Recorder, handles: list[Any]) -> None:
             handles.append(add_tap(module, tap, recorder.handle, profiled.traced()))
         else:
             handles.append(module.register_forward_pre_hook(_pre_hook(recorder, tap, profiled)))
+        if scope.streams is not None and profiled.row in scope.streams.sources:
+            handles.append(_add_stream_hook(recorder, profiled))
         update = scope.normed.get(profiled.row)
         if update is not None:
             hook = _output_hook(recorder, profiled, update)
@@ -100,6 +104,77 @@ def _output_hook(recorder: Recorder, profiled: Profiled, update: Update) -> Call
 
     _name_owner(hook)
     return hook
+
+
+# The ids of the hooks that read the residual stream, of all managers.
+_stream_hooks: set[int] = set()
+
+
+def _add_stream_hook(recorder: Recorder, profiled: Profiled) -> Any:
+    """Put the hook on the module whose input is the residual stream. It comes before the projection's, in the same forward."""
+    streams = recorder.scope.streams
+    assert streams is not None
+    source, cannot_wait = streams.sources[profiled.row], streams.cannot_wait(profiled.row)
+    may_wait = profiled.row in streams.at_input and not cannot_wait
+    own, queue, mark, row = source.module, profiled.queue, profiled.stream(), profiled.row
+    raw_stream = torch._C._cuda_getCurrentRawStream if queue.is_cuda else None
+    engine, read = recorder.engine, source.read
+    as_is = engine.as_is(row)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            if module is own:
+                recorder.trace_stream(row, read(args, kwargs))
+            return
+        if module is not own:
+            return  # a copy of the model
+        given = read(args, kwargs)
+        if next(reversed(module._forward_pre_hooks)) not in _stream_hooks:
+            _check_unreplaced(module, handle.id, source, given)
+        stream = given if as_is else engine.output(row, given)
+        size = stream.nbytes
+        if (
+            may_wait
+            and size <= queue.room
+            and size <= queue.largest
+            and get_ident() == queue.thread
+            and stream.get_device() == queue.index
+            and not stream.requires_grad
+            and (raw_stream is None or raw_stream(queue.index) == queue.raw_stream)
+        ):
+            queue.room -= size
+            queue.kept.append((mark, stream, None if stream.is_inference() else stream._version))
+        else:
+            recorder.measure_stream(mark, stream, is_overwritten=cannot_wait)
+
+    _name_owner(hook)
+    handle = own.register_forward_pre_hook(hook, with_kwargs=True)
+    _stream_hooks.add(handle.id)
+    return handle
+
+
+def _check_unreplaced(module: nn.Module, own: int, source: StreamSource, given: Tensor) -> None:
+    """Put the hook behind a later one of others, for the calls to come, and check that those that follow it in this call leave
+    the residual stream as it is.
+    """
+    hooks: Any = module._forward_pre_hooks  # an OrderedDict
+    if own not in hooks:
+        return
+    hooks.move_to_end(own)
+    version = None if given.is_inference() else given._version
+
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        handle.remove()
+        now = source.read(args, kwargs)
+        if now is not given or (
+            version is not None and now._version != version and not source.is_overwritten
+        ):
+            raise ForwardError(
+                f"a forward pre-hook that was registered on {type(module).__name__} after the profiling hooks changed the "
+                "residual stream: this forward is not counted, later ones are"
+            )
+
+    handle = module.register_forward_hook(check, with_kwargs=True)
 
 
 def _name_owner(hook: Callable[..., None]) -> None:

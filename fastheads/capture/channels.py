@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastheads.backends.accumulator import Accumulator
 from fastheads.backends.metric_samples import MetricAccumulator
@@ -100,10 +100,7 @@ class Updates:
         """
         contribution, measured = by_metric[METRICS[CONTRIBUTION]], by_metric.get(UPDATE_METRIC)
         rows, normed = contribution.count.shape[0], self.normed
-        factor = torch.ones(rows, 1, dtype=torch.float64, device="cpu")
-        for row, multiplier in self._multipliers.items():
-            factor[row] = abs(multiplier)
-        found = Moments(*(plane.clone() for plane in contribution.scaled(factor)))
+        found = Moments(*(plane.clone() for plane in contribution.scaled(self.factors(rows))))
         empty = RunningMoments(1, 1, 1, torch.device("cpu")).views()
         for row in range(rows):
             for plane, name in zip(found, Moments._fields, strict=True):
@@ -112,6 +109,13 @@ class Updates:
                 elif row not in self.known:
                     plane[row] = getattr(empty, name)[0, 0, 0]
         return found
+
+    def factors(self, rows: int) -> Tensor:
+        """Return the size of each layer's multiplier, float64 `[rows, 1]`."""
+        factors = torch.ones(rows, 1, dtype=torch.float64, device="cpu")
+        for row, multiplier in self._multipliers.items():
+            factors[row] = abs(multiplier)
+        return factors
 
     def describe(self, rows: Iterable[int]) -> str | list[str]:
         """Describe the updates of `rows` for a profile's metadata: one text for each row, or a single one if all are equal."""

@@ -13,7 +13,7 @@ from fastheads.models.metadata import describe
 from fastheads.results.head_profile import HeadProfile
 from fastheads.results.possible import least_of
 from fastheads.stats.metric import UPDATE
-from fastheads.stats.metrics import METRICS, UPDATE_METRIC
+from fastheads.stats.metrics import UPDATE_METRIC
 from fastheads.stats.moments import Moments
 
 
@@ -34,7 +34,7 @@ def collect(recorder: Recorder, weights: dict[str, Any] | None) -> tuple[HeadPro
         return Moments(*(torch.cat(planes) for planes in zip(*totals, strict=True)))
 
     whole = measured() if scope.ranks is None else scope.ranks.whole(measured)
-    by_channel = zip(*(plane.split(len(METRICS)) for plane in whole), strict=True)
+    by_channel = zip(*(plane.split(scope.shape[0]) for plane in whole), strict=True)
     totals = [Moments(*planes) for planes in by_channel]
     recorder.settle_whole()
     recorder.coverage.check(totals[0])
@@ -47,12 +47,15 @@ def collect(recorder: Recorder, weights: dict[str, Any] | None) -> tuple[HeadPro
     nonfinite = sum(int(of_metric.nonfinite.sum()) for of_metric in by_metric.values())
     if scope.options.measures(UPDATE):
         by_metric[UPDATE_METRIC] = scope.updates.moments(by_metric)
+    if scope.streams is not None:
+        of_updates = totals[-1] if scope.normed else None
+        by_metric.update(scope.streams.moments(totals[0], of_updates))
     if scope.options.metrics is not None:
         by_metric = {name: by_metric[name] for name in by_metric if name in scope.options.metrics}
     for name, of_metric in by_metric.items():
         if bool((of_metric.min < least_of(name)).any()):
             raise ResultsError(
-                f"metric {name!r} has negative values: register it under a name that does not end in _norm or _ratio"
+                f"metric {name!r} has negative values: register it under a name that does not end in _norm, _ratio or _square"
             )
     return HeadProfile(by_metric, _metadata(recorder, weights)), nonfinite
 
@@ -133,6 +136,11 @@ def _metadata(recorder: Recorder, weights: dict[str, Any] | None) -> dict[str, A
         scope.sites,
         **scope.options.metadata(backend="+".join(used) if used else accumulator.backend),
         residual_update=scope.updates.describe(range(len(scope.sites))),
+        **(
+            {}
+            if scope.streams is None
+            else {"residual_stream": scope.streams.describe(range(len(scope.sites)))}
+        ),
         weights=weights,
     )
 

@@ -30,6 +30,7 @@ class Recorder(Protocol):
         valid: Tensor | None,
         cu_seqlens: Tensor | None,
         scale: Tensor | None,
+        ratio: Tensor | None,
         state: Tensor,
     ) -> None:
         """Merge the samples of `inputs` into the channel's part of `state`."""
@@ -68,6 +69,7 @@ def record(
     valid: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: Tensor | None,
+    ratio: Tensor | None,
 ) -> None:
     """Merge the samples of a group of layers into `state`: the buffer of the recorder's pending moments, or a copy that a
     compiler made of it and copies back.
@@ -81,6 +83,7 @@ def record(
             valid=valid,
             cu_seqlens=cu_seqlens,
             scale=scale,
+            ratio=ratio,
             state=state,
         )
 
@@ -96,7 +99,7 @@ def begin(pending: Tensor, committed: Tensor, handle: int) -> None:
 _library = torch.library.Library("fastheads", "FRAGMENT")
 _library.define(
     "record(Tensor[] inputs, Tensor(a!) state, int[] rows, int channel, int handle, *, "
-    "Tensor? valid, Tensor? cu_seqlens, Tensor? scale) -> ()"
+    "Tensor? valid, Tensor? cu_seqlens, Tensor? scale, Tensor? ratio) -> ()"
 )
 _library.impl("record", record, "CompositeExplicitAutograd")
 _library.define("begin(Tensor(a!) pending, Tensor committed, int handle) -> ()")

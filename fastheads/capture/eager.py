@@ -1,15 +1,19 @@
 """Take inputs in plain Python: keep them for one launch at the end of the decoder's call, or measure them at once."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from fastheads.backends.stream_norms import inverse_norm, inverse_norms
 from fastheads.capture.forward import Forward
 from fastheads.capture.graphs import GraphSink
 from fastheads.capture.memory import check_unchanged
 from fastheads.capture.profiled import Kept, KeptLaunch, Profiled
-from fastheads.capture.queue import DeviceQueue, Scaled, grouped
+from fastheads.capture.queue import DeviceQueue, Scaled, factors_of, grouped
+from fastheads.capture.residual_stream import Pairing, check_shape, missing
 from fastheads.capture.sink import Sink, SinkParts
-from fastheads.models.residual import OutputNorms, scales
+from fastheads.models.residual import OutputNorms
 
 
 class EagerSink(Sink):
@@ -19,6 +23,8 @@ class EagerSink(Sink):
         """`graph` takes the inputs that come between the graphs of a compiled decoder, where `flush` is not called."""
         super().__init__(parts)
         self._graph = graph
+        # The rows whose input comes with its residual stream.
+        self._paired = self._scope.streams.at_input if self._scope.streams else frozenset[int]()
 
     def queue_of(self, forward: Forward, device: torch.device) -> DeviceQueue:
         """Return the forward's queue on `device`; makes one if there is none."""
@@ -43,23 +49,41 @@ class EagerSink(Sink):
         if size > queue.largest or queue.off_stream():
             forward.ran.add(profiled.row)
             self._deferred.check_not_overwritten(self._queues.on(x.device), [x])
-            self._record(forward, queue, [profiled.row], [x])
+            self._record(forward, queue, [profiled.row], [x], [self._stream_of(forward, queue, profiled, x)])
             return
         if size > queue.room:
             self._flush(forward, queue)
         queue.room -= size
-        queue.kept.append((profiled, x, None if x.is_inference() else x._version))
+        queue.kept.append((profiled, x, _version(x)))
+
+    def put_stream(
+        self, forward: Forward, profiled: Profiled, stream: Tensor, *, is_overwritten: bool
+    ) -> None:
+        """Take the residual stream r `[batch, seq, hidden]` of the input that comes next; `profiled` marks it as one. What cannot
+        wait (`is_overwritten`: the model writes into it) is reduced to 1/‖r‖.
+        """
+        stream = stream.detach()
+        if forward.decoder_traced or profiled.row not in self._paired:
+            forward.streams[profiled.row] = inverse_norm(stream)
+            return
+        queue = self.queue_of(forward, stream.device)
+        if is_overwritten or stream.nbytes > min(queue.largest, queue.room) or queue.off_stream():
+            with queue.on_its_stream():
+                stream = inverse_norm(stream)
+        queue.room -= stream.nbytes
+        queue.kept.append((profiled, stream, _version(stream)))
 
     def put_scaled(self, forward: Forward, profiled: Profiled, x: Tensor, norms: OutputNorms) -> None:
         """Take an input again, with the norms of the projection's output, after `put` has taken it."""
+        scaled_by = norms, self._inverse_norm_of(forward, profiled, x)
         if forward.decoder_traced:
-            self._graph.put_scaled_eagerly(forward, profiled, x, norms)
+            self._graph.put_scaled_eagerly(forward, profiled, x, scaled_by)
             return
         queue = self.queue_of(forward, x.device)
         if x.nbytes <= queue.largest and not queue.off_stream():
-            queue.scaled.append((profiled, x, norms))
+            queue.scaled.append((profiled, x, scaled_by))
         else:
-            self._record_scaled(forward, queue, [(profiled, x, norms)])
+            self._record_scaled(forward, queue, [(profiled, x, scaled_by)])
 
     def flush(self, forward: Forward) -> None:
         """Measure the kept inputs at the end of the decoder's call, or defer them."""
@@ -89,29 +113,50 @@ class EagerSink(Sink):
             if scaled:
                 self._record_scaled(forward, queue, scaled)
             return
-        rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
+        check_unchanged(kept)
+        pairs = Pairing(kept, self._paired)
+        queue.kept = pairs.left
+        queue.room -= sum(stream.nbytes for _, stream, _ in pairs.left)
+        if pairs.inputs:
+            self._measure_kept(forward, queue, kept, pairs, may_remember=not pairs.left, may_defer=not scaled)
+        if scaled:
+            self._record_scaled(forward, queue, scaled)
+
+    def _measure_kept(
+        self,
+        forward: Forward,
+        queue: DeviceQueue,
+        kept: list[Kept],
+        pairs: Pairing,
+        *,
+        may_remember: bool,
+        may_defer: bool,
+    ) -> None:
+        """Measure kept inputs, `pairs` in order, by one launch if they are alike."""
+        rows, inputs = [profiled.row for profiled, _, _ in pairs.inputs], [x for _, x, _ in pairs.inputs]
         kinds = {
-            (type(x), x.shape, x.stride(), x.dtype, profiled.width, profiled.head_dim)
-            for profiled, x, _ in kept
+            (type(x), x.shape, x.stride(), x.dtype, profiled.width, profiled.head_dim, stream is None)
+            for (profiled, x, _), stream in zip(pairs.inputs, pairs.streams, strict=True)
         }
         # Most often so: each of these lines is paid for at each token.
-        batch, seq = kept[0][1].shape[:2] if kept[0][1].dim() > 1 else (1, 0)
+        batch, seq = inputs[0].shape[:2] if inputs[0].dim() > 1 else (1, 0)
         if len(kinds) == 1 and (batch != seq or seq == 1) and not self._inputs.unknown:
-            self._inputs.check(forward, *kept[0][:2])
+            self._inputs.check(forward, *pairs.inputs[0][:2])
         else:
-            for profiled, x, _ in kept:
+            for profiled, x, _ in pairs.inputs:
                 self._inputs.check(forward, profiled, x)
-        check_unchanged(kept)
         ran = set(rows)
         forward.ran |= ran
         if len(kinds) == 1 and len(ran) == len(rows):
-            self._record(forward, queue, rows, inputs)
-            self._remember(forward, queue, kept, rows, inputs, may_defer=not scaled)
-        else:
-            for group in grouped(kept):
-                self._record(forward, queue, group.rows, group.inputs)
-        if scaled:
-            self._record_scaled(forward, queue, scaled)
+            self._record(forward, queue, rows, inputs, pairs.streams)
+            if may_remember:
+                self._remember(forward, queue, kept, rows, inputs[0], may_defer=may_defer)
+            return
+        for group in grouped(
+            (profiled, x, stream)
+            for (profiled, x, _), stream in zip(pairs.inputs, pairs.streams, strict=True)
+        ):
+            self._record(forward, queue, group.rows, group.inputs, group.extras)
 
     def _launched_again(self, forward: Forward, queue: DeviceQueue, kept: list[Kept]) -> bool:
         """Measure inputs by repeating the last forward's launch. Returns False if they do not fit it."""
@@ -121,7 +166,7 @@ class EagerSink(Sink):
         if not queue.off_stream():
             addresses = kept_launch.addresses_of(kept, layout)
             state = queue.moments.pending[0].buffer
-            if addresses is not None and kept_launch.run(addresses, state, layout.valid):
+            if addresses is not None and kept_launch.run(addresses, kept, state, layout.valid):
                 forward.ran |= kept_launch.rows
                 queue.recorded = True
                 self._counter.count(repeated=True)
@@ -135,32 +180,67 @@ class EagerSink(Sink):
         queue: DeviceQueue,
         kept: list[Kept],
         rows: list[int],
-        inputs: list[Tensor],
+        x: Tensor,
         *,
         may_defer: bool,
     ) -> None:
-        """Keep the launch that was just made, to repeat it in forwards like this one."""
+        """Keep the launch that was just made of inputs like `x`, to repeat it in forwards like this one."""
         if len(self._scope.at_input) > 1 or queue.off_stream() or self._queues.is_capturing():
             return
         if forward is not self._forwards.main or forward.layout is None:
             return
-        if inputs[0].shape[0] == inputs[0].shape[1] > 1:  # each time it is asked whether the batch is known
+        if x.shape[0] == x.shape[1] > 1:  # each time it is asked whether the batch is known
             return
-        accumulator = self._scope.accumulator
-        launch = accumulator.launch_of(rows, inputs[0], forward.layout)
+        accumulator, has_ratio = self._scope.accumulator, any(profiled.is_stream for profiled, _, _ in kept)
+        launch = accumulator.launch_of(rows, x, forward.layout, has_ratio=has_ratio)
         if launch is None or forward.layout.cu_seqlens is not None:
             return
-        queue.kept_launch = KeptLaunch([profiled for profiled, _, _ in kept], launch, accumulator)
+        queue.kept_launch = KeptLaunch(kept, launch, accumulator)
         if may_defer:
             queue.deferred.watch(kept, queue.budget)
 
-    def _record(self, forward: Forward, queue: DeviceQueue, rows: list[int], inputs: list[Tensor]) -> None:
+    def _stream_of(
+        self, forward: Forward, queue: DeviceQueue, profiled: Profiled, x: Tensor
+    ) -> Tensor | None:
+        """Remove and return the residual stream, or its inverse norms, of an input that is measured now."""
+        if profiled.row not in self._paired:
+            return None
+        for place in reversed(range(len(queue.kept))):
+            mark, stream, _ = queue.kept[place]
+            if mark.is_stream and mark.row == profiled.row:
+                check_unchanged([queue.kept.pop(place)])
+                check_shape(profiled, x, stream)
+                return stream
+        raise missing(profiled)
+
+    def _inverse_norm_of(self, forward: Forward, profiled: Profiled, x: Tensor) -> Tensor | None:
+        """Remove and return 1/‖r‖ `[batch, seq]` of an input that is measured behind its projection."""
+        streams = self._scope.streams
+        if streams is None or profiled.row not in streams.sources:
+            return None
+        norms = forward.streams.pop(profiled.row, None)
+        if norms is None:
+            raise missing(profiled)
+        check_shape(profiled, x, norms)
+        return norms
+
+    def _record(
+        self,
+        forward: Forward,
+        queue: DeviceQueue,
+        rows: list[int],
+        inputs: list[Tensor],
+        streams: Sequence[Tensor | None],
+    ) -> None:
         assert forward.layout is not None  # within a decoder's call
         queue.recorded = True
-        with queue.on_its_stream():
+        with torch.no_grad(), queue.on_its_stream():
+            given = [stream for stream in streams if stream is not None]
+            inverse = inverse_norms(given) if given else None
             for channel in self._scope.at_input:
                 pending = queue.moments.pending[channel.index]
-                repeated = channel.accumulator.record(rows, inputs, forward.layout, pending)
+                ratio = inverse if channel.index == 0 else None
+                repeated = channel.accumulator.record(rows, inputs, forward.layout, pending, ratio=ratio)
                 self._counter.count(repeated=repeated)
 
     def _record_scaled(self, forward: Forward, queue: DeviceQueue, scaled: list[Scaled]) -> None:
@@ -170,8 +250,12 @@ class EagerSink(Sink):
         pending = queue.moments.pending[channel.index]
         with torch.no_grad(), queue.on_its_stream():
             for group in grouped(scaled):
-                scale = scales(group.extras)
+                scale, ratio = factors_of(group.extras)
                 repeated = channel.accumulator.record(
-                    group.rows, group.inputs, forward.layout, pending, scale=scale
+                    group.rows, group.inputs, forward.layout, pending, scale=scale, ratio=ratio
                 )
                 self._counter.count(repeated=repeated)
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version

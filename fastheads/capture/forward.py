@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from fastheads.capture.phases import Phase
 from fastheads.capture.profiled import TracedSite
-from fastheads.capture.queue import DeviceQueue
-from fastheads.models.residual import OutputNorms
+from fastheads.capture.queue import DeviceQueue, ScaledBy
 from fastheads.stats.token_layout import TokenLayout
 
 _CALL = nn.Module._call_impl.__code__
@@ -51,8 +50,10 @@ class Forward:
         self.decoder_frame: FrameType | None = None
         self.layout: TokenLayout | None = None
         self.decoder_traced = False
-        self.traced: list[tuple[TracedSite, Tensor, None]] = []
-        self.traced_scaled: list[tuple[TracedSite, Tensor, OutputNorms]] = []
+        self.traced: list[tuple[TracedSite, Tensor, Tensor | None]] = []
+        self.traced_scaled: list[tuple[TracedSite, Tensor, ScaledBy]] = []
+        # 1/‖r‖ `[B, S]` by row, of the residual stream r that the next output of that row's projection is added to.
+        self.streams: dict[int, Tensor] = {}
 
     def is_live(self) -> bool:
         """True if the forward is under way: its call is on its thread's stack."""

@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastheads.backends.stream_norms import inverse_norm
 from fastheads.capture import custom_op
 from fastheads.capture.channels import Channel
 from fastheads.capture.forward import Forward
 from fastheads.capture.memory import check_addresses
 from fastheads.capture.profiled import Profiled, TracedSite
 from fastheads.capture.projection_hook import SITE_ATTRIBUTE
-from fastheads.capture.queue import ManagerQueue, grouped
+from fastheads.capture.queue import ManagerQueue, ScaledBy, factors_of, grouped
+from fastheads.capture.residual_stream import missing
 from fastheads.capture.sink import Sink, SinkParts
 from fastheads.errors import ForwardError
-from fastheads.models.residual import OutputNorms, scales
+from fastheads.models.residual import OutputNorms
 from fastheads.stats.moments import RunningMoments
 from fastheads.stats.token_layout import TokenLayout
 
@@ -46,20 +48,38 @@ class GraphSink(Sink):
         getattr(module, SITE_ATTRIBUTE)
         queue = self._queues.by_device[x.device]
         size = x.numel() * x.element_size()
+        inverse = None
+        streams = self._scope.streams
+        if streams is not None and site.row in streams.at_input:
+            inverse = self._inverse_norm_of(forward, site)
         if not forward.decoder_traced or size > queue.largest:
-            self._put_groups([(site, x, None)], forward)
+            self._put_groups([(site, x, inverse)], forward)
             return
         if sum(y.numel() * y.element_size() for _, y, _ in forward.traced) + size > queue.budget:
             self.flush(forward)
-        forward.traced.append((site, x, None))
+        forward.traced.append((site, x, inverse))
+
+    def put_stream(self, forward: Forward, row: int, stream: Tensor) -> None:
+        """Take the residual stream `[batch, seq, hidden]` of the input that comes next, while Dynamo traces."""
+        forward.streams[row] = inverse_norm(stream)
 
     def put_scaled(self, forward: Forward, site: TracedSite, x: Tensor, norms: OutputNorms) -> None:
         """Take an input again, with the norms of the projection's output, after `put` has taken it."""
+        inverse = None
+        streams = self._scope.streams
+        if streams is not None and site.row in streams.sources:
+            inverse = self._inverse_norm_of(forward, site)
         largest = self._queues.by_device[x.device].largest
         if not forward.decoder_traced or x.numel() * x.element_size() > largest:
-            self._put_scaled_groups([(site, x, norms)], forward)
+            self._put_scaled_groups([(site, x, (norms, inverse))], forward)
         else:
-            forward.traced_scaled.append((site, x, norms))
+            forward.traced_scaled.append((site, x, (norms, inverse)))
+
+    def _inverse_norm_of(self, forward: Forward, site: TracedSite | Profiled) -> Tensor:
+        inverse = forward.streams.pop(site.row, None)
+        if inverse is None:
+            raise missing(site)
+        return inverse
 
     def flush(self, forward: Forward) -> None:
         """Put ops that measure the inputs taken so far into the graph."""
@@ -70,28 +90,37 @@ class GraphSink(Sink):
     def put_eagerly(self, forward: Forward, profiled: Profiled, x: Tensor) -> None:
         """Measure an input that comes in plain Python between the graphs of a compiled decoder."""
         queue = self._queues.on(x.device)
+        streams, ratio = self._scope.streams, None
+        if streams is not None and profiled.row in streams.at_input:
+            ratio = self._inverse_norm_of(forward, profiled).unsqueeze(0)
         for channel in self._scope.at_input:
-            self._call_op(forward, channel, [profiled.row], [x], scale=None, queue=queue)
+            of_channel = ratio if channel.index == 0 else None
+            self._call_op(forward, channel, [profiled.row], [x], queue=queue, ratio=of_channel)
 
-    def put_scaled_eagerly(self, forward: Forward, profiled: Profiled, x: Tensor, norms: OutputNorms) -> None:
-        """Measure such an input again, with the norms of the projection's output."""
+    def put_scaled_eagerly(
+        self, forward: Forward, profiled: Profiled, x: Tensor, scaled_by: ScaledBy
+    ) -> None:
+        """Measure such an input again, with what its contributions are multiplied with."""
         queue, channel = self._queues.on(x.device), self._scope.channels[-1]
-        self._call_op(forward, channel, [profiled.row], [x], scale=scales([norms]), queue=queue)
+        scale, ratio = factors_of([scaled_by])
+        self._call_op(forward, channel, [profiled.row], [x], queue=queue, scale=scale, ratio=ratio)
 
-    def _put_groups(self, inputs: list[tuple[TracedSite, Tensor, None]], forward: Forward) -> None:
+    def _put_groups(self, inputs: list[tuple[TracedSite, Tensor, Tensor | None]], forward: Forward) -> None:
         for device, queue in self._queues.by_device.items():
             for group in grouped([item for item in inputs if item[1].device == device]):
+                ratio = None if group.extras[0] is None else torch.stack(group.extras)
                 for channel in self._scope.at_input:
-                    self._call_op(forward, channel, group.rows, group.inputs, scale=None, queue=queue)
+                    of_channel = ratio if channel.index == 0 else None
+                    self._call_op(forward, channel, group.rows, group.inputs, queue=queue, ratio=of_channel)
 
-    def _put_scaled_groups(
-        self, inputs: list[tuple[TracedSite, Tensor, OutputNorms]], forward: Forward
-    ) -> None:
+    def _put_scaled_groups(self, inputs: list[tuple[TracedSite, Tensor, ScaledBy]], forward: Forward) -> None:
         channel = self._scope.channels[-1]
         for device, queue in self._queues.by_device.items():
             for group in grouped([item for item in inputs if item[1].device == device]):
-                scale = scales(group.extras)
-                self._call_op(forward, channel, group.rows, group.inputs, scale=scale, queue=queue)
+                scale, ratio = factors_of(group.extras)
+                self._call_op(
+                    forward, channel, group.rows, group.inputs, queue=queue, scale=scale, ratio=ratio
+                )
 
     def _call_op(
         self,
@@ -100,8 +129,9 @@ class GraphSink(Sink):
         rows: list[int],
         inputs: list[Tensor],
         *,
-        scale: Tensor | None,
         queue: ManagerQueue,
+        scale: Tensor | None = None,
+        ratio: Tensor | None = None,
     ) -> None:
         assert forward.layout is not None  # within a decoder's call
         torch.ops.fastheads.record(
@@ -113,6 +143,7 @@ class GraphSink(Sink):
             valid=forward.layout.valid,
             cu_seqlens=forward.layout.cu_seqlens,
             scale=scale,
+            ratio=ratio,
         )
 
     def begin_whole(self, module: nn.Module) -> Forward:
@@ -142,6 +173,7 @@ class GraphSink(Sink):
         layout: TokenLayout,
         *,
         scale: Tensor | None,
+        ratio: Tensor | None,
         state: Tensor,
     ) -> None:
         """Merge the samples of `inputs` into the channel's part of `state`: at each call of the custom op, or once while a CUDA
@@ -172,7 +204,9 @@ class GraphSink(Sink):
             accumulator.refresh(before=self._deferred.weights_changed_in_graph)
         check_addresses([self._scope.sites[row].name for row in rows], inputs)
         moments = RunningMoments.over(state[channel])
-        self._counter.count(repeated=accumulator.record(rows, inputs, layout, moments, scale=scale))
+        self._counter.count(
+            repeated=accumulator.record(rows, inputs, layout, moments, scale=scale, ratio=ratio)
+        )
         accumulator.finish(moments)
 
     def keep_for_graph(self) -> None:

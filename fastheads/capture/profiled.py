@@ -1,13 +1,15 @@
 """The sites that are measured, what the hook of a small input keeps, and the launch that may serve the next forward's."""
 
 from collections.abc import Iterable
+from itertools import compress
 from operator import attrgetter, sub
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from fastheads.backends.accumulator import Accumulator
 from fastheads.backends.protocol import Launch
+from fastheads.backends.stream_norms import inverse_norms
 from fastheads.models.sites import HeadSite
 from fastheads.stats.token_layout import TokenLayout
 
@@ -22,6 +24,13 @@ class Profiled:
         self.row, self.site, self.queue = row, site, queue
         self.name, self.head_dim = site.name, site.head_dim
         self.width = site.num_heads * site.head_dim  # of its input
+        self.is_stream = False
+
+    def stream(self) -> "Profiled":
+        """What marks an entry of kept inputs as the residual stream of this site."""
+        found = Profiled(self.row, self.site, self.queue)
+        found.is_stream = True
+        return found
 
     def traced(self) -> "TracedSite":
         """The site as constants, for a compiled graph."""
@@ -41,7 +50,7 @@ class TracedSite(NamedTuple):
 
 
 # What the hook of a small input leaves behind: the site, its input, and the input's version (None for an inference tensor: it
-# has none, so that nothing shows whether it was changed).
+# has none, so that nothing shows whether it was changed). Just before it may come the same of the residual stream.
 Kept = tuple[Profiled, Tensor, int | None]
 
 _VERSION = attrgetter("_version")
@@ -52,34 +61,57 @@ class KeptLaunch:
     and what is looked at here is all that the time of such a step allows.
     """
 
-    def __init__(self, profiled: Iterable[Profiled], launch: Launch, accumulator: Accumulator) -> None:
-        """`launch`: of the inputs of these sites, in that order, by `accumulator`. It may run on one stream."""
-        self._profiled = list(profiled)
+    def __init__(self, kept: list[Kept], launch: Launch, accumulator: Accumulator) -> None:
+        """`launch`: of these inputs, in that order, by `accumulator`. It may run on one stream."""
+        self._profiled = [profiled for profiled, _, _ in kept]
         self.rows = {p.row for p in self._profiled}
         self.extent = launch.extent
         self._index = self._profiled[0].queue.index
         self._launch, self._scratch = launch, launch.new_scratch()
         self._accumulator, self._epoch = accumulator, accumulator.epoch
-        self._no_versions = [None] * len(self._profiled)
+        self._no_versions = [None] * len(kept)
+        streams = [x for profiled, x, _ in kept if profiled.is_stream]
+        self._streams, self._inputs = (
+            [p.is_stream is which for p in self._profiled] for which in (True, False)
+        )
+        self._stream_like = {_form(x) for x in streams}
+        self._has_streams = bool(streams)
 
     def addresses_of(self, kept: list[Kept], layout: TokenLayout) -> list[int] | None:
         """Addresses of the inputs; None if an input was changed, or the launch may not serve them."""
         profiled, inputs, versions = map(list, zip(*kept, strict=True))
         if profiled != self._profiled or layout.cu_seqlens is not None:
             return None
-        if layout.tokens != inputs[0].shape[:2] or self._accumulator.epoch != self._epoch:
-            return None
         if versions != self._no_versions and (None in versions or versions != list(map(_VERSION, inputs))):
             return None
-        addresses = self._launch.matches(inputs, layout.valid, layout.skip_first)
-        if addresses is None:
+        if self._has_streams:
+            streams = list(compress(inputs, self._streams))
+            if set(map(_form, streams)) != self._stream_like:
+                return None
+            if _overlap([r.data_ptr() for r in streams], max(r.nbytes for r in streams)):
+                return None
+            inputs = list(compress(inputs, self._inputs))
+        if layout.tokens != inputs[0].shape[:2] or self._accumulator.epoch != self._epoch:
             return None
-        ordered = sorted(addresses)
-        if len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < self.extent:
+        addresses = self._launch.matches(inputs, layout.valid, layout.skip_first, has_ratio=self._has_streams)
+        if addresses is None or _overlap(addresses, self.extent):
             return None  # one may lie where another lay
         return addresses
 
-    def run(self, addresses: list[int], state: Tensor, valid: Tensor | None) -> bool:
+    def run(self, addresses: list[int], kept: list[Kept], state: Tensor, valid: Tensor | None) -> bool:
         """Measure what `addresses_of` gave; False, and nothing was done, where the state or the mask cannot be read."""
         self._accumulator.follow_stream(self._index)
-        return self._launch.run(addresses, state, valid, scratch=self._scratch)
+        ratio = None
+        if self._has_streams:
+            ratio = inverse_norms([x for profiled, x, _ in kept if profiled.is_stream])
+        return self._launch.run(addresses, state, valid, ratio=ratio, scratch=self._scratch)
+
+
+def _form(x: Tensor) -> tuple[Any, ...]:
+    return type(x), x.shape, x.dtype, x.get_device()
+
+
+def _overlap(addresses: Iterable[int], extent: int) -> bool:
+    """True if two of these, each the first of `extent` bytes, may have bytes in common."""
+    ordered = sorted(addresses)
+    return len(ordered) > 1 and min(map(sub, ordered[1:], ordered)) < extent

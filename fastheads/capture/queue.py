@@ -5,7 +5,7 @@ launch at the end of the decoder's call serves all layers; the smallest wait unt
 bounds what is kept.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -15,14 +15,18 @@ from torch import Tensor
 
 from fastheads.capture.deferral.backlog import DeferredForwards
 from fastheads.capture.profiled import Kept, KeptLaunch, Profiled, TracedSite
-from fastheads.models.residual import OutputNorms
+from fastheads.models.residual import OutputNorms, scales
 from fastheads.stats.moments import CommittedMoments, PendingMoments
 
 # On a CPU a product over a few tokens costs less than its call; a larger one would only push the model's data out of the cache.
 CPU_KEEP_BYTES = 256 * 2**10
 
-# A site that is measured behind its projection too: its input, and the norms of its output.
-Scaled = tuple[Profiled, Tensor, OutputNorms]
+# What the contributions are multiplied with behind a norm: the norms of the projection's output, and 1/‖r‖ where the ratio is
+# measured.
+ScaledBy = tuple[OutputNorms, Tensor | None]
+
+# A site that is measured behind its projection too: its input, and what its contributions are multiplied with.
+Scaled = tuple[Profiled, Tensor, ScaledBy]
 
 
 @dataclass(eq=False)
@@ -180,6 +184,7 @@ def grouped(inputs: Iterable[tuple[Profiled | TracedSite, Tensor, Any]]) -> list
                 x.shape == group.shape
                 and x.dtype == group.dtype
                 and site.head_dim == group.head_dim
+                and _has_ratio(extra) == _has_ratio(group.extras[0])
                 and site.row not in group.rows
             ):
                 break
@@ -190,3 +195,14 @@ def grouped(inputs: Iterable[tuple[Profiled | TracedSite, Tensor, Any]]) -> list
         group.inputs.append(x)
         group.extras.append(extra)
     return groups
+
+
+def _has_ratio(extra: Any) -> bool:
+    """True if 1/‖r‖, or r, comes with an input: its extra itself, or the second part of a `ScaledBy`."""
+    return extra is not None and (isinstance(extra, Tensor) or extra[1] is not None)
+
+
+def factors_of(scaled_by: Sequence[ScaledBy]) -> tuple[Tensor, Tensor | None]:
+    """The scale and the ratio `[len(scaled_by), batch, seq]` of inputs that are measured behind their projections."""
+    given = [inverse for _, inverse in scaled_by if inverse is not None]
+    return scales([norms for norms, _ in scaled_by]), torch.stack(given) if given else None

@@ -97,6 +97,7 @@ class Recorder:
             if forward.decoder_frame is not None:
                 raise ForwardError(_CALLED_AGAIN)
             forward.decoder_frame = frame
+        forward.streams.clear()
         # Without the lock: a function that somebody gave to `token_mask` may wait for other threads.
         forward.layout = self.engine.token_layout(args, kwargs)
         for queue in forward.queues.values():
@@ -208,6 +209,15 @@ class Recorder:
         with self.lock:
             if forward.module is not None:  # else detached in another thread
                 self.sink.put(forward, profiled, x)
+
+    def measure_stream(self, mark: Profiled, stream: Tensor, *, is_overwritten: bool) -> None:
+        """Take the residual stream `[batch, seq, hidden]` of the input that comes next, if the hook could not simply keep it."""
+        forward = self.forwards.current()
+        if forward is None or not forward.counts or forward.layout is None:
+            return
+        with self.lock, torch.no_grad():
+            if forward.module is not None:  # else detached in another thread
+                self.sink.put_stream(forward, mark, stream, is_overwritten=is_overwritten)
 
     def measure_scaled(self, forward: Forward, profiled: Profiled, x: Tensor, norms: OutputNorms) -> None:
         """Take an input again behind the projection, with the norms of the projection's output."""
@@ -342,7 +352,7 @@ class Recorder:
         if module is self.engine.decoder:
             if forward.layout is not None:
                 raise ForwardError(_CALLED_AGAIN)
-            forward.traced, forward.traced_scaled = [], []
+            forward.traced, forward.traced_scaled, forward.streams = [], [], {}
             forward.layout = self.engine.token_layout(args, kwargs)
             forward.decoder_traced = True
 
@@ -352,6 +362,12 @@ class Recorder:
         if forward is None or not forward.counts:
             return
         self.graph.put(forward, module, site, self.engine.input(site.row, args[0].detach()))
+
+    def trace_stream(self, row: int, stream: Tensor) -> None:
+        """`measure_stream`, as Dynamo traces it."""
+        forward = self.forwards.traced()
+        if forward is not None and forward.counts:
+            self.graph.put_stream(forward, row, self.engine.output(row, stream.detach()))
 
     def finish_traced(self, module: nn.Module) -> None:
         """`finish` and `commit`, as Dynamo traces them."""
@@ -396,12 +412,13 @@ class Recorder:
         valid: Tensor | None,
         cu_seqlens: Tensor | None,
         scale: Tensor | None,
+        ratio: Tensor | None,
         state: Tensor,
     ) -> None:
         """Measure a group of inputs in a graph; called by the custom op `fastheads::record`."""
         with self.lock:
             layout = TokenLayout(valid, self.scope.options.skip_first, cu_seqlens)
-            self.graph.record(channel, rows, inputs, layout, scale=scale, state=state)
+            self.graph.record(channel, rows, inputs, layout, scale=scale, ratio=ratio, state=state)
 
     def settle_whole(self) -> None:
         """Note the rows that the last whole-graph forward skipped; done late, since Python does not see its end."""

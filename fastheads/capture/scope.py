@@ -16,10 +16,11 @@ from fastheads.capture.channels import (
     channel_of_updates,
 )
 from fastheads.capture.engine import TransformersEngine
+from fastheads.capture.residual_stream import Streams
 from fastheads.errors import OptionError
 from fastheads.models.residual import Update
 from fastheads.models.sites import HeadSite, find_sites, sites_of_layers
-from fastheads.stats.metric import HEAD_METRICS, KV_GROUP, UPDATE
+from fastheads.stats.metric import HEAD_METRICS, KV_GROUP, RATIOS, UPDATE
 from fastheads.stats.options import MeasureOptions
 
 
@@ -35,6 +36,7 @@ class Scope:
     chosen: dict[int, HeadSite]
     ranks: tensor_parallel.Ranks | None
     updates: Updates
+    streams: Streams | None  # None: no metric needs them
     channels: tuple[Channel, ...]
     at_input: tuple[Channel, ...]  # channels that need only the projection's input
 
@@ -52,12 +54,14 @@ class Scope:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(metrics, rows, heads) of a channel's moments."""
-        return len(HEAD_METRICS), len(self.sites), max(site.num_heads for site in self.sites)
+        metrics = len(HEAD_METRICS) + (0 if self.streams is None else len(RATIOS))
+        return metrics, len(self.sites), max(site.num_heads for site in self.sites)
 
     @property
     def normed(self) -> dict[int, Update]:
         """By row, the updates that are measured behind the projection."""
-        return self.updates.normed if self.options.measures(UPDATE) else {}
+        wanted = self.options.measures(UPDATE) or self.streams is not None
+        return self.updates.normed if wanted else {}
 
     def factors(self) -> list[SiteFactor]:
         """Return the factors of all channels."""
@@ -82,7 +86,9 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
     for metric in options.registered():
         channels.append(channel_of_function(len(channels), chosen, metric, options.token_agg))
     at_input = tuple(channels)
-    if updates.normed and options.measures(UPDATE):
+    wants_ratio = any(options.measures(metric) for metric in RATIOS)
+    streams = Streams(model, chosen, updates) if wants_ratio else None
+    if updates.normed and (options.measures(UPDATE) or wants_ratio):
         channels.append(channel_of_updates(len(channels), chosen, updates.normed, ranks=ranks, **how))
     read_weights(channel.accumulator for channel in channels)
     return Scope(
@@ -93,6 +99,7 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
         chosen=chosen,
         ranks=ranks,
         updates=updates,
+        streams=streams,
         channels=tuple(channels),
         at_input=at_input,
     )

@@ -13,7 +13,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from operator import attrgetter
 from types import FunctionType, MethodType
 from typing import Any
@@ -105,7 +105,7 @@ def _forward_of(module: nn.Module) -> FunctionType:
     return function
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parsed(function: FunctionType) -> ast.FunctionDef:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

@@ -120,7 +120,7 @@ def _in_module(module: nn.Module, target: str, family: Family | None) -> tuple[S
             reason = reason or family.update_unknown  # it would be told in vain, and nothing has tried it
         if reason is not None:
             raise UnknownStreamError(f"the residual stream of a {kind} is not known: {reason}")
-        if family.child not in (None, target.split(".")[0]):
+        if family.child not in (None, target.split(".", maxsplit=1)[0]):
             raise UnknownStreamError(f"what a {kind} adds {target} to is not known")
         if family.stream is not None:
             return StreamSource(_named_module(module, family)), False

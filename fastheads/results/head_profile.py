@@ -45,6 +45,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "layers": (list, NoneType),
     "weights": (dict, NoneType),
     "residual_update": (str, list),
+    "residual_stream": (str, list),
     "data": (dict,),
 }
 DATA_TYPES: dict[str, tuple[type, ...]] = {

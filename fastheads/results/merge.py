@@ -16,7 +16,7 @@ from fastheads.errors import MergeError
 from fastheads.results.possible import MOST_SAMPLES
 from fastheads.results.protocol import Profile
 from fastheads.stats.arrays import Array
-from fastheads.stats.names import UPDATE_METRIC
+from fastheads.stats.names import RATIO_METRIC, UPDATE_METRIC
 
 Metadata = dict[str, Any]
 DISJOINT = ""  # result of `_shared_data` for runs known to share no data
@@ -128,18 +128,27 @@ def _difference_of_sites(one: list[Metadata], two: list[Metadata]) -> str:
 
 def _updates(profile: Profile) -> list[str]:
     """Return `residual_update` of each row with samples of that metric; "" for the others."""
-    texts = _by_row(profile)
-    moments = profile.arrays.get(UPDATE_METRIC)
+    return _texts_of_measured(profile, "residual_update")
+
+
+# Entries of the metadata that describe each row, and the metric that they are of.
+_TEXTS = {"residual_update": UPDATE_METRIC, "residual_stream": RATIO_METRIC}
+
+
+def _texts_of_measured(profile: Profile, key: str) -> list[str]:
+    """Return the entry `key` of each row with samples of its metric; "" for the others."""
+    texts = _by_row(profile, key)
+    moments = profile.arrays.get(_TEXTS[key])
     if moments is None:
         return [""] * len(texts)
     measured = np.any(moments.count > 0, axis=1)
     return [text if has_samples else "" for text, has_samples in zip(texts, measured, strict=True)]
 
 
-def _by_row(profile: Profile) -> list[str]:
-    """Return `residual_update` of each row; "" if unknown."""
-    rows, updates = profile.shape[0], profile.metadata.get("residual_update")
-    texts = updates if isinstance(updates, list) and len(updates) == rows else [updates] * rows
+def _by_row(profile: Profile, key: str) -> list[str]:
+    """Return the entry `key` of each row; "" if unknown."""
+    rows, given = profile.shape[0], profile.metadata.get(key)
+    texts = given if isinstance(given, list) and len(given) == rows else [given] * rows
     return [text if isinstance(text, str) else "" for text in texts]
 
 
@@ -226,8 +235,9 @@ def merged_metadata(profiles: Sequence[Profile]) -> Metadata:
         merged["layers"] = (
             None if None in lists else sorted({layer for some in lists for layer in some or []})
         )
-    if any("residual_update" in part for part in parts):
-        merged["residual_update"] = _merged_updates(profiles)
+    for key in _TEXTS:
+        if any(key in part for part in parts):
+            merged[key] = _merged_texts(profiles, key)
     if any("weights" in part for part in parts):
         merged["weights"] = copy.deepcopy(_best_weights(parts))
     flat = [copy.deepcopy(leaf) for part in parts for leaf in _leaves(part)]
@@ -255,14 +265,15 @@ def _best_weights(parts: Sequence[Metadata]) -> Any:
     return max((part.get("weights") for part in parts), key=worth)
 
 
-def _merged_updates(profiles: Sequence[Profile]) -> str | list[str]:
-    """Merge `residual_update` by row, preferring profiles that measured the row; one text if all rows are equal."""
+def _merged_texts(profiles: Sequence[Profile], key: str) -> str | list[str]:
+    """Merge the entry `key` by row, preferring profiles that measured the row; one text if all rows are equal."""
 
     def known(row: int) -> Iterator[str]:
-        for updates in (*measured, *everywhere):
-            if updates[row]:
-                yield updates[row]
+        for of_profile in (*measured, *everywhere):
+            if of_profile[row]:
+                yield of_profile[row]
 
-    measured, everywhere = [_updates(p) for p in profiles], [_by_row(p) for p in profiles]
+    measured = [_texts_of_measured(profile, key) for profile in profiles]
+    everywhere = [_by_row(profile, key) for profile in profiles]
     texts = [next(known(row), "") for row in range(profiles[0].shape[0])]
     return texts[0] if len(set(texts)) == 1 else texts

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastheads.stats.arrays import Array, MomentArrays, as_arrays
-from fastheads.stats.names import KV_METRIC, METRICS, UPDATE_METRIC
+from fastheads.stats.names import KV_METRIC, METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC, UPDATE_METRIC
 
 if TYPE_CHECKING:
     from fastheads.stats.moments import Moments
@@ -63,15 +63,15 @@ def _impossible(m: MomentArrays, least: float) -> Array:
 
 
 def least_of(metric: str) -> float:
-    """Return the least possible sample of a metric: 0 for norms and their ratios."""
-    return 0.0 if metric.endswith(("_norm", "_ratio")) else -np.inf
+    """Return the least possible sample of a metric: 0 for norms, their ratios and squares."""
+    return 0.0 if metric.endswith(("_norm", "_ratio", "_square")) else -np.inf
 
 
 def contradiction(by_metric: "Mapping[str, Moments] | Mapping[str, MomentArrays]") -> str | None:
     """Describe how the totals (`count` + `nonfinite`, `[rows, heads]`) of metrics contradict each other; None if they do not.
 
-    Each sample of a head counts once in each of `METRICS`, and at most once in the update metric (unknown in some parts of a
-    merged profile); each sample of a layer counts once for each KV group.
+    Each sample of a head counts once in each of `METRICS`, and at most once in the update metric and the ratios (unknown in
+    some parts of a merged profile); each sample of a layer counts once for each KV group.
     """
     arrays = {metric: as_arrays(moments) for metric, moments in by_metric.items()}
     totals = {metric: m.count + m.nonfinite for metric, m in arrays.items()}
@@ -82,8 +82,9 @@ def contradiction(by_metric: "Mapping[str, Moments] | Mapping[str, MomentArrays]
     for metric in of_heads[1:]:
         if not np.array_equal(totals[metric], first):
             return f"{of_heads[0]} and {metric} have different numbers of samples"
-    if UPDATE_METRIC in totals and bool((totals[UPDATE_METRIC] > first).any()):
-        return f"{UPDATE_METRIC} has more samples than {of_heads[0]}"
+    for metric in (UPDATE_METRIC, RATIO_METRIC, RATIO_SQUARE_METRIC):
+        if metric in totals and bool((totals[metric] > first).any()):
+            return f"{metric} has more samples than {of_heads[0]}"
     if KV_METRIC in totals:
         groups = totals[KV_METRIC]
         of_layer = first.max(axis=1, keepdims=True)

@@ -60,7 +60,7 @@ def register_metric(name: str, function: Callable[[Any, Any], Any], *, needs_wei
     Each such metric reads the input once more; with one on, forwards do not wait to be measured together.
 
     Args:
-        name: a Python identifier. A name that ends in "_norm" or "_ratio" is of numbers that are never negative.
+        name: a Python identifier. A name that ends in "_norm", "_ratio" or "_square" is of numbers that are never negative.
         function: called with z `[batch, seq, heads, head_dim]`, the input of the output projection in its own dtype, and with
             the weight `[hidden, heads, head_dim]`, or None. Returns the value of every token, padding included, `[batch, seq,
             heads]` on the same device. It runs without gradients, must not change its arguments and must not wait for the device.

@@ -11,14 +11,9 @@ from types import SimpleNamespace
 import families
 import pytest
 import torch
-import transformers as tf
-from tiny_models import build, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastheads
-from fastheads import Family, register_family
-from fastheads.errors import OptionError
-from fastheads.models import families as tables
 from fastheads.models.residual import UnknownUpdateError, update_of
 from fastheads.models.stream import UnknownStreamError, stream_of
 

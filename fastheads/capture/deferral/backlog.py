@@ -25,8 +25,15 @@ class EndedForward(NamedTuple):
     layout: TokenLayout
 
     def spans(self) -> list[tuple[int, int]]:
-        """Return the addresses (start, stop) of each input."""
-        return [(start, start + self.kept_launch.extent) for start in self.addresses]
+        """Return the addresses (start, stop) of each input and residual stream."""
+        streams = [x for profiled, x, _ in self.kept if profiled.is_stream]
+        return [(start, start + self.kept_launch.extent) for start in self.addresses] + [
+            (x.data_ptr(), x.data_ptr() + x.nbytes) for x in streams
+        ]
+
+    def addresses_now(self) -> list[int]:
+        """Return where the inputs lie now."""
+        return [x.data_ptr() for profiled, x, _ in self.kept if not profiled.is_stream]
 
 
 class DeferredForwards:

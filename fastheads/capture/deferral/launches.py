@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastheads.backends.accumulator import Accumulator
+from fastheads.backends.stream_norms import inverse_norms
 from fastheads.capture.deferral.backlog import EndedForward
 from fastheads.capture.memory import REUSED, check_unchanged, is_changed, overlap
 from fastheads.capture.profiled import Kept
@@ -129,9 +130,7 @@ class DeferredLaunches:
         for ended in forwards:
             if is_changed(ended.kept):
                 check_unchanged(ended.kept)  # which says of what
-            if [
-                x.data_ptr() for _, x, _ in ended.kept
-            ] != ended.addresses:  # somebody freed or replaced its data
+            if ended.addresses_now() != ended.addresses:  # somebody freed or replaced its data
                 raise ForwardError(REUSED)
         if overlap([span for ended in forwards for span in ended.spans()]):
             raise ForwardError(REUSED)
@@ -149,12 +148,20 @@ class DeferredLaunches:
                 targets = [moments.pending[0], moments.committed[0]]
             for target in targets:
                 for kept_launch, kept, addresses, layout in forwards:
-                    if kept_launch.run(addresses, target.buffer, layout.valid):
+                    if kept_launch.run(addresses, kept, target.buffer, layout.valid):
                         self._counter.count(repeated=True)
-                    else:
-                        rows, inputs = [profiled.row for profiled, _, _ in kept], [x for _, x, _ in kept]
-                        self._counter.count(repeated=self._accumulator.record(rows, inputs, layout, target))
-                        self._accumulator.finish(target)
+                        continue
+                    inputs = [entry for entry in kept if not entry[0].is_stream]
+                    streams = [x for profiled, x, _ in kept if profiled.is_stream]
+                    repeated = self._accumulator.record(
+                        [profiled.row for profiled, _, _ in inputs],
+                        [x for _, x, _ in inputs],
+                        layout,
+                        target,
+                        ratio=inverse_norms(streams) if streams else None,
+                    )
+                    self._counter.count(repeated=repeated)
+                    self._accumulator.finish(target)
             if is_even:
                 moments.commit()
             elif apart is not None:
