@@ -41,9 +41,9 @@ Metric = Annotated[
 Metrics = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME[,NAME...]",
-        help="Measure and store only these, as in head_output_norm,head_residual_contribution_norm.",
-        show_default="all but those that need a name or an option of their own",
+        metavar="NAMES",
+        help="Measure and store only these metrics, as in 'head_output_norm, head_residual_ratio'.",
+        show_default="all that need no option of their own",
     ),
 ]
 Heads = Annotated[

@@ -174,7 +174,7 @@ def _check_ratio(profile: Profile) -> None:
     named = ", ".join(_comparable(others) or others)
     if RATIO_METRIC not in profile.metrics:
         raise ResultsError(
-            f"this profile has no {RATIO_METRIC}, the metric of rankings: measure it, or name another one that is here: {named}"
+            f"this profile has no {RATIO_METRIC}, by which heads are ranked: measure it, or name a metric that is here: {named}"
         )
     ratio = profile.arrays[RATIO_METRIC].count
     for metric in others:

@@ -261,12 +261,11 @@ def profile(
         metric = deciding_metric(measured.moments)
         verdict = judge(measured.moments[metric], run.settings.until_stable)
         if run.stability.settled:
-            say(f"the ranking by {metric} has settled: {verdict.heads:,} heads, {verdict.samples:,} samples")
+            say(f"the ranking has {verdict} (by {metric})")
         else:
             why = "the end of the data" if run.complete else f"max_tokens={max_tokens}"
-            warnings.warn(
-                f"the ranking by {metric} has not settled by {why}: {verdict}", RuntimeWarning, stacklevel=2
-            )
+            message = f"the ranking has not settled by {why}: {verdict} (by {metric})"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
     if output is not None and job.place.rank == 0:
         measured.save(output)
     if file is not None:
