@@ -98,6 +98,16 @@ def check_files(output: Path, plot: Path | None, checkpoint: Path | None = None)
         check_writable(plot)
 
 
+def check_mode(mode: str, metric: str | None, model: str | None) -> None:
+    """Raise OptionError unless --metric and --model fit --mode."""
+    if mode == "zero" and model is not None:
+        raise OptionError("--model is for --mode mean")
+    if mode == "mean" and model is None:
+        raise OptionError("--mode mean needs --model, the model that was profiled")
+    if mode == "mean" and metric is not None:
+        raise OptionError("--mode mean ranks by the error of mean ablation: leave out --metric")
+
+
 def check_stdin(resume: bool, processes: int) -> None:
     """Raise OptionError for options that standard input does not support."""
     if resume:

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from fastheads._version import __version__
 from fastheads.cli.checks import check_files as _check_files
+from fastheads.cli.checks import check_mode, check_stdin, parse_layers, parse_metrics, parse_shard
 from fastheads.cli.checks import check_options as _check_options
-from fastheads.cli.checks import check_stdin, parse_layers, parse_metrics, parse_shard
 from fastheads.cli.messages import doing, fail, message, note, show_warning, tell_of_replaced
 from fastheads.cli.options import (
     Backend,
@@ -377,6 +377,8 @@ def show(
             show_default=False,
         ),
     ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print a saved profile: its highest and lowest heads and a heatmap."""
@@ -384,16 +386,16 @@ def show(
 
     if heads is not None and heads < 1:
         raise OptionError(f"--heads must be at least 1, or all, not {heads}")
-    if mode == Mode.mean and (model is None or metric is not None):
-        raise OptionError(
-            "--mode mean needs --model, the model that was profiled"
-            if model is None
-            else "--mode mean ranks by the error of mean ablation: leave out --metric"
-        )
-    if mode == Mode.zero and model is not None:
-        raise OptionError("--model is for --mode mean")
+    check_mode(mode, metric, model)
     result = HeadProfile.load(file)
-    loaded = None if model is None else _load(model, trust_remote_code)
+    loaded = None
+    if model is not None:
+        with doing(f"loading {model}", Console(stderr=True, file=sys.stderr, highlight=False)):
+            from fastheads.run import loading
+
+            loaded = loading.load_model(
+                loading.find_model(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
     _show(result, metric, heads, model=loaded)
 
 
@@ -485,16 +487,6 @@ def _measure(**arguments: Any) -> tuple["HeadProfile", tuple[str, int] | None]:
         return stopped.profile, (
             f"{what}: the results of {tokens:,} tokens are saved in {output}{resume}",
             code,
-        )
-
-
-def _load(model: str, trust_remote_code: bool) -> Any:
-    with doing(f"loading {model}", Console(stderr=True, file=sys.stderr, highlight=False)):
-        from fastheads.run import loading
-
-        # On the CPU and in the checkpoint's dtype: its weights are read, nothing is run.
-        return loading.load_model(
-            loading.find_model(model), device="cpu", trust_remote_code=trust_remote_code
         )
 
 

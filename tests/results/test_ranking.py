@@ -152,6 +152,8 @@ def test_for_mean_ablation_the_error_of_mean_ablation_ranks():
     assert profile.rank(**mean) == want
     assert profile.lowest(0.25, **mean) == want[:3]
     assert profile.highest(n=2, **mean) == want[::-1][:2]
+    profile.errors = torch.tensor(WithErrors.errors)
+    assert profile.rank(**mean) == want
 
 
 @pytest.mark.parametrize(
