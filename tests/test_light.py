@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from fastheads.errors import ProfileError
-from fastheads.results.head_profile import RANKING_METRIC, HeadProfile
+from fastheads.results.head_profile import HeadProfile
 from fastheads.stats.arrays import MomentArrays
 from fastheads.stats.metrics import METRICS
 from fastheads.stats.moments import Moments
+from fastheads.stats.names import RATIO_METRIC
 
 # As the first thing that the interpreter does: whoever imports torch, or what is built on it, fails.
 BLOCKED = """
@@ -45,7 +46,7 @@ def python(program: str, *arguments: str | Path, cwd: Path, blocked: bool = True
 def profile_of(seed: int) -> HeadProfile:
     samples = np.random.default_rng(seed).lognormal(size=(9, 3, 4))
     moments = {}
-    for number, metric in enumerate(METRICS, 1):
+    for number, metric in enumerate((*METRICS, RATIO_METRIC), 1):
         found = Moments.of(torch.tensor(number * samples))
         for plane, empty in zip(found, (0, 0, 0.0, 0.0, np.inf, -np.inf), strict=True):
             plane[1, 3] = empty  # the middle layer has three heads
@@ -105,7 +106,7 @@ from fastheads import HeadProfile
 one, two = [HeadProfile.load(path) for path in sys.argv[1:]]
 one.save("again.safetensors")
 print(repr(one), one.shape, one.layers, one.metrics)
-print(one.rank(), one.rank("{METRICS[0]}", descending=True), one.lowest(0.3), one.ranked_cells())
+print(one.rank(), one.rank("{METRICS[2]}", descending=True), one.lowest(0.3), one.ranked_cells())
 merged = HeadProfile.merge([one, two])
 merged.save("merged.safetensors")
 print(merged.rank(), merged.metadata["data"]["tokens"])
@@ -116,7 +117,7 @@ print(merged.rank(), merged.metadata["data"]["tokens"])
     merged = HeadProfile.merge([one, two])
     assert told.splitlines() == [
         f"{one!r} {one.shape} {one.layers} {one.metrics}",
-        f"{one.rank()} {one.rank(METRICS[0], descending=True)} {one.lowest(0.3)} {one.ranked_cells()}",
+        f"{one.rank()} {one.rank(METRICS[2], descending=True)} {one.lowest(0.3)} {one.ranked_cells()}",
         f"{merged.rank()} 180",
     ]
     assert (tmp_path / "merged.safetensors").read_bytes() == merged.to_bytes()
@@ -176,13 +177,13 @@ def test_the_picture_needs_no_torch(files, tmp_path):
 
 def test_moments_of_a_loaded_profile_are_tensors_that_can_be_written(files):
     loaded = HeadProfile.load(files[0])
-    assert isinstance(loaded.moments[RANKING_METRIC], Moments)
+    assert isinstance(loaded.moments[RATIO_METRIC], Moments)
     for metric, moments in profile_of(0).moments.items():
         for found, wanted in zip(loaded.moments[metric], moments, strict=True):
             assert isinstance(found, torch.Tensor) and found.dtype == wanted.dtype
             assert torch.equal(found, wanted)
     before = loaded.rank()
-    loaded.moments[RANKING_METRIC].mean[2, 1] = 1e6
+    loaded.moments[RATIO_METRIC].mean[2, 1] = 1e6
     assert before[-1] != (2, 1) and loaded.rank()[-1] == (2, 1)
     del loaded.moments[METRICS[0]]
     assert METRICS[0] not in loaded.metrics
@@ -195,7 +196,7 @@ def test_a_profile_keeps_the_tensors_that_it_is_given():
     profile = HeadProfile(moments, profile_of(0).metadata)
     profile.rank()
     assert profile.moments is moments
-    statistics = profile.results()[RANKING_METRIC]
+    statistics = profile.results()[RATIO_METRIC]
     assert all(isinstance(values, torch.Tensor) for values in statistics.values())
 
 
@@ -203,7 +204,7 @@ def test_a_profile_can_be_made_of_arrays():
     one = profile_of(0)
     arrays = {metric: MomentArrays(*(plane.numpy() for plane in m)) for metric, m in one.moments.items()}
     assert HeadProfile(arrays, one.metadata).to_bytes() == one.to_bytes()
-    wrong = {RANKING_METRIC: arrays[RANKING_METRIC]._replace(mean=np.zeros((3, 4), np.float32))}
+    wrong = {RATIO_METRIC: arrays[RATIO_METRIC]._replace(mean=np.zeros((3, 4), np.float32))}
     with pytest.raises(
         ProfileError, match=r"/mean must be torch.float64 \[3, 4\] on the CPU, not torch.float32"
     ):
@@ -219,8 +220,8 @@ def test_arrays_that_cannot_be_written_become_tensors_that_can():
         for plane in planes:
             plane.flags.writeable = False
     made = HeadProfile(arrays, one.metadata)
-    made.moments[RANKING_METRIC].mean[0, 0] = 7.0
-    assert arrays[RANKING_METRIC].mean[0, 0] != 7.0
+    made.moments[RATIO_METRIC].mean[0, 0] = 7.0
+    assert arrays[RATIO_METRIC].mean[0, 0] != 7.0
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-320, 1e-160, 1e160, 1.7e308])

@@ -20,6 +20,16 @@ def parse_layers(text: str | None) -> list[int] | None:
     return chosen
 
 
+def parse_metrics(text: str | None) -> list[str] | None:
+    """Parse a list of metrics such as head_output_norm,head_residual_ratio; None stays None."""
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise OptionError(f"--metrics {text!r}: expected names with commas between them")
+    return names
+
+
 def parse_shard(text: str | None) -> tuple[int, int]:
     """Parse a shard such as 1/4 to (0, 4); None is (0, 1)."""
     if text is None:
@@ -40,6 +50,8 @@ def check_options(
     batch_tokens: int | None,
     max_tokens: int | None,
     skip_first: int,
+    metrics: list[str] | None,
+    until_stable: bool,
     checkpoint_every: float,
 ) -> None:
     """Raise OptionError or BackendError for options that would otherwise fail only after the model is loaded."""
@@ -47,12 +59,15 @@ def check_options(
     from fastheads.corpus.sources import check_lengths
     from fastheads.run.api import check_options as check_options_of_a_run
     from fastheads.run.loading import DTYPES
+    from fastheads.run.stability import check_ranked
     from fastheads.stats.options import MeasureOptions
 
     check_backend(backend)
     if skip_first < 0:
         raise OptionError(f"skip_first must be 0 tokens or more, not {skip_first}")
-    MeasureOptions(precision=precision, skip_first=skip_first)
+    options = MeasureOptions.of(precision=precision, skip_first=skip_first, metrics=metrics)
+    if until_stable:
+        check_ranked(options)
     if dtype not in DTYPES:
         raise OptionError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     check_lengths(1 if seq_len is None else seq_len, max_tokens)
@@ -81,6 +96,16 @@ def check_files(output: Path, plot: Path | None, checkpoint: Path | None = None)
         check_installed()
         picture_format(plot)
         check_writable(plot)
+
+
+def check_mode(mode: str, metric: str | None, model: str | None) -> None:
+    """Raise OptionError unless --metric and --model fit --mode."""
+    if mode == "zero" and model is not None:
+        raise OptionError("--model is for --mode mean")
+    if mode == "mean" and model is None:
+        raise OptionError("--mode mean needs --model, the model that was profiled")
+    if mode == "mean" and metric is not None:
+        raise OptionError("--mode mean ranks by the error of mean ablation: leave out --metric")
 
 
 def check_stdin(resume: bool, processes: int) -> None:

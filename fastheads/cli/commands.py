@@ -16,8 +16,8 @@ from rich.console import Console
 
 from fastheads._version import __version__
 from fastheads.cli.checks import check_files as _check_files
+from fastheads.cli.checks import check_mode, check_stdin, parse_layers, parse_metrics, parse_shard
 from fastheads.cli.checks import check_options as _check_options
-from fastheads.cli.checks import check_stdin, parse_layers, parse_shard
 from fastheads.cli.messages import doing, fail, message, note, show_warning, tell_of_replaced
 from fastheads.cli.options import (
     Backend,
@@ -27,6 +27,8 @@ from fastheads.cli.options import (
     Heads,
     Include,
     Metric,
+    Metrics,
+    Mode,
     TokenAgg,
     TrustRemoteCode,
     number_or_all,
@@ -173,6 +175,7 @@ def profile(
         str | None, typer.Option(help="Profile only these layers, as in 0-3,8.", show_default="all")
     ] = None,
     include: Include = None,
+    metrics: Metrics = None,
     kv_groups: Annotated[
         bool,
         typer.Option(
@@ -187,8 +190,8 @@ def profile(
         bool,
         typer.Option(
             "--until-stable",
-            help="Stop once the ranking of heads has settled, by confidence sequences over the sequences. "
-            "Not with --token-agg token.",
+            help="Stop once the ranking of heads by their default metric has settled, by confidence sequences over the "
+            "sequences. Not with --token-agg token.",
         ),
     ] = False,
     compile: Annotated[
@@ -244,6 +247,7 @@ def profile(
             if until_stable:
                 check_token_agg(str(token_agg))
             chosen_layers = parse_layers(layers)
+            chosen_metrics = parse_metrics(metrics)
             part = parse_shard(shard)
             _check_options(
                 backend=backend,
@@ -254,6 +258,8 @@ def profile(
                 batch_tokens=batch_tokens,
                 max_tokens=max_tokens,
                 skip_first=skip_first,
+                metrics=chosen_metrics,
+                until_stable=until_stable,
                 checkpoint_every=checkpoint_every,
             )
             job = Job(tp, device)
@@ -311,6 +317,7 @@ def profile(
                 max_tokens=max_tokens,
                 layers=chosen_layers,
                 kv_groups=kv_groups,
+                metrics=chosen_metrics,
                 include=include or (),
                 backend=backend,
                 precision=precision,
@@ -334,11 +341,10 @@ def profile(
         return
     try:
         if plot is not None:
-            from fastheads.results.head_profile import RANKING_METRIC
             from fastheads.results.plots import save_heatmap
 
-            save_heatmap(result, plot, RANKING_METRIC)
-        _show(result, None)
+            save_heatmap(result, plot)
+        _show(result)
         typer.echo(f"\nsaved {output}; see it again with: fastheads show {output}")
         if plot is not None:
             typer.echo(f"drawn {plot}")
@@ -350,18 +356,47 @@ def profile(
 
 @app.command()
 def show(
+    *,
     file: Annotated[
         Path, typer.Argument(help="A profile that `fastheads profile` wrote.", show_default=False)
     ],
     metric: Metric = None,
     heads: Heads = LISTED,
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            metavar="MODE",
+            help="What heads are to be replaced with. zero: rank by --metric. mean: by the error of replacing a head with its "
+            "mean, which needs --model.",
+        ),
+    ] = Mode.zero,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="For --mode mean: the model that was profiled, a local folder, a GGUF file or a Hub id.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Print a saved profile: its highest and lowest heads and a heatmap."""
     from fastheads.results.head_profile import HeadProfile
 
     if heads is not None and heads < 1:
         raise OptionError(f"--heads must be at least 1, or all, not {heads}")
-    _show(HeadProfile.load(file), metric, heads)
+    check_mode(mode, metric, model)
+    result = HeadProfile.load(file)
+    loaded = None
+    if model is not None:
+        with doing(f"loading {model}", Console(stderr=True, file=sys.stderr, highlight=False)):
+            from fastheads.run import loading
+
+            loaded = loading.load_model(
+                loading.find_model(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
+    _show(result, metric, heads, model=loaded)
 
 
 @app.command()
@@ -394,7 +429,7 @@ def merge(
     merged = HeadProfile.merge(profiles, names=[str(file) for file in files], allow_repeated=allow_repeated)
     tell_of_replaced(output)
     merged.save(output)
-    _show(merged, None)
+    _show(merged)
     typer.echo(f"\nmerged {len(files)} profiles into {output}; see it again with: fastheads show {output}")
 
 
@@ -455,12 +490,12 @@ def _measure(**arguments: Any) -> tuple["HeadProfile", tuple[str, int] | None]:
         )
 
 
-def _show(result: "HeadProfile", metric: str | None, heads: int | None = LISTED) -> None:
-    from fastheads.results.head_profile import RANKING_METRIC
+def _show(
+    result: "HeadProfile", metric: str | None = None, heads: int | None = LISTED, *, model: Any = None
+) -> None:
     from fastheads.run.terminal import show as show_profile
 
-    default = RANKING_METRIC if RANKING_METRIC in result.metrics else result.metrics[0]
-    show_profile(result, metric or default, Console(highlight=False), heads)
+    show_profile(result, metric, Console(highlight=False), heads, model=model)
 
 
 def _is_given(context: typer.Context, option: str) -> bool:

@@ -35,7 +35,15 @@ Metric = Annotated[
     str | None,
     typer.Option(
         help="A metric of the profile, such as head_output_norm.",
-        show_default="relative_head_residual_contribution_norm",
+        show_default="head_residual_ratio, else a relative metric",
+    ),
+]
+Metrics = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES",
+        help="Measure and store only these metrics, as in 'head_output_norm, head_residual_ratio'.",
+        show_default="all that need no option of their own",
     ),
 ]
 Heads = Annotated[
@@ -51,6 +59,11 @@ Heads = Annotated[
 class Cut(StrEnum):
     documents = "documents"
     stream = "stream"
+
+
+class Mode(StrEnum):
+    zero = "zero"
+    mean = "mean"
 
 
 class TokenAgg(StrEnum):

@@ -18,6 +18,7 @@ from fastheads.results.container import ContainerError, pack, unpack_arrays
 from fastheads.results.files import UnreadableError, read_once, write_atomic
 from fastheads.results.merge import check_mergeable, merged_metadata
 from fastheads.results.possible import contradiction, impossible, least_of
+from fastheads.results.ranking import RANKING_METRIC, Mode, by_metric, check_number, choose
 from fastheads.stats.arrays import Array, MomentArrays, as_arrays
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from fastheads.stats.moments import Moments
 
 STATS = ("mean", "var", "std", "sem", "min", "max", "count", "nonfinite")
-
-RANKING_METRIC = "relative_head_residual_contribution_norm"
 
 FILE_KEY = "fastheads"  # the key of the file's metadata string
 FORMAT_VERSION = 2  # 1 had no digest; it is still read
@@ -162,29 +161,68 @@ class HeadProfile:
         """Return the statistics of one metric as in `results()`, as NumPy arrays `[rows, heads]`."""
         return _stats(self._of(metric))
 
-    def rank(self, metric: str = RANKING_METRIC, *, descending: bool = False) -> list[tuple[int, int]]:
-        """Return all measured heads as (layer, head), lowest mean first, or highest; ties in order of position."""
-        return [(self.layers[row], head) for row, head in self.ranked_cells(metric, descending=descending)]
+    def rank(
+        self,
+        metric: str | None = None,
+        *,
+        n: int | None = None,
+        descending: bool = False,
+        mode: Mode = "zero",
+        model: Any = None,
+    ) -> list[tuple[int, int]]:
+        """Return the measured heads as (layer, head), lowest first, or highest; ties in order of position.
 
-    def lowest(self, fraction: float, metric: str = RANKING_METRIC) -> list[tuple[int, int]]:
-        """Return the lowest `fraction` (0 to 1) of the measured heads by mean, rounded to a whole number of heads.
+        Args:
+            metric: the metric whose means rank the heads. None: `head_residual_ratio`, which may be compared across layers. A
+                raw norm (`head_output_norm`, `head_residual_contribution_norm`, ...) that ranks heads of several layers warns
+                once per process.
+            n: return the first n heads only. None: all.
+            descending: highest first.
+            mode: what the heads are to be replaced with. "zero": zero; rank by `metric`. "mean": their mean; rank by
+                `mean_ablation_error_ratio(model)`.
+            model: for mode "mean", the model that was profiled.
 
         Raises:
-            OptionError: `fraction` is not between 0 and 1.
+            ResultsError: the profile lacks the ratio, or mean-ablation errors, of some heads; the message names the metrics that
+                it has.
+            OptionError: `metric` is not in the profile, `n` is more than the heads, or the arguments do not fit each other.
         """
-        if not 0 <= fraction <= 1:
-            raise OptionError(f"fraction must be between 0 and 1, not {fraction}")
-        ranked = self.rank(metric)
-        return ranked[: round(fraction * len(ranked))]
+        return choose(self, metric, n=n, descending=descending, mode=mode, model=model)
+
+    def lowest(
+        self,
+        fraction: float | None = None,
+        metric: str | None = None,
+        *,
+        n: int | None = None,
+        mode: Mode = "zero",
+        model: Any = None,
+    ) -> list[tuple[int, int]]:
+        """Return the lowest `fraction` (0 to 1) of the heads, rounded to a whole number of heads, or the `n` lowest.
+
+        The other arguments and the errors are those of `rank()`.
+        """
+        check_number(fraction, n)
+        return choose(self, metric, fraction=fraction, n=n, mode=mode, model=model)
+
+    def highest(
+        self,
+        fraction: float | None = None,
+        metric: str | None = None,
+        *,
+        n: int | None = None,
+        mode: Mode = "zero",
+        model: Any = None,
+    ) -> list[tuple[int, int]]:
+        """Return the highest heads, highest first; otherwise as `lowest()`."""
+        check_number(fraction, n)
+        return choose(self, metric, fraction=fraction, n=n, descending=True, mode=mode, model=model)
 
     def ranked_cells(
         self, metric: str = RANKING_METRIC, *, descending: bool = False
     ) -> list[tuple[int, int]]:
-        """As `rank()`, with the row instead of the layer."""
-        moments = self._of(metric)
-        cells: list[tuple[int, int]] = [(row, head) for row, head in np.argwhere(moments.count).tolist()]
-        means = (-moments.mean if descending else moments.mean).tolist()
-        return sorted(cells, key=lambda cell: means[cell[0]][cell[1]])  # stable
+        """Return the heads with samples of `metric` as (row, head), lowest mean first, or highest."""
+        return by_metric(self, metric).cells(descending=descending)
 
     def _of(self, metric: str) -> MomentArrays:
         if metric not in self._kept:
@@ -209,8 +247,10 @@ class HeadProfile:
             frames.append(pd.DataFrame({"layer": layers[row], "head": head, "metric": metric, **stats}))
         return pd.concat(frames, ignore_index=True)
 
-    def plot(self, metric: str = RANKING_METRIC, stat: str = "mean") -> "Figure":
+    def plot(self, metric: str | None = None, stat: str = "mean") -> "Figure":
         """Plot a heatmap of `stat`, layers by heads, as a matplotlib figure (`figure.savefig(path)` writes it).
+
+        `metric` None: `head_residual_ratio`; if the profile lacks it, a relative metric, and the figure says so.
 
         Raises:
             OptionError: unknown metric or stat.

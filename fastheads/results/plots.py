@@ -10,8 +10,12 @@ import numpy as np
 from fastheads.errors import MissingExtraError, OptionError
 from fastheads.results.files import write_atomic
 from fastheads.results.protocol import Profile
+from fastheads.results.ranking import by_metric, displayed_metric, missing_ratio
+from fastheads.stats.arrays import Array
+from fastheads.stats.scales import scale_of
 
 if TYPE_CHECKING:
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
 
@@ -19,8 +23,11 @@ SUFFIXES = (".png", ".pdf", ".svg")
 MARKED = 10  # highest and lowest heads each
 
 
-def heatmap(profile: Profile, metric: str, stat: str = "mean") -> "Figure":
+def heatmap(profile: Profile, metric: str | None = None, stat: str = "mean") -> "Figure":
     """Plot `stat` of `metric`; heads that do not exist or have no samples stay blank.
+
+    `metric` None: the ratio to the residual stream, else a relative metric, and the figure says so. Means whose average head is
+    known, as 1 is a layer's, have colours that diverge from it.
 
     Raises:
         OptionError: unknown metric or stat.
@@ -30,7 +37,9 @@ def heatmap(profile: Profile, metric: str, stat: str = "mean") -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    cells = profile.ranked_cells(metric)
+    missing = missing_ratio(profile) if metric is None else ""
+    metric = displayed_metric(profile.metrics) if metric is None else metric
+    cells = by_metric(profile, metric).cells()
     stats = profile.statistics(metric)
     if stat not in stats:
         raise OptionError(f"unknown stat {stat!r}: choose one of {', '.join(stats)}")
@@ -40,9 +49,12 @@ def heatmap(profile: Profile, metric: str, stat: str = "mean") -> "Figure":
     figure = Figure(figsize=(min(3 + 0.35 * max(heads, 9), 18), min(2 + 0.22 * max(rows, 14), 24)))
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot(facecolor="0.85")
-    image = axes.imshow(values, aspect="auto", interpolation="nearest", cmap="viridis")
-    relative = "\n(1: the layer's average head)" if metric.startswith("relative_") and stat == "mean" else ""
-    figure.colorbar(image, label=f"{stat} of {metric}{relative}")
+    scale = scale_of(metric)
+    centre = scale.centre if stat == "mean" else None
+    colours = {"cmap": "viridis"} if centre is None else {"cmap": "PuOr_r", "norm": _around(centre, values)}
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
+    note = f"\n({scale.note})" if scale.note and stat == "mean" else ""
+    figure.colorbar(image, label=f"{stat} of {metric}{note}" + (f"\n{missing}" if missing else ""))
     axes.set(xlabel="head", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     step = -(-rows // 30)  # at most 30 labels are legible
@@ -60,8 +72,8 @@ def heatmap(profile: Profile, metric: str, stat: str = "mean") -> "Figure":
     return figure
 
 
-def save_heatmap(profile: Profile, path: str | os.PathLike[str], metric: str) -> None:
-    """Plot the heatmap of the means of `metric` and write it to `path`, atomically.
+def save_heatmap(profile: Profile, path: str | os.PathLike[str], metric: str | None = None) -> None:
+    """Plot the heatmap of the means of `metric` (None: as `heatmap`) and write it to `path`, atomically.
 
     Raises:
         OptionError: the suffix of `path` is not in `SUFFIXES`, or the metric is unknown.
@@ -90,6 +102,16 @@ def check_installed() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("a picture", "matplotlib", "plot") from error
+
+
+def _around(centre: float, values: Array) -> "Normalize":
+    """Map values to colours that diverge from `centre`, each side as far as the values go."""
+    from matplotlib.colors import TwoSlopeNorm
+
+    found = values[np.isfinite(values)]
+    low, high = (found.min(), found.max()) if found.size else (centre, centre)
+    room = 1e-6 * abs(centre)  # the norm needs some on both sides
+    return TwoSlopeNorm(centre, min(low, centre - room), max(high, centre + room))
 
 
 def _title(profile: Profile) -> str:

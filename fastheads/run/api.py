@@ -16,15 +16,15 @@ from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError, OptionError
 from fastheads.models.batch_sharing import grows_with_length
 from fastheads.models.sites import unwrapped
-from fastheads.results.head_profile import RANKING_METRIC, HeadProfile
+from fastheads.results.head_profile import HeadProfile
 from fastheads.run import loading
 from fastheads.run.checkpoint import Checkpoint
 from fastheads.run.early_exit import EarlyExit
 from fastheads.run.job import Job, RankInfo
 from fastheads.run.loop import Run, Settings
 from fastheads.run.progress import Status
+from fastheads.run.stability import check_ranked, deciding_metric
 from fastheads.stats.confidence import StableRule, check_token_agg, judge
-from fastheads.stats.metric import metrics_of
 from fastheads.stats.options import MeasureOptions
 
 SEQ_LEN = 512
@@ -129,9 +129,11 @@ def profile(
         checkpoint_every: seconds between checkpoints.
         resume: continue from `checkpoint` if the file exists. On the CPU the result is the same, bit for bit, as without the
             interruption. If it does not exist, start from the beginning, unless `output` exists.
-        until_stable: stop once the ranking of heads by `RANKING_METRIC` has settled, by the rule given or, if True, the default
-            one (`stats.confidence` has its assumptions). It is checked after each window of texts or token batch; with several
-            processes, when each has done one more window. If the data or `max_tokens` end first, a warning says so.
+        until_stable: stop once the ranking of heads by `head_residual_ratio` (if that is not measured, by
+            `relative_head_residual_contribution_norm`) has settled, by the rule given or, if True, the default one
+            (`stats.confidence` has its assumptions). The metadata say by which metric. It is checked after each window of texts
+            or token batch; with several processes, when each has done one more window. If the data or `max_tokens` end first, a
+            warning says so.
         shard: (i, n): run every n-th window of the texts (`Corpus`) from the i-th on. n runs with different i cover all data, and
             `HeadProfile.merge` merges them. None: all windows; for a `Corpus` with a shard, in a single process, that shard.
         job: the processes that split the data between them, each making this call; all get the profile of all data. Token batches
@@ -220,8 +222,8 @@ def profile(
         include=include,
         metrics=metrics,
     )
-    if until_stable is not False and not options.measures(metrics_of([RANKING_METRIC])[0]):
-        raise OptionError(f"until_stable looks at {RANKING_METRIC}: name it in metrics too")
+    if until_stable is not False:
+        check_ranked(options)
     with HookManager(module, **options.configuration()) as hooks, _progress(progress, job) as (report, say):
         early_exit.follow(hooks)
         settings = Settings(
@@ -255,10 +257,15 @@ def profile(
             _check_measured(measured, skip_first)
         finally:
             run.close()
-    if run.settings.until_stable is not None and not run.stability.settled and job.place.rank == 0:
-        verdict = judge(measured.moments[RANKING_METRIC], run.settings.until_stable)
-        why = "the end of the data" if run.complete else f"max_tokens={max_tokens}"
-        warnings.warn(f"the ranking has not settled by {why}: {verdict}", RuntimeWarning, stacklevel=2)
+    if run.settings.until_stable is not None and job.place.rank == 0:
+        metric = deciding_metric(measured.moments)
+        verdict = judge(measured.moments[metric], run.settings.until_stable)
+        if run.stability.settled:
+            say(f"the ranking has {verdict} (by {metric})")
+        else:
+            why = "the end of the data" if run.complete else f"max_tokens={max_tokens}"
+            message = f"the ranking has not settled by {why}: {verdict} (by {metric})"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
     if output is not None and job.place.rank == 0:
         measured.save(output)
     if file is not None:

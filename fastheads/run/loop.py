@@ -43,7 +43,7 @@ from fastheads.run.overhead import Overhead
 from fastheads.run.progress import Status
 from fastheads.run.ranks import check_same, merge_profiles
 from fastheads.run.signals import SignalHandler, Stopped
-from fastheads.run.stability import StabilityChecks
+from fastheads.run.stability import StabilityChecks, deciding_metric
 from fastheads.stats.confidence import StableRule
 
 
@@ -440,7 +440,10 @@ class Run:
         }
         if self.settings.until_stable is not None:
             rule = asdict(self.settings.until_stable)
-            found.metadata["data"]["until_stable"] = rule | {"settled": self.stability.settled}
+            found.metadata["data"]["until_stable"] = rule | {
+                "metric": deciding_metric(found.moments),
+                "settled": self.stability.settled,
+            }
         share = self.overhead.share
         if share is not None:
             found.metadata["data"]["overhead"] = round(share, 5)
@@ -450,6 +453,8 @@ class Run:
         """Return the profile of all parts of the data, the same on every rank."""
         found = self.part(complete=self.complete)
         merge_profiles(self.job, found, self.settings.shard)
+        if self.settings.until_stable is not None:
+            found.metadata["data"]["until_stable"]["metric"] = deciding_metric(found.moments)
         if not found.metadata["data"]["tokens"]:
             raise DataError("no tokens in the data")
         return found

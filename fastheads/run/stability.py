@@ -4,10 +4,35 @@ All processes of a job make the same number of checks, as many as the one with t
 of all: so they get the same answer and stop together.
 """
 
+from collections.abc import Mapping
+
 from fastheads.capture.manager import HookManager
-from fastheads.results.head_profile import RANKING_METRIC
+from fastheads.errors import OptionError
+from fastheads.results.ranking import RELATIVE_METRIC, covers
 from fastheads.run.job import Job
+from fastheads.stats.arrays import as_arrays
 from fastheads.stats.confidence import StableRule, judge
+from fastheads.stats.moments import Moments
+from fastheads.stats.names import RATIO_METRIC
+from fastheads.stats.options import MeasureOptions
+
+DECIDING = (RATIO_METRIC, RELATIVE_METRIC)  # the metrics whose ranking may end a run, the better one first
+
+
+def check_ranked(options: MeasureOptions) -> None:
+    """Raise OptionError if `options` measure none of the metrics that may end a run."""
+    if options.metrics is not None and not set(DECIDING) & set(options.metrics):
+        raise OptionError(f"until_stable looks at {' or '.join(DECIDING)}: name one of them in metrics too")
+
+
+def deciding_metric(moments: Mapping[str, Moments]) -> str:
+    """Return the metric whose ranking ends a run: the ratio to the residual stream if all heads have it."""
+    if RATIO_METRIC not in moments:
+        return RELATIVE_METRIC
+    if RELATIVE_METRIC not in moments:
+        return RATIO_METRIC
+    ratio, relative = (as_arrays(moments[metric]).count for metric in DECIDING)
+    return RATIO_METRIC if covers(ratio, relative) else RELATIVE_METRIC
 
 
 class StabilityChecks:
@@ -52,8 +77,10 @@ class StabilityChecks:
         else:
             self._job.barrier(number)
             self._all_done = all(self._job.all_gather_object(done))
-            moments = {RANKING_METRIC: self._hooks.to_profile().moments[RANKING_METRIC]}
-            settled = judge(self._job.merged(moments)[RANKING_METRIC], rule).settled
+            found = self._hooks.to_profile().moments
+            # All processes measure the same metrics, but only what all of them have measured shows which one decides.
+            merged = self._job.merged({metric: found[metric] for metric in DECIDING if metric in found})
+            settled = judge(merged[deciding_metric(merged)], rule).settled
         self.checks, self.settled = number, settled  # last, so that an interrupted check is made again
 
     def _others_are_done(self) -> bool:

@@ -4,23 +4,34 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from rich import box
 from rich.color import Color
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
 from fastheads.results.head_profile import HeadProfile
+from fastheads.results.ranking import (
+    TIE,
+    Ranking,
+    by_mean_ablation,
+    by_metric,
+    displayed_metric,
+    missing_ratio,
+)
 from fastheads.run.progress import Status
+from fastheads.stats.scales import scale_of
 
 # Minimum width of the terminal, in columns, for:
 BAR_FROM = 70  # a progress bar beside the numbers
 NOTES_FROM = 110  # padding and overhead beside the bar
-SIDE_BY_SIDE = 72  # both tables side by side
+GAP = 4  # columns between two tables side by side
 SOON, A_MINUTE = 2.0, 60.0  # without a terminal: seconds to the first line, and between lines
 
 # matplotlib's viridis at nine equal steps
@@ -109,20 +120,31 @@ class _Notes(ProgressColumn):
         return Text("" if status is None else _notes(status), style="dim", no_wrap=True)
 
 
-def show(profile: HeadProfile, metric: str, console: Console, listed: int | None) -> None:
+def show(
+    profile: HeadProfile, metric: str | None, console: Console, listed: int | None, *, model: Any = None
+) -> None:
     """Print a summary, tables of the `listed` highest and lowest heads by `metric`, and a heatmap of its means.
 
-    If `listed` is None, or the two tables would list all heads, print one table of all.
+    If `listed` is None, or the two tables would list all heads, print one table of all. `metric` None: the ratio to the residual
+    stream, else a relative metric, and a line says so. With the profiled `model`, rank by mean-ablation errors.
     """
-    cells = profile.ranked_cells(metric, descending=True)
-    console.print(_summary(profile, metric))
-    if not cells:
+    missing = ""
+    if model is not None:
+        ranking = by_mean_ablation(profile, model)
+    elif metric is not None:
+        ranking = by_metric(profile, metric)
+    else:
+        ranking, missing = by_metric(profile, displayed_metric(profile.metrics)), missing_ratio(profile)
+    console.print(_summary(profile, ranking, missing))
+    if not ranking.measured.any():
         console.print("no head has samples")
         return
     console.print()
-    console.print(_tables(profile, metric, cells, console.width, listed=listed))
+    console.print(_tables(profile, ranking, console, listed=listed))
+    if notes := _notes_below(profile, ranking, console):
+        console.print(*notes, sep="\n")
     console.print()
-    console.print(heatmap(profile, metric, console))
+    console.print(heatmap(profile, ranking, console))
 
 
 def clean(text: object) -> str:
@@ -130,7 +152,8 @@ def clean(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
-def _summary(profile: HeadProfile, metric: str) -> RenderableType:
+def _summary(profile: HeadProfile, ranking: Ranking, missing: str) -> RenderableType:
+    """Say what was measured; `missing` is the line about the ratio to the residual stream, if the profile lacks it."""
     metadata = profile.metadata
     data = metadata.get("data", {})
     rows, heads = profile.shape
@@ -142,54 +165,79 @@ def _summary(profile: HeadProfile, metric: str) -> RenderableType:
         table.add_row("data", Text(clean(data.get("source", "?"))))
         amount = f"{data.get('tokens', 0):,} tokens in {data.get('sequences', 0):,} sequences"
         table.add_row("", Text(amount + ("" if data.get("complete", True) else " (incomplete)")))
-    unit = "tokens" if metadata.get("token_agg") == "token" else "sequences"
-    count = int(profile.arrays[metric].count.max())
-    table.add_row(
-        "samples", Text(f"{count:,} {unit} a head, token_agg {clean(metadata.get('token_agg', '?'))}")
-    )
-    if nonfinite := int(profile.arrays[metric].nonfinite.sum()):
-        table.add_row(
-            "", Text(f"{nonfinite:,} samples were NaN or infinite and are not included", style="red")
-        )
-    relative = " (1 is the layer's average)" if metric.startswith("relative_") else ""
-    table.add_row("metric", Text(f"{metric}{relative}"))
+    if ranking.name in profile.metrics:
+        moments = profile.arrays[ranking.name]
+        unit = "tokens" if metadata.get("token_agg") == "token" else "sequences"
+        agg = clean(metadata.get("token_agg", "?"))
+        table.add_row("samples", Text(f"{int(moments.count.max()):,} {unit} a head, token_agg {agg}"))
+        if nonfinite := int(moments.nonfinite.sum()):
+            what = f"{nonfinite:,} samples were NaN or infinite and are not included"
+            table.add_row("", Text(what, style="red"))
+    scale = scale_of(ranking.name)
+    across = len(set(profile.layers)) > 1 or scale.comparable
+    note = f" ({scale.note})" if scale.note and across else ""
+    table.add_row("metric", Text(f"{ranking.name}{note}"))
+    if missing:
+        table.add_row("", Text(missing))
     return table
 
 
 def _tables(
-    profile: HeadProfile, metric: str, cells: list[tuple[int, int]], width: int, *, listed: int | None
+    profile: HeadProfile, ranking: Ranking, console: Console, *, listed: int | None
 ) -> RenderableType:
-    stats = profile.statistics(metric)
-    mean, std = stats["mean"].tolist(), stats["std"].tolist()
+    values, tied = ranking.values, ranking.tied()
+    plus_minus = "+-" if console.options.ascii_only else "±"
 
     def table(title: str, chosen: list[tuple[int, int]]) -> Table:
         result = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", pad_edge=False)
-        for name in ("layer", "head", "mean", "std"):
+        columns = ["layer", "head", "mean" if ranking.name in profile.metrics else "error"]
+        columns += [f"{plus_minus} sem"] if ranking.sem is not None else []
+        columns += ["rms"] if ranking.rms is not None else []
+        for name in columns:
             result.add_column(name, justify="right", no_wrap=True)
+        if tied.any():
+            result.add_column("", no_wrap=True)
         for row, head in chosen:
-            spread = std[row][head]
-            numbers = (f"{mean[row][head]:.4g}", "-" if math.isnan(spread) else f"{spread:.3g}")
+            numbers = [f"{values[row, head]:.4g}"]
+            if ranking.sem is not None:
+                sem = ranking.sem[row, head]
+                numbers.append("-" if math.isnan(sem) else f"{plus_minus}{sem:.2g}")
+            if ranking.rms is not None:
+                numbers.append(f"{ranking.rms[row, head]:.4g}")
+            if tied.any():
+                numbers.append("~" if tied[row, head] else " ")
             result.add_row(str(profile.layers[row]), str(head), *numbers)
         return result
 
+    cells = ranking.cells(descending=True)
     if listed is None or 2 * listed >= len(cells):
         return table(f"{len(cells):,} heads, highest first", cells)
-    lowest = profile.ranked_cells(metric)[:listed]
     tables = (
         table(f"{listed:,} highest heads", cells[:listed]),
-        table(f"{listed:,} lowest heads", lowest),
+        table(f"{listed:,} lowest heads", ranking.cells()[:listed]),
     )
-    if width < SIDE_BY_SIDE:
-        return Group(*tables)
-    both = Table.grid(padding=(0, 6))
+    both = Table.grid(padding=(0, GAP))
     both.add_row(*tables)
-    return both
+    wanted = sum(Measurement.get(console, console.options, table).maximum for table in tables) + GAP
+    return both if wanted <= console.width else Group(*tables)
 
 
-def heatmap(profile: HeadProfile, metric: str, console: Console) -> RenderableType:
+def _notes_below(profile: HeadProfile, ranking: Ranking, console: Console) -> list[Text]:
+    """Explain the marks and columns of the tables."""
+    notes = []
+    if ranking.tied().any():
+        root = "sqrt(sem_a^2 + sem_b^2)" if console.options.ascii_only else "√(sem_a² + sem_b²)"
+        notes.append(f"~ a tie: within {TIE} {root} of a neighbour in the ranking")
+        if profile.metadata.get("token_agg") == "token":
+            notes.append("sem takes tokens for independent, so it is too small, and there are more ties")
+    if ranking.rms is not None:
+        notes.append("rms: the root of the mean of the squared ratio")
+    return [Text(note, style="dim") for note in notes]
+
+
+def heatmap(profile: HeadProfile, ranking: Ranking, console: Console) -> RenderableType:
     """Draw the means, one line per layer; heads that do not fit the width are in further blocks below."""
-    moments = profile.arrays[metric]
-    means = np.where(moments.count == 0, math.nan, moments.mean).tolist()
+    means = np.where(ranking.measured, ranking.values, math.nan).tolist()
     found = [value for row in means for value in row if not math.isnan(value)]
     low, high = min(found), max(found)
     paint = _painter(console)

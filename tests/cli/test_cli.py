@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fastheads import HeadProfile, __version__
 from fastheads.cli.commands import main
+from fastheads.results.ranking import displayed_metric
 from fastheads.run import loading
 
 PROGRAM = [sys.executable, "-c", "from fastheads.cli.commands import main; main()"]
@@ -79,12 +80,14 @@ def test_a_profile_is_measured_saved_drawn_and_shown(run, here, model):
 
     for said in ("225 tokens in 8 sequences", "12 heads, highest first", "pictures/p.png"):
         assert said in out
-    rows = re.findall(r"^ +(\d+) +(\d+) +([\d.]+) +([\d.]+) *$", out, re.MULTILINE)
-    assert [(int(row[0]), int(row[1])) for row in rows] == found.rank(descending=True)
-    highest, first = found.rank()[-1], rows[0]
-    stats = found.results()["relative_head_residual_contribution_norm"]
+    rows = re.findall(r"^ +(\d+) +(\d+) +([\d.]+) +±([\d.]+)[ \d.~]*$", out, re.MULTILINE)
+    metric = displayed_metric(found.metrics)
+    assert re.search(rf"metric +{metric} ", out)
+    assert [(int(row[0]), int(row[1])) for row in rows] == found.rank(metric, descending=True)
+    highest, first = found.rank(metric)[-1], rows[0]
+    stats = found.results()[metric]
     assert first[2] == f"{stats['mean'][highest]:.4g}"  # rows are layers here
-    assert first[3] == f"{stats['std'][highest]:.3g}"
+    assert first[3] == f"{stats['sem'][highest]:.2g}"
 
     code, again, err = run("show", "new/p.safetensors")
     assert (code, err) == (0, "")
@@ -104,10 +107,11 @@ def test_another_metric_can_be_shown(run, here, model):
 
 def test_as_many_heads_are_listed_as_are_asked_for(run, here, model):
     run("profile", model, "--data", "text.txt")
-    found = HeadProfile.load("head_profile.safetensors").rank()
-    code, out, _ = run("show", "head_profile.safetensors", "--heads", "2")
+    metric = "relative_head_residual_contribution_norm"
+    found = HeadProfile.load("head_profile.safetensors").rank(metric)
+    code, out, _ = run("show", "head_profile.safetensors", "--heads", "2", "--metric", metric)
     assert code == 0
-    rows = re.findall(r"^ +(\d+) +(\d+) .* (\d+) +(\d+) +[\d.]+ +[\d.]+ *$", out, re.MULTILINE)
+    rows = re.findall(r"^ +(\d+) +(\d+) .* (\d+) +(\d+) +[\d.]+ +±[\d.]+[ ~]*$", out, re.MULTILINE)
     assert [tuple(map(int, row)) for row in rows] == [found[-1] + found[0], found[-2] + found[1]]
     assert "2 highest heads" in out and "2 lowest heads" in out
     assert "12 heads, highest first" in run("show", "head_profile.safetensors", "--heads", "all")[1]
@@ -190,6 +194,7 @@ def test_until_stable_takes_all_the_data_unless_it_is_told(run, here, model):
     assert code == 0
     assert "fastheads: warning: the ranking has not settled by max_tokens=40: 12 of 12 heads undecided" in err
     found = HeadProfile.load("head_profile.safetensors").metadata["data"]
+    assert f"(by {found['until_stable']['metric']})" in err
     assert (found["tokens"], found["complete"], found["until_stable"]["settled"]) == (40, False, False)
     code, out, err = run("profile", model, "--until-stable", "--token-agg", "token")
     assert (code, out) == (2, "")

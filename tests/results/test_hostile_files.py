@@ -113,7 +113,7 @@ def check_profile(found: HeadProfile) -> None:
                 assert possible(*values), values
                 assert head < sites[row]["num_heads"] or values[0] == values[1] == 0
     found.results()
-    found.rank(found.metrics[0])
+    found.ranked_cells(found.metrics[0])
     HeadProfile.merge([found, found], allow_repeated=True)
 
 

@@ -16,6 +16,7 @@ from fastheads.results.head_profile import RANKING_METRIC, HeadProfile
 from fastheads.run import terminal
 from fastheads.run.progress import Status
 from fastheads.stats.moments import Moments
+from fastheads.stats.names import METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC
 
 OTHER = "head_output_norm"
 
@@ -116,7 +117,7 @@ def console(width: int = 80, encoding: str = "utf-8", **options) -> Console:
 
 
 def printed(
-    profile: HeadProfile, console: Console, metric: str = RANKING_METRIC, listed: int | None = 10
+    profile: HeadProfile, console: Console, metric: str | None = RANKING_METRIC, listed: int | None = 10
 ) -> str:
     terminal.show(profile, metric, console, listed)
     console.file.flush()
@@ -125,30 +126,123 @@ def printed(
 
 def rows_of_tables(out: str, cells: int) -> list[list[str]]:
     lines = [line.split() for line in out.splitlines()]
-    return [line for line in lines if len(line) == cells and all(cell[0].isdigit() for cell in line)]
+    marks = ("±", "+", "~", "-")
+    return [
+        line
+        for line in lines
+        if len(line) == cells and all(cell[0].isdigit() or cell[0] in marks for cell in line)
+    ]
 
 
 HIGHEST_FIRST = [
-    ["7", "1", "4", "1.41"],
-    ["0", "2", "3", "1.06"],
-    ["0", "1", "2", "0.707"],
-    ["0", "0", "1", "0.354"],
-    ["7", "0", "0.5", "0.177"],
+    ["7", "1", "4", "±1", "~"],
+    ["0", "2", "3", "±0.75", "~"],
+    ["0", "1", "2", "±0.5", "~"],
+    ["0", "0", "1", "±0.25", "~"],
+    ["7", "0", "0.5", "±0.12", "~"],
 ]
 
 
 def test_the_tables_list_heads_from_either_end(profile):
-    rows = rows_of_tables(printed(profile, console(), listed=2), 8)
-    assert [row[:4] for row in rows] == HIGHEST_FIRST[:2]
-    assert [row[4:] for row in rows] == HIGHEST_FIRST[:-3:-1]
+    rows = rows_of_tables(printed(profile, console(), listed=2), 10)
+    assert [row[:5] for row in rows] == HIGHEST_FIRST[:2]
+    assert [row[5:] for row in rows] == HIGHEST_FIRST[:-3:-1]
 
 
 @pytest.mark.parametrize("listed", [3, 10, None])
 def test_where_two_tables_would_hold_all_heads_one_does(profile, listed):
     out = printed(profile, console(), listed=listed)
-    assert rows_of_tables(out, 4) == HIGHEST_FIRST
+    assert rows_of_tables(out, 5) == HIGHEST_FIRST
     assert "5 heads, highest first" in out
     assert "lowest" not in out
+
+
+def with_spread(means: list[float], spread: float, squares: bool = False) -> HeadProfile:
+    """One layer of heads with these means, of two samples each, so that the standard error is `spread`."""
+    values = torch.tensor([means], dtype=torch.float64)
+    samples = torch.stack([values - spread, values + spread])
+    moments = {RATIO_METRIC: Moments.of(samples)}
+    if squares:
+        moments[RATIO_SQUARE_METRIC] = Moments.of(samples**2)
+    sites = [{"name": "layers.3", "layer": 3, "num_heads": len(means), "head_dim": 8}]
+    return HeadProfile(moments, {"model": "m", "sites": sites, "token_agg": "all"})
+
+
+def test_heads_that_the_samples_do_not_tell_apart_are_marked_as_ties():
+    # 1.96 √2 0.1 = 0.277
+    out = printed(with_spread([1.0, 1.27, 5.0, 1.56], 0.1), console())
+    assert rows_of_tables(out, 4) == [["3", "2", "5", "±0.1"], ["3", "3", "1.56", "±0.1"]]
+    assert rows_of_tables(out, 5) == [["3", "1", "1.27", "±0.1", "~"], ["3", "0", "1", "±0.1", "~"]]
+    line = "~ a tie: within 1.96 √(sem_a² + sem_b²) of a neighbour in the ranking"
+    assert line in out and "independent" not in out
+    out = printed(with_spread([1.0, 2.0], 0.1), console())
+    assert "~" not in out
+    tokens = with_spread([1.0, 1.0], 0.1)
+    tokens.metadata["token_agg"] = "token"
+    assert "sem takes tokens for independent" in printed(tokens, console())
+
+
+def test_a_tie_beyond_the_listed_heads_is_marked_too():
+    out = printed(with_spread([1.0, 1.1, 3.0, 4.0, 5.0], 0.1), console(), listed=1)
+    assert rows_of_tables(out, 9) == [["3", "4", "5", "±0.1", "3", "0", "1", "±0.1", "~"]]
+
+
+def test_of_one_sample_no_uncertainty_is_known():
+    one = with_spread([1.0, 2.0], 0.0)
+    one.moments = {RATIO_METRIC: Moments.of(torch.tensor([[[1.0, 2.0]]], dtype=torch.float64))}
+    assert rows_of_tables(printed(one, console()), 5) == [
+        ["3", "1", "2", "-", "~"],
+        ["3", "0", "1", "-", "~"],
+    ]
+
+
+def test_the_ratio_has_its_root_mean_square_beside_it():
+    out = printed(with_spread([1.0, 3.0], 0.5, squares=True), console(), RATIO_METRIC)
+    assert rows_of_tables(out, 5) == [["3", "1", "3", "±0.5", "3.041"], ["3", "0", "1", "±0.5", "1.118"]]
+    assert "rms: the root of the mean of the squared ratio" in out
+    assert "rms" not in printed(with_spread([1.0, 3.0], 0.5), console(), RATIO_METRIC)
+
+
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_the_tables_fit_eighty_columns(squares, encoding):
+    many = with_spread([0.01234 + 0.001 * head for head in range(30)], 0.0005678, squares=squares)
+    out = printed(many, console(encoding=encoding))
+    assert max(map(len, out.splitlines())) <= 80
+    assert out.isascii() or encoding == "utf-8"
+
+
+def test_what_is_shown_where_the_ratio_is_not_measured():
+    def of(*metrics):
+        whole = make([[1.0, 2.0], [3.0, 4.0]])
+        return HeadProfile({metric: whole.moments[OTHER] for metric in metrics}, whole.metadata)
+
+    line = "shown since this profile has no head_residual_ratio"
+    for profile, shown, note in (
+        (of(OTHER, METRICS[3]), METRICS[3], "1 is the layer's average"),
+        (of(OTHER, METRICS[3], RATIO_METRIC), RATIO_METRIC, "relative to the residual stream"),
+        (of(OTHER), OTHER, "grows with depth: compare heads within a layer only"),
+    ):
+        out = " ".join(printed(profile, console(), None).split())
+        assert f"metric {shown} ({note})" in out
+        assert (line in out) == (shown != RATIO_METRIC)
+        label = profile.plot().axes[1].get_ylabel()
+        assert f"mean of {shown}\n({note})" in label
+        assert (line in label) == (shown != RATIO_METRIC)
+        asked = printed(profile, console(), OTHER) if OTHER in profile.metrics else ""
+        assert line not in asked and line not in profile.plot(OTHER).axes[1].get_ylabel()
+
+
+def test_relative_means_have_colours_that_diverge_from_one():
+    means = [[0.5, 1.0, 4.0]]
+    profile = HeadProfile({METRICS[3]: make(means).moments[OTHER]}, make(means).metadata)
+    image = profile.plot().axes[0].images[0]
+    np.testing.assert_allclose(image.norm(np.array([0.5, 1.0, 4.0])), [0, 0.5, 1])
+    assert image.cmap.name != make(means).plot().axes[0].images[0].cmap.name == "viridis"
+    assert profile.plot(stat="std").axes[0].images[0].cmap.name == "viridis"
+    for same in (1.0, 2.0, 0.5, math.nan):
+        one = HeadProfile({METRICS[3]: make([[same] * 3]).moments[OTHER]}, make(means).metadata)
+        one.plot().savefig(io.BytesIO(), format="png")
 
 
 def test_without_colour_the_heatmap_has_shades(profile):

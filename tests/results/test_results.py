@@ -102,7 +102,7 @@ def ranked_profile() -> HeadProfile:
 
 def test_rank_is_lowest_first_in_absolute_layers_with_ties_by_position():
     assert ranked_profile().rank() == [(5, 1), (0, 1), (5, 0), (0, 2), (0, 0)]
-    assert ranked_profile().rank(OTHER) == [(5, 1), (0, 1), (5, 0), (0, 2), (0, 0)]
+    assert ranked_profile().ranked_cells(OTHER) == [(1, 1), (0, 1), (1, 0), (0, 2), (0, 0)]
     assert ranked_profile().rank(descending=True) == [(0, 0), (0, 2), (0, 1), (5, 0), (5, 1)]
 
 

@@ -26,12 +26,12 @@ from fastheads.corpus.token_batches import as_batch
 from fastheads.corpus.windows import Corpus
 from fastheads.errors import CheckpointError, DataError, ProfileInterrupted
 from fastheads.results import files
-from fastheads.results.head_profile import RANKING_METRIC
 from fastheads.run import signals
 from fastheads.run.api import profile
 from fastheads.run.batches import GivenFeed, WindowFeed
 from fastheads.run.checkpoint import Checkpoint
 from fastheads.run.job import Job, RankInfo
+from fastheads.run.stability import deciding_metric
 from fastheads.stats.confidence import StableRule, judge
 from fastheads.stats.moments import COUNT, M2, MAX, MEAN, MIN, NONFINITE
 
@@ -281,7 +281,7 @@ def test_a_look_that_is_broken_off_is_made_again(model, tokenizer, tmp_path):
         """Stopped while the samples of all are merged for the look that settles it."""
 
         def merged(self, moments):
-            if judge(moments[RANKING_METRIC], options["until_stable"]).settled:
+            if judge(moments[deciding_metric(moments)], options["until_stable"]).settled:
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().merged(moments)
 

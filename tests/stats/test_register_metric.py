@@ -124,7 +124,7 @@ def test_profiles_hold_it_also_where_nobody_registered_it(tmp_path):
     torch.testing.assert_close(
         loaded.moments["test_drift"].mean, profile_of(IDS[0]).moments["test_drift"].mean
     )
-    assert sorted(loaded.rank("test_drift")) == sorted(loaded.rank("head_residual_contribution_norm"))
+    assert sorted(loaded.rank("test_drift")) == sorted(loaded.ranked_cells("head_residual_contribution_norm"))
     cli = [sys.executable, "-m", "fastheads"]
     merged = tmp_path / "merged.safetensors"
     for command in (["merge", *paths, "-o", merged], ["show", merged, "--metric", "test_drift"]):
