@@ -12,15 +12,14 @@ from fastheads.capture import forward_hooks
 from fastheads.capture.profiled import Profiled
 from fastheads.capture.projection_hook import RetraceHandle, Tap, add_tap, takes_taps
 from fastheads.capture.recorder import Recorder
-from fastheads.errors import ForwardError
 from fastheads.models.residual import Update
-from fastheads.models.stream import StreamSource
 
 
 def attach(recorder: Recorder, handles: list[Any]) -> None:
     """Put the hooks on the recorder's model. Appends the handle of each hook to `handles` as soon as the hook is on."""
     scope = recorder.scope
-    handles.append(RetraceHandle({p.site.name: p.site.module for p in recorder.profiled}))
+    streams: dict[str, nn.Module] = {} if scope.streams is None else scope.streams.modules(scope.model)
+    handles.append(RetraceHandle({p.site.name: p.site.module for p in recorder.profiled}, streams))
     handles.append(register_optimizer_step_post_hook(_marking_changes(recorder)))
     for profiled in recorder.profiled:
         tap = _tap(recorder, profiled)
@@ -30,7 +29,7 @@ def attach(recorder: Recorder, handles: list[Any]) -> None:
         else:
             handles.append(module.register_forward_pre_hook(_pre_hook(recorder, tap, profiled)))
         if scope.streams is not None and profiled.row in scope.streams.sources:
-            handles.append(_add_stream_hook(recorder, profiled))
+            handles.append(_add_stream_tap(recorder, profiled))
         update = scope.normed.get(profiled.row)
         if update is not None:
             hook = _output_hook(recorder, profiled, update)
@@ -106,12 +105,8 @@ def _output_hook(recorder: Recorder, profiled: Profiled, update: Update) -> Call
     return hook
 
 
-# The ids of the hooks that read the residual stream, of all managers.
-_stream_hooks: set[int] = set()
-
-
-def _add_stream_hook(recorder: Recorder, profiled: Profiled) -> Any:
-    """Put the hook on the module whose input is the residual stream. It comes before the projection's, in the same forward."""
+def _add_stream_tap(recorder: Recorder, profiled: Profiled) -> Any:
+    """Look at the residual stream where a module's call shows it, which comes before the projection's, in the same forward."""
     streams = recorder.scope.streams
     assert streams is not None
     source, cannot_wait = streams.sources[profiled.row], streams.cannot_wait(profiled.row)
@@ -121,17 +116,12 @@ def _add_stream_hook(recorder: Recorder, profiled: Profiled) -> Any:
     engine, read = recorder.engine, source.read
     as_is = engine.as_is(row)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            if module is own:
-                recorder.trace_stream(row, read(args, kwargs))
-            return
+    def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not own:
             return  # a copy of the model
-        given = read(args, kwargs)
-        if next(reversed(module._forward_pre_hooks)) not in _stream_hooks:
-            _check_unreplaced(module, handle.id, source, given)
-        stream = given if as_is else engine.output(row, given)
+        stream = read(args, kwargs)
+        if not as_is:
+            stream = engine.output(row, stream)
         size = stream.nbytes
         if (
             may_wait
@@ -147,34 +137,17 @@ def _add_stream_hook(recorder: Recorder, profiled: Profiled) -> Any:
         else:
             recorder.measure_stream(mark, stream, is_overwritten=cannot_wait)
 
-    _name_owner(hook)
-    handle = own.register_forward_pre_hook(hook, with_kwargs=True)
-    _stream_hooks.add(handle.id)
-    return handle
+    if takes_taps(own):
+        return add_tap(own, tap, recorder.handle, row)
 
+    def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            tap(module, args, kwargs)
+        elif module is own:
+            recorder.trace_stream(row, args, kwargs)
 
-def _check_unreplaced(module: nn.Module, own: int, source: StreamSource, given: Tensor) -> None:
-    """Put the hook behind a later one of others, for the calls to come, and check that those that follow it in this call leave
-    the residual stream as it is.
-    """
-    hooks: Any = module._forward_pre_hooks  # an OrderedDict
-    if own not in hooks:
-        return
-    hooks.move_to_end(own)
-    version = None if given.is_inference() else given._version
-
-    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
-        handle.remove()
-        now = source.read(args, kwargs)
-        if now is not given or (
-            version is not None and now._version != version and not source.is_overwritten
-        ):
-            raise ForwardError(
-                f"a forward pre-hook that was registered on {type(module).__name__} after the profiling hooks changed the "
-                "residual stream: this forward is not counted, later ones are"
-            )
-
-    handle = module.register_forward_hook(check, with_kwargs=True)
+    _name_owner(pre_hook)
+    return own.register_forward_pre_hook(pre_hook, with_kwargs=True)
 
 
 def _name_owner(hook: Callable[..., None]) -> None:

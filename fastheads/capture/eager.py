@@ -113,8 +113,7 @@ class EagerSink(Sink):
             if scaled:
                 self._record_scaled(forward, queue, scaled)
             return
-        check_unchanged(kept)
-        pairs = Pairing(kept, self._paired)
+        pairs = Pairing(kept)
         queue.kept = pairs.left
         queue.room -= sum(stream.nbytes for _, stream, _ in pairs.left)
         if pairs.inputs:
@@ -145,6 +144,11 @@ class EagerSink(Sink):
         else:
             for profiled, x, _ in pairs.inputs:
                 self._inputs.check(forward, profiled, x)
+        check_unchanged([*pairs.inputs, *pairs.used])
+        if (
+            forward.epoch == self._forwards.epoch
+        ):  # else a reset dropped streams, and this forward does not count
+            pairs.check(self._paired)
         ran = set(rows)
         forward.ran |= ran
         if len(kinds) == 1 and len(ran) == len(rows):
@@ -211,7 +215,13 @@ class EagerSink(Sink):
                 check_unchanged([queue.kept.pop(place)])
                 check_shape(profiled, x, stream)
                 return stream
-        raise missing(profiled)
+        self._check_not_missing(forward, profiled)
+        return None
+
+    def _check_not_missing(self, forward: Forward, profiled: Profiled) -> None:
+        """Raise ForwardError for an input without its residual stream, unless a reset dropped that: then nothing counts."""
+        if forward.epoch == self._forwards.epoch:
+            raise missing(profiled)
 
     def _inverse_norm_of(self, forward: Forward, profiled: Profiled, x: Tensor) -> Tensor | None:
         """Remove and return 1/‖r‖ `[batch, seq]` of an input that is measured behind its projection."""
@@ -220,7 +230,8 @@ class EagerSink(Sink):
             return None
         norms = forward.streams.pop(profiled.row, None)
         if norms is None:
-            raise missing(profiled)
+            self._check_not_missing(forward, profiled)
+            return None
         check_shape(profiled, x, norms)
         return norms
 

@@ -1,16 +1,17 @@
-"""Give each projection a fresh subclass of its class while hooks are attached.
+"""Give each projection, and each module whose input is a residual stream, a fresh subclass of its class while hooks are on.
 
 It makes code that torch.compile compiled before see hooks that came later. Dynamo does not guard on a module's hooks by default:
 a graph that was compiled without them would go on without them, silently. It does guard on a module's class, and on attributes
 that it reads: the site's name, without which layers that are compiled one by one would share the graph, and hook, of the first.
 
-And it calls the hook of a plain linear layer from `forward`. A module with a pre-hook takes the long way through torch's
-`__call__`: 7 to 9 µs a layer between the launches of a decode step. Pre-hooks of others come before it: it sees what they made
-of the input.
+And it calls the hook of a plain linear layer, or of a decoder layer, from `forward`. A module with a pre-hook takes the long way
+through torch's `__call__`: 7 to 9 µs a layer between the launches of a decode step. Pre-hooks of others come before it: it sees
+what they made of the input.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -25,9 +26,12 @@ TAPS_ATTRIBUTE = "_fastheads_taps"
 # look where all that a graph read of it, and of the modules in it, is constants; else it looks at each layer of the model anew.
 # That is so in torch 2.11 (`use_recursive_dict_tags_for_guards`), no longer in 2.13.
 TRACED_ATTRIBUTE = "_fastheads_traced"
+ANY_ATTRIBUTE = "_fastheads_any"  # of a `forward` that calls taps with all its arguments
 
-# As a forward pre-hook, but what it returns is not looked at.
-Tap = Callable[[nn.Module, tuple[Any, ...]], None]
+_Taps = Literal["linear", "stream"] | None
+
+# As a forward pre-hook, but what it returns is not looked at. That of a residual stream takes keyword arguments too.
+Tap = Callable[..., None]
 
 # module -> (its own class, number of managers attached)
 _attached: WeakKeyDictionary[nn.Module, tuple[type[nn.Module], int]] = WeakKeyDictionary()
@@ -38,14 +42,15 @@ _made: set[type[nn.Module]] = set()
 class RetraceHandle:
     """Makes compiled code that runs any of the modules compile anew at its next call; and once more when it is removed."""
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        """`modules` by the names of their sites."""
-        self._modules = list(modules.values())
+    def __init__(self, modules: dict[str, nn.Module], streams: dict[str, nn.Module] | None = None) -> None:
+        """`modules` by the names of their sites; `streams`: by names, modules whose input is a residual stream."""
+        streams = {} if streams is None else streams
+        self._modules = [*modules.values(), *streams.values()]
         fresh = _FreshSubclasses()
-        for name, module in modules.items():
+        for name, module in (*modules.items(), *streams.items()):
             own, count = _attached.get(module, (type(module), 0))
             _attached[module] = (own, count + 1)
-            module.__class__ = fresh[own, _runs_linear_forward(module, own)]
+            module.__class__ = fresh[own, _tap_of(module, own, takes_any=name in streams)]
             setattr(module, SITE_ATTRIBUTE, name)
 
     def remove(self) -> None:
@@ -57,7 +62,8 @@ class RetraceHandle:
                 pass  # a parametrization, say, made a class of its own from ours: it needs it
             elif count > 1:
                 _attached[module] = (own, count - 1)
-                module.__class__ = fresh[own, _runs_linear_forward(module, own)]
+                takes_any = getattr(type(module).forward, ANY_ATTRIBUTE, False)
+                module.__class__ = fresh[own, _tap_of(module, own, takes_any=takes_any)]
             else:
                 module.__class__ = own
             if count == 1:
@@ -67,19 +73,22 @@ class RetraceHandle:
 
 def takes_taps(module: nn.Module) -> bool:
     """Return True if a module that a RetraceHandle holds can have taps; others need a pre-hook."""
-    return type(module).forward is _tapped_forward
+    forward = type(module).forward
+    return forward is _tapped_forward or (
+        getattr(forward, ANY_ATTRIBUTE, False) and "forward" not in module.__dict__
+    )
 
 
-def add_tap(module: nn.Module, tap: Tap, recorder: int, site: tuple[Any, ...]) -> Any:
+def add_tap(module: nn.Module, tap: Tap, recorder: int, site: Any) -> Any:
     """Call `tap` before each forward of a module that takes taps, as a pre-hook would be called. While Dynamo traces, the `trace`
-    method of the recorder with that handle (`custom_op`) is called instead, with `site`, which holds constants only. Returns the
-    handle that removes the tap.
+    method of the recorder with that handle (`custom_op`), or `trace_stream`, is called instead, with `site`, which holds
+    constants only. Returns the handle that removes the tap.
     """
     return _TapHandle(module, tap, (recorder, site))
 
 
 class _TapHandle:
-    def __init__(self, module: nn.Module, tap: Tap, traced: tuple[int, tuple[Any, ...]]) -> None:
+    def __init__(self, module: nn.Module, tap: Tap, traced: tuple[int, Any]) -> None:
         self._module = module
         self._entries = {TAPS_ATTRIBUTE: tap, TRACED_ATTRIBUTE: traced}
         for name, entry in self._entries.items():
@@ -116,28 +125,62 @@ def _trace_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
             recorder.trace(module, args, site)
 
 
+def _run_stream_taps(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for tap in getattr(module, TAPS_ATTRIBUTE, ()):
+        tap(module, args, kwargs)
+
+
+def _trace_stream_taps(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for handle, row in getattr(module, TRACED_ATTRIBUTE, ()):
+        recorder = recorder_of(handle)
+        if recorder is not None:
+            recorder.trace_stream(row, args, kwargs)
+
+
 plain_or_traced(_run_taps, _trace_taps)
+plain_or_traced(_run_stream_taps, _trace_stream_taps)
 
 
-def _runs_linear_forward(module: nn.Module, own: type[nn.Module]) -> bool:
-    """Return True if the module runs `nn.Linear.forward` itself."""
-    return own.forward is nn.Linear.forward and "forward" not in module.__dict__
+def _tap_of(module: nn.Module, own: type[nn.Module], *, takes_any: bool) -> _Taps:
+    """Return how the module's `forward` can call taps: "linear" if it runs `nn.Linear.forward` itself, "stream" if it
+    `takes_any` arguments and runs its class's, None if a hook must.
+    """
+    if "forward" in module.__dict__:
+        return None
+    if takes_any:
+        return "stream"
+    return "linear" if own.forward is nn.Linear.forward else None
 
 
-class _FreshSubclasses(dict[tuple[type[nn.Module], bool], type[nn.Module]]):
+def _stream_forward(own: type[nn.Module]) -> Callable[..., Any]:
+    """Make the `forward` that shows the taps its arguments, after all pre-hooks, and runs that of the class."""
+    original = own.forward
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _run_stream_taps(self, args, kwargs)
+        return original(self, *args, **kwargs)
+
+    setattr(forward, ANY_ATTRIBUTE, True)
+    return forward
+
+
+class _FreshSubclasses(dict[tuple[type[nn.Module], _Taps], type[nn.Module]]):
     """One new subclass of each class, with taps or without; one for all modules, since Python runs code that meets many classes
     slower.
     """
 
-    def __missing__(self, key: tuple[type[nn.Module], bool]) -> type[nn.Module]:
-        own, tapped = key
+    def __missing__(self, key: tuple[type[nn.Module], _Taps]) -> type[nn.Module]:
+        own, taps = key
         names: dict[str, Any] = {
             "__module__": own.__module__,
             "__qualname__": own.__qualname__,
             "__reduce_ex__": _reduce_to(own),
         }
-        if tapped:
+        if taps == "linear":
             names["forward"] = _tapped_forward
+        elif taps == "stream":
+            names["forward"] = _stream_forward(own)
         self[key] = type(own.__name__, (own,), names)
         _made.add(self[key])
         return self[key]

@@ -363,10 +363,11 @@ class Recorder:
             return
         self.graph.put(forward, module, site, self.engine.input(site.row, args[0].detach()))
 
-    def trace_stream(self, row: int, stream: Tensor) -> None:
-        """`measure_stream`, as Dynamo traces it."""
+    def trace_stream(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`measure_stream`, as Dynamo traces it; the arguments are those of the call that shows the residual stream."""
         forward = self.forwards.traced()
-        if forward is not None and forward.counts:
+        if forward is not None and forward.counts and self.scope.streams is not None:
+            stream = self.scope.streams.sources[row].read(args, kwargs)
             self.graph.put_stream(forward, row, self.engine.output(row, stream.detach()))
 
     def finish_traced(self, module: nn.Module) -> None:

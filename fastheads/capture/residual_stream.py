@@ -40,6 +40,11 @@ class Streams:
         # The rows whose ratio is measured with the projection's input alone.
         self.at_input = frozenset(self.sources) - frozenset(updates.normed)
 
+    def modules(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return the modules whose calls show r, by their names in `model`."""
+        names = {id(module): name for name, module in model.named_modules()}
+        return {names[id(source.module)]: source.module for source in self.sources.values()}
+
     def cannot_wait(self, row: int) -> bool:
         """True if r must be read at once: the model writes into it, or sites that share it would keep one memory twice."""
         source = self.sources[row]
@@ -84,25 +89,31 @@ def check_shape(profiled: Profiled, x: Tensor, stream: Tensor) -> None:
 class Pairing:
     """Kept entries as inputs with their streams: each input comes with the last stream of its site before it."""
 
-    def __init__(self, kept: list[Kept], at_input: frozenset[int]) -> None:
-        """`at_input`: the rows whose input must have a stream. Raises ForwardError where one has none."""
+    def __init__(self, kept: list[Kept]) -> None:
         self.inputs: list[Kept] = []
         self.streams: list[Tensor | None] = []
-        self.left: list[Kept] = []  # streams whose input is still to come
+        self.used: list[Kept] = []  # the streams that have an input
+        self.left: list[Kept] = []  # those whose input is still to come
         waiting: dict[int, Kept] = {}
         for entry in kept:
-            profiled, x, _ = entry
+            profiled = entry[0]
             if profiled.is_stream:
                 waiting[profiled.row] = entry
                 continue
+            self.inputs.append(entry)
             found = waiting.pop(profiled.row, None)
+            self.streams.append(None if found is None else found[1])
             if found is not None:
-                check_shape(profiled, x, found[1])
+                self.used.append(found)
+        self.left = list(waiting.values())
+
+    def check(self, at_input: frozenset[int]) -> None:
+        """Raise ForwardError if an input of the rows `at_input` has no stream, or one stream is over other tokens."""
+        for (profiled, x, _), stream in zip(self.inputs, self.streams, strict=True):
+            if stream is not None:
+                check_shape(profiled, x, stream)
             elif profiled.row in at_input:
                 raise missing(profiled)
-            self.inputs.append(entry)
-            self.streams.append(None if found is None else found[1])
-        self.left = list(waiting.values())
 
 
 def missing(profiled: Profiled | TracedSite) -> ForwardError:
