@@ -42,7 +42,7 @@ def token_errors(factor: KernelFactor, weights: Tensor, x: Tensor) -> Tensor:
     """Relative errors of |W z|, `[tokens, heads]`; weights `[heads, hidden, D]`, x `[1, tokens, heads * D]`."""
     norms = torch.full((2, factor.heads, x.shape[1]), math.nan, device=x.device)
     state = new_state(factor.heads)
-    launcher._launch_one([x], [factor], state, [0], "token", None, None, 0, None, norms)
+    launcher._launch_one([x], [factor], state, [0], "token", None, None, 0, None, None, norms)
     z = x[0].double().unflatten(-1, (factor.heads, -1)).transpose(0, 1)
     truth = (z @ weights.mT).norm(dim=-1)
     return ((norms[1] - truth).abs() / truth).T
