@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import triton
-from fastheads.kernels import KernelFactor, head_stats, prepare
+from fastheads.kernels import KernelFactor, head_stats, inverse_norms, prepare
 from fastheads.kernels import launch as launcher
 from torch import Tensor
 from tune import HIDDEN, SEQ, graph_ms, new_state, random_factor, read_ceiling, true_means
@@ -42,7 +42,7 @@ def token_errors(factor: KernelFactor, weights: Tensor, x: Tensor) -> Tensor:
     """Relative errors of |W z|, `[tokens, heads]`; weights `[heads, hidden, D]`, x `[1, tokens, heads * D]`."""
     norms = torch.full((2, factor.heads, x.shape[1]), math.nan, device=x.device)
     state = new_state(factor.heads)
-    launcher._launch_one([x], [factor], state, [0], "token", None, None, 0, None, norms)
+    launcher._launch_one([x], [factor], state, [0], "token", None, None, 0, None, None, norms)
     z = x[0].double().unflatten(-1, (factor.heads, -1)).transpose(0, 1)
     truth = (z @ weights.mT).norm(dim=-1)
     return ((norms[1] - truth).abs() / truth).T
@@ -151,10 +151,61 @@ def bench_small() -> dict[str, float]:
     }
 
 
+def ratio_state(heads: int) -> Tensor:
+    state = torch.zeros(6, 6, 1, heads, dtype=torch.float64, device="cuda")
+    state[4] = math.inf
+    state[5] = -math.inf
+    return state
+
+
+def bench_ratio(head_dim: int, heads: int, batch: int) -> dict[str, Any]:
+    """The kernel without a ratio, with one, and without again; and 1 / |r| of the residual streams."""
+    weights, L = random_factor(heads, head_dim)
+    x = torch.randn(batch, SEQ, heads * head_dim, device="cuda", dtype=torch.bfloat16)
+    r = torch.randn(batch, SEQ, HIDDEN, device="cuda", dtype=torch.bfloat16)
+    ratio = inverse_norms([r])
+    off_by = (ratio[0] * r.double().norm(dim=-1) - 1).abs().max().item()
+    if not off_by <= 1e-6:
+        sys.exit(f"inverse norms wrong by {off_by:.1e}")
+    z = x.unflatten(-1, (heads, head_dim))
+    truth = (
+        torch.stack(
+            [
+                ((z[b, :, h].double() @ weights[h].mT).norm(dim=-1) * ratio[0, b].double()).mean()
+                for b in range(batch)
+                for h in range(heads)
+            ]
+        )
+        .view(batch, heads)
+        .mean(0)
+    )
+    ceiling = read_ceiling(r)
+    inverse = graph_ms(lambda: inverse_norms([r]))
+    result: dict[str, Any] = {
+        "head_dim": head_dim, "heads": heads, "batch": batch, "bytes": x.nbytes,
+        "inverse_norms_ms": inverse, "inverse_norms_percent_of_ceiling": 100 * r.nbytes / inverse * 1e3 / ceiling,
+    }  # fmt: skip
+    for precision in ("fast", "exact"):
+        factor = prepare(L, torch.bfloat16, precision)
+        for token_agg in ("all", "token"):
+            plain, with_ratio = new_state(heads), ratio_state(heads)
+            head_stats([x], [factor], with_ratio, [0], token_agg=token_agg, ratio=ratio)
+            wrong = ((with_ratio[MEAN, 4, 0] - truth).abs() / truth).max().item()
+            if not wrong <= BIAS[precision]:
+                sys.exit(f"head_dim {head_dim} {precision} {token_agg}: ratios wrong by {wrong:.1e}")
+            run = partial(head_stats, [x], [factor], rows=[0], token_agg=token_agg)
+            calls = (partial(run, state=plain), partial(run, state=with_ratio, ratio=ratio))
+            result[f"{precision} {token_agg}"] = [graph_ms(calls[i]) for i in (0, 1, 0, 1)]
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write all of it there")
     parser.add_argument("--commit", help="the commit that is measured, where git cannot say")
+    parser.add_argument(
+        "--ratio", action="store_true", help="only what a ratio costs: without, with, without, with"
+    )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/kernel.py needs a GPU")
@@ -172,6 +223,14 @@ def main() -> None:
         "cuda": torch.version.cuda, "matmul_ceiling_tflop_s": matmul / 1e12,
     }  # fmt: skip
     print(", ".join(f"{key} {value}" for key, value in report.items()))
+    if arguments.ratio:
+        report["ratio"] = []
+        for head_dim, heads, batch, *_ in CASES:
+            report["ratio"].append(bench_ratio(head_dim, heads, batch))
+            print(", ".join(f"{key} {value}" for key, value in report["ratio"][-1].items()), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        return
     cases = []
     for head_dim, heads, batch, fast, exact in CASES:
         case = bench_case(head_dim, heads, batch, {"fast": fast, "exact": exact}, matmul)

@@ -6,5 +6,15 @@ Installed as `fastheads.kernels`. Importing it imports triton; `import fastheads
 from .config import Config
 from .factor import KernelFactor
 from .launch import Launch, head_stats, prepare, token_norms, unsupported
+from .residual_norms import inverse_norms
 
-__all__ = ["Config", "KernelFactor", "Launch", "head_stats", "prepare", "token_norms", "unsupported"]
+__all__ = [
+    "Config",
+    "KernelFactor",
+    "Launch",
+    "head_stats",
+    "inverse_norms",
+    "prepare",
+    "token_norms",
+    "unsupported",
+]

@@ -22,6 +22,14 @@ ALL = tl.constexpr(0)
 LAST = tl.constexpr(1)
 TOKEN = tl.constexpr(2)
 
+# Metrics of the state: |z|, |W z|, and each over its mean over the layer's heads; with ratios |W z| * ratio and its square too.
+METRICS = tl.constexpr(4)
+RATIO_METRICS = tl.constexpr(2)
+# Of the moments: count, nonfinite, mean, m2, min, max.
+PLANES = tl.constexpr(6)
+# Of the partial sums: |z|, |W z|, valid tokens; with ratios |W z| * ratio and its square behind them.
+SUMS = tl.constexpr(3)
+
 
 @triton.jit
 def entry(table, i, SIZE: tl.constexpr):
@@ -196,15 +204,15 @@ def tile_norms(
 
 
 @triton.jit
-def no_moments(HP: tl.constexpr):
-    """The moments of no samples, six float64 [4, HP]: count, nonfinite, mean, m2, min, max."""
-    zero = tl.zeros([4, HP], dtype=tl.float64)
+def no_moments(COUNT: tl.constexpr, HP: tl.constexpr):
+    """The moments of no samples of COUNT metrics, PLANES float64 [COUNT, HP]: count, nonfinite, mean, m2, min, max."""
+    zero = tl.zeros([COUNT, HP], dtype=tl.float64)
     return zero, zero, zero, zero, zero + float("inf"), zero - float("inf")
 
 
 @triton.jit
 def combine(n, bad, mean, m2, low, high):
-    """The moments of several parts of a stream, [4, parts, HP] each, as one: [4, HP] each.
+    """The moments of several parts of a stream, [metrics, parts, HP] each, as one: [metrics, HP] each.
 
     n = sum n_i, mean = sum n_i mean_i / n, m2 = sum m2_i + n_i (mean_i - mean)^2, with the rounding error of the
     mean fed back (Chan, Golub & LeVeque 1983). An empty part has n = 0 and mean 0.
@@ -243,27 +251,33 @@ def merged(a, b):
 
 
 @triton.jit
-def no_samples(SLOTS: tl.constexpr, HP: tl.constexpr):
-    """What `add_samples` keeps of the samples of each slot, [4, SLOTS, HP]: counts, then sums."""
-    none = tl.zeros([4, SLOTS, HP], dtype=tl.int32)
-    zero = tl.zeros([4, SLOTS, HP], dtype=tl.float64)
+def no_samples(COUNT: tl.constexpr, SLOTS: tl.constexpr, HP: tl.constexpr):
+    """What `add_samples` keeps of the samples of each slot, [COUNT, SLOTS, HP]: counts, then sums."""
+    none = tl.zeros([COUNT, SLOTS, HP], dtype=tl.int32)
+    zero = tl.zeros([COUNT, SLOTS, HP], dtype=tl.float64)
     return none, none, zero, zero, zero, zero + float("inf"), zero - float("inf")
 
 
 @triton.jit
-def add_samples(kept, values, present, m_heads, per_head):
-    """`kept` with one sample more in each slot, from float64 values [4, SLOTS, HP].
-
-    The metrics are |z|, |W z|, and each over its mean over the layer's heads: values holds the first two twice;
-    per_head is 1 / heads. Sums are of deviations d from the slot's first sample, which is itself one of the n: of
-    m2 = sum d^2 - (sum d)^2 / n the second term is at most n m2, so that no more than n roundings of m2 are lost.
+def with_relatives(values, m_heads, per_head):
+    """|z|, |W z|, and each over its mean over the layer's heads, from float64 values [METRICS, SLOTS, HP] that hold the first
+    two twice; per_head is 1 / heads.
     """
-    seen, n, first, sum_d, sum_d2, low, high = kept
     mean = (tl.sum(tl.where(m_heads, values, 0.0), axis=2) * per_head)[:, :, None]
     # A mean of norms is 0 where all are, and 0/0 is NaN; one NaN or infinite head leaves the layer without a mean.
     no_mean = (mean == 0) | (mean == float("inf"))
-    relative = tl.arange(0, 4)[:, None, None] >= 2
-    values = values / tl.where(relative, tl.where(no_mean, float("nan"), mean), 1.0)
+    relative = tl.arange(0, METRICS)[:, None, None] >= METRICS // 2
+    return values / tl.where(relative, tl.where(no_mean, float("nan"), mean), 1.0)
+
+
+@triton.jit
+def add_samples(kept, values, present, m_heads):
+    """`kept` with one sample more in each slot, from float64 values [metrics, SLOTS, HP].
+
+    Sums are of deviations d from the slot's first sample, which is itself one of the n: of m2 = sum d^2 - (sum d)^2 / n
+    the second term is at most n m2, so that no more than n roundings of m2 are lost.
+    """
+    seen, n, first, sum_d, sum_d2, low, high = kept
     present = present & m_heads
     finite = present & (tl.abs(values) < float("inf"))  # false for NaN
     first = tl.where(finite & (n == 0), values, first)
@@ -290,11 +304,18 @@ def sample_moments(kept):
 
 
 @triton.jit
-def state_pointers(state, row, state_rows, state_heads, HP: tl.constexpr):
-    """Pointers [4, HP] to the counts of one row of the state, and the stride between its planes."""
+def state_pointers(state, row, heads, state_rows, state_heads, FIRST: tl.constexpr, COUNT: tl.constexpr,
+                   RATIO: tl.constexpr, HP: tl.constexpr):  # fmt: skip
+    """Pointers [COUNT, HP] to the counts of one row of the state, of the metrics from FIRST on; which of them are there; and
+    the stride between the state's planes.
+    """
     stride_metric = state_rows.to(tl.int64) * state_heads
-    o_metric = tl.arange(0, 4)[:, None] * stride_metric
-    return state + row.to(tl.int64) * state_heads + o_metric + tl.arange(0, HP)[None, :], 4 * stride_metric
+    o_metric = tl.arange(0, COUNT)[:, None] * stride_metric
+    p = state + row.to(tl.int64) * state_heads + o_metric + tl.arange(0, HP)[None, :]
+    if FIRST > 0:
+        p += FIRST * stride_metric
+    m = (tl.arange(0, COUNT)[:, None] >= 0) & (tl.arange(0, HP)[None, :] < heads)
+    return p, m, (METRICS + RATIO_METRICS if RATIO else METRICS) * stride_metric
 
 
 @triton.jit
@@ -316,12 +337,12 @@ def read_state(p, stride_plane, m):
 
 @triton.jit
 def write_state(p, stride_plane, m, old, new, count, bad):
-    """Merge the moments `new` [4, HP] into what `read_state` returned, and store them."""
+    """Merge the moments `new` [metrics, HP] into what `read_state` returned, and store them."""
     both = merged(old, new)
     p_counts = p.to(tl.pointer_type(tl.int64))
     tl.store(p_counts, count + new[0].to(tl.int64), mask=m)
     tl.store(p_counts + stride_plane, bad + new[1].to(tl.int64), mask=m)
-    for plane in tl.static_range(2, 6):
+    for plane in tl.static_range(2, PLANES):
         tl.store(p + plane * stride_plane, both[plane], mask=m)
 
 
@@ -352,27 +373,39 @@ def merge_samples(
     state_rows,
     state_heads,
     COUNTED: tl.constexpr,  # valid tokens were counted; else they are `tokens` in each row
+    RATIO: tl.constexpr,
     HP: tl.constexpr,
     BB: tl.constexpr,
 ):
     """Samples of a layer from its partial sums, and their moments into the state."""
-    m_state = (tl.arange(0, 4)[:, None] >= 0) & (tl.arange(0, HP)[None, :] < heads)
-    p_state, stride_plane = state_pointers(state, row, state_rows, state_heads, HP)
+    p_state, m_state, stride_plane = state_pointers(
+        state, row, heads, state_rows, state_heads, 0, METRICS, RATIO, HP
+    )
     old, old_count, old_bad = read_state(
         p_state, stride_plane, m_state
     )  # first: its wait is that of the sums
+    if RATIO:
+        # Beside the others, not among them: what those are does not change, and no lane is empty.
+        p_ratio, m_ratio, _ = state_pointers(
+            state, row, heads, state_rows, state_heads, METRICS, RATIO_METRICS, RATIO, HP
+        )
+        ratio_old, ratio_old_count, ratio_old_bad = read_state(p_ratio, stride_plane, m_ratio)
+        ratio_kept = no_samples(RATIO_METRICS, BB, HP)
     o_h = tl.arange(0, HP)[None, None, :]
     m_h = o_h < heads
     plane = chunks * batch * heads
-    o_value = (tl.arange(0, 4)[:, None, None] % 2) * plane
+    o_value = (tl.arange(0, METRICS)[:, None, None] % 2) * plane
+    o_ratio = (tl.arange(0, RATIO_METRICS)[:, None, None] + SUMS) * plane
     # Divisions in float64 are long: those by one number are done once.
     per_head = 1.0 / heads.to(tl.float64)
     per_token = 1.0 / tl.maximum(tokens, 1).to(tl.float64)
-    kept = no_samples(BB, HP)
+    kept = no_samples(METRICS, BB, HP)
     for i_b in range(0, batch, BB):
         o_b = i_b + tl.arange(0, BB)[None, :, None]
         m = (o_b < batch) & m_h
-        values = tl.zeros([4, BB, HP], dtype=tl.float64)
+        values = tl.zeros([METRICS, BB, HP], dtype=tl.float64)
+        if RATIO:
+            ratios = tl.zeros([RATIO_METRICS, BB, HP], dtype=tl.float64)
         count = tl.zeros([1, BB, HP], dtype=tl.float64)
         first = o_b * tiles // tiles_per_program
         spans = (
@@ -382,16 +415,28 @@ def merge_samples(
             p_in = partial + (c * batch + o_b) * heads + o_h
             there = m & (c <= spans)
             values += tl.load(p_in + o_value, mask=there & (o_value >= 0), other=0.0, cache_modifier=".cg")
+            if RATIO:
+                ratios += tl.load(
+                    p_in + o_ratio, mask=there & (o_ratio >= 0), other=0.0, cache_modifier=".cg"
+                )
             if COUNTED:
-                count += tl.load(p_in + 2 * plane, mask=there, other=0.0, cache_modifier=".cg")
+                count += tl.load(p_in + (SUMS - 1) * plane, mask=there, other=0.0, cache_modifier=".cg")
         if COUNTED:
             values /= tl.maximum(count, 1.0)
+            if RATIO:
+                ratios /= tl.maximum(count, 1.0)
         else:
             count += tl.where(m, tokens.to(tl.float64), 0.0)
             values *= per_token
-        kept = add_samples(kept, values, count > 0, m_h, per_head)
-    moments = sample_moments(kept)
-    write_state(p_state, stride_plane, m_state, old, moments, old_count, old_bad)
+            if RATIO:
+                ratios *= per_token
+        kept = add_samples(kept, with_relatives(values, m_h, per_head), count > 0, m_h)
+        if RATIO:
+            ratio_kept = add_samples(ratio_kept, ratios, count > 0, m_h)
+    write_state(p_state, stride_plane, m_state, old, sample_moments(kept), old_count, old_bad)
+    if RATIO:
+        ratio_moments = sample_moments(ratio_kept)
+        write_state(p_ratio, stride_plane, m_ratio, ratio_old, ratio_moments, ratio_old_count, ratio_old_bad)
 
 
 @triton.jit
@@ -404,6 +449,7 @@ def stream_tokens(
     valid,
     last_index,
     token_scale,
+    token_ratio,
     stride_xb16,
     stride_xs16,
     batch,
@@ -440,7 +486,7 @@ def stream_tokens(
     head_scale = tl.load(p_scale)
     PER16: tl.constexpr = 128 // p_x.dtype.element_ty.primitive_bitwidth
     stride_xs = stride_xs16.to(tl.int64) * PER16
-    plane = chunks * batch * heads  # of this layer's partial sums: three planes [chunks, batch, heads]
+    plane = chunks * batch * heads  # of this layer's partial sums: planes [chunks, batch, heads]
     o_t = tl.arange(0, BT)
     if MODE == LAST:
         # A tile is BT rows of the batch at their last valid tokens.
@@ -463,7 +509,11 @@ def stream_tokens(
         p_out = partial + row * heads + i_h
         tl.store(p_out, n_z.to(tl.float64), mask=o_b < batch)
         tl.store(p_out + plane, n_c.to(tl.float64), mask=o_b < batch)
-        tl.store(p_out + 2 * plane, m_b.to(tl.float64), mask=o_b < batch)
+        tl.store(p_out + (SUMS - 1) * plane, m_b.to(tl.float64), mask=o_b < batch)
+        if token_ratio is not None:
+            ratio = n_c.to(tl.float64) * tl.load(token_ratio + row * seq + token).to(tl.float64)
+            tl.store(p_out + SUMS * plane, ratio, mask=o_b < batch)
+            tl.store(p_out + (SUMS + 1) * plane, ratio * ratio, mask=o_b < batch)
     else:
         # The tiles of all rows of the batch in one line: this program takes a stretch of it.
         tiles = tl.cdiv(seq, BT)
@@ -472,6 +522,9 @@ def stream_tokens(
         sum_z = tl.zeros([BT], dtype=tl.float32)
         sum_c = tl.zeros([BT], dtype=tl.float32)
         count = tl.zeros([BT], dtype=tl.int32)
+        if token_ratio is not None:
+            sum_r = tl.zeros([BT], dtype=tl.float32)
+            sum_r2 = tl.zeros([BT], dtype=tl.float32)
         if TMA:
             rows_of_x = tl.make_tensor_descriptor(
                 p_x,
@@ -500,6 +553,9 @@ def stream_tokens(
             # t_real <= t_start + o_t < seq, in one comparison
             real = (o_t + (t_start - t_real)).to(tl.uint32) < tl.maximum(seq - t_real, 0).to(tl.uint32)
             place = i_b.to(tl.int64) * seq + t_start  # of the tile in [batch, seq]
+            if token_ratio is not None:
+                # Before the products, behind which it arrives.
+                per_norm = tl.load(token_ratio + place + o_t, mask=real, other=0.0)
             if TMA:
                 source = (rows_of_x, rows_of_x_last, place.to(tl.int32), i_h * HEAD_DIM)
             else:
@@ -527,6 +583,12 @@ def stream_tokens(
                     n_c = tl.where(real, n_c, 0.0)
                 sum_z += n_z
                 sum_c += n_c
+                if token_ratio is not None:
+                    ratio = n_c * per_norm
+                    if MASKED:
+                        ratio = tl.where(real, ratio, 0.0)  # 0 * inf
+                    sum_r += ratio
+                    sum_r2 += ratio * ratio
                 if last_tile | (step == steps - 1):
                     # A row that spans programs has one chunk of partial sums from each.
                     i_c = i_p - i_b * tiles // tiles_per_program
@@ -535,8 +597,13 @@ def stream_tokens(
                     tl.store(p_out + plane, tl.sum(sum_c.to(tl.float64), axis=0))
                     sum_z = tl.zeros([BT], dtype=tl.float32)
                     sum_c = tl.zeros([BT], dtype=tl.float32)
+                    if token_ratio is not None:
+                        tl.store(p_out + SUMS * plane, tl.sum(sum_r.to(tl.float64), axis=0))
+                        tl.store(p_out + (SUMS + 1) * plane, tl.sum(sum_r2.to(tl.float64), axis=0))
+                        sum_r = tl.zeros([BT], dtype=tl.float32)
+                        sum_r2 = tl.zeros([BT], dtype=tl.float32)
                     if valid is not None:
-                        tl.store(p_out + 2 * plane, tl.sum(count, axis=0).to(tl.float64))
+                        tl.store(p_out + (SUMS - 1) * plane, tl.sum(count, axis=0).to(tl.float64))
                         count = tl.zeros([BT], dtype=tl.int32)
             i_b = tl.where(last_tile, i_b + 1, i_b)
             i_t = tl.where(last_tile, 0, i_t + 1)
@@ -561,12 +628,14 @@ def head_stats_kernel(
     x_table,  # addresses of x, one a layer of the group
     factor_table,  # addresses of the factors' buffers
     row_table,  # rows of the state, times SLOT
-    state,  # float64 [6, 4, state_rows, state_heads]
-    partial,  # float64 [layers, 3, chunks, batch, heads]: sums of |z|, sums of |z L|, valid tokens (where not all are)
+    state,  # float64 [PLANES, METRICS, state_rows, state_heads]; with token_ratio RATIO_METRICS more
+    partial,  # float64 [layers, SUMS, chunks, batch, heads]: sums of |z|, sums of |z L|, valid tokens (where not all are);
+    #           with token_ratio RATIO_METRICS more: sums of |z L| * ratio and of its square
     norms,  # float32 [layers, 2, heads, batch * seq] (TOKEN)
     valid,  # uint8 [batch, seq]
     last_index,  # int64 [batch]
     token_scale,  # float32 [layers, batch, seq]
+    token_ratio,  # likewise; not in TOKEN, whose moments are another kernel's
     stride_xb16,  # strides of x in units of 16 bytes
     stride_xs16,
     batch,
@@ -616,16 +685,19 @@ def head_stats_kernel(
 
     if token_scale is not None:
         token_scale += i_l.to(tl.int64) * batch * seq
+    RATIO: tl.constexpr = token_ratio is not None
+    if RATIO:
+        token_ratio += i_l.to(tl.int64) * batch * seq
     if MODE == TOKEN:
         norms += i_l.to(tl.int64) * 2 * heads * batch * seq
     else:
-        partial += i_l.to(tl.int64) * 3 * chunks * batch * heads
+        partial += i_l.to(tl.int64) * (SUMS + RATIO_METRICS if RATIO else SUMS) * chunks * batch * heads
     one_pass = False
     if FAST:
         one_pass = tl.load(p_flag + i_h) == 0
     if one_pass:
         stream_tokens(
-            p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
+            p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale, token_ratio,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, chunks,
             i_h, i_p,
             MODE, MASKED, HEAD_DIM, PIECES, COUNT, BT, 1, PARTS, False, TOGETHER,
@@ -633,7 +705,7 @@ def head_stats_kernel(
         )  # fmt: skip
     else:
         stream_tokens(
-            p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale,
+            p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale, token_ratio,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, chunks,
             i_h, i_p,
             MODE, MASKED, HEAD_DIM, PIECES, COUNT, BT, 2, PARTS, SIDE_BY_SIDE, TOGETHER,
@@ -646,8 +718,55 @@ def head_stats_kernel(
             COUNTED: tl.constexpr = MODE == LAST or valid is not None
             merge_samples(
                 partial, state, row, batch, heads, chunks, tl.cdiv(seq, BT) if MODE == ALL else tiles_per_program,
-                tiles_per_program, tl.maximum(seq - skip_first, 0), state_rows, state_heads, COUNTED, HP, BB,
+                tiles_per_program, tl.maximum(seq - skip_first, 0), state_rows, state_heads, COUNTED, RATIO, HP, BB,
             )  # fmt: skip
+
+
+@triton.jit
+def store_moments(p, moments, COUNT: tl.constexpr, HP: tl.constexpr):
+    """Store moments as [COUNT, PLANES, HP]."""
+    p_out = p + (tl.arange(0, COUNT)[:, None] * PLANES) * HP + tl.arange(0, HP)[None, :]
+    for plane in tl.static_range(PLANES):
+        tl.store(p_out + plane * HP, moments[plane])
+
+
+@triton.jit
+def merge_moments(
+    partial,
+    programs,
+    state,
+    row,
+    heads,
+    state_rows,
+    state_heads,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    RATIO: tl.constexpr,
+    PART: tl.constexpr,  # elements from the moments of one program to those of the next
+    HP: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """What the programs stored of COUNT metrics, into those of the state from FIRST on."""
+    o_partial = tl.arange(0, COUNT)[:, None, None] * (PLANES * HP) + tl.arange(0, HP)[None, None, :]
+    moments = no_moments(COUNT, HP)
+    for i in range(0, programs, BP):
+        o_p = i + tl.arange(0, BP)[None, :, None]
+        m = (o_p < programs) & (o_partial >= 0)
+        p = partial + o_p * PART + o_partial
+        parts = combine(
+            tl.load(p, mask=m, other=0.0, cache_modifier=".cg"),
+            tl.load(p + HP, mask=m, other=0.0, cache_modifier=".cg"),
+            tl.load(p + 2 * HP, mask=m, other=0.0, cache_modifier=".cg"),
+            tl.load(p + 3 * HP, mask=m, other=0.0, cache_modifier=".cg"),
+            tl.load(p + 4 * HP, mask=m, other=float("inf"), cache_modifier=".cg"),
+            tl.load(p + 5 * HP, mask=m, other=-float("inf"), cache_modifier=".cg"),
+        )
+        moments = merged(moments, parts)
+    p_state, m_state, stride_plane = state_pointers(
+        state, row, heads, state_rows, state_heads, FIRST, COUNT, RATIO, HP
+    )
+    old, old_count, old_bad = read_state(p_state, stride_plane, m_state)
+    write_state(p_state, stride_plane, m_state, old, moments, old_count, old_bad)
 
 
 @triton.jit(do_not_specialize=["tokens", "seq", "heads", "state_rows", "state_heads", "skip_first"])
@@ -655,9 +774,10 @@ def token_moments_kernel(
     factor_table,
     row_table,
     state,
-    partial,  # float64 [layers, programs, 4, 6, HP]
+    partial,  # float64 [layers, programs, METRICS, PLANES, HP]; with token_ratio RATIO_METRICS more
     norms,  # float32 [layers, 2, heads, tokens]
     valid,  # uint8 [tokens]
+    token_ratio,  # float32 [layers, tokens]
     tokens,
     seq,
     heads,
@@ -673,48 +793,49 @@ def token_moments_kernel(
     i_p = tl.program_id(0)
     i_l = tl.program_id(1)
     programs = tl.num_programs(0)
+    RATIO: tl.constexpr = token_ratio is not None
+    PART: tl.constexpr = (METRICS + RATIO_METRICS if RATIO else METRICS) * PLANES * HP
     o_h = tl.arange(0, HP)[None, None, :]
     m_h = o_h < heads
-    o_metric = tl.arange(0, 4)[:, None, None]
+    o_metric = tl.arange(0, METRICS)[:, None, None]
     norms += i_l.to(tl.int64) * 2 * heads * tokens
-    partial += i_l.to(tl.int64) * programs * (24 * HP)
+    partial += i_l.to(tl.int64) * programs * PART
     p_norms = norms + (o_metric % 2) * (heads.to(tl.int64) * tokens) + o_h.to(tl.int64) * tokens
     per_head = 1.0 / heads.to(tl.float64)
-    kept = no_samples(BT, HP)
+    kept = no_samples(METRICS, BT, HP)
+    if RATIO:
+        token_ratio += i_l.to(tl.int64) * tokens
+        p_contributions = norms + heads.to(tl.int64) * tokens + o_h.to(tl.int64) * tokens
+        square = tl.arange(0, RATIO_METRICS)[:, None, None] == 1
+        ratio_kept = no_samples(RATIO_METRICS, BT, HP)
     for i_t in range(i_p * BT, tokens, programs * BT):
         o_t = i_t + tl.arange(0, BT)[None, :, None]
         real = o_t < tokens
         m = real & m_h & (o_metric >= 0)
+        if RATIO:
+            ratio = tl.load(token_ratio + o_t, mask=real, other=0.0).to(tl.float64)
+            ratio = ratio * tl.load(p_contributions + o_t, mask=real & m_h, other=0.0).to(tl.float64)
         if valid is not None:
             real = real & (tl.load(valid + o_t, mask=real, other=0) != 0)
         else:
             real = real & (o_t % seq >= skip_first)
         values = tl.load(p_norms + o_t, mask=m, other=0.0).to(tl.float64)
-        kept = add_samples(kept, values, real, m_h, per_head)
-    moments = sample_moments(kept)
-    o_partial = o_metric * (6 * HP) + o_h
-    p_out = partial + i_p * (24 * HP) + (tl.arange(0, 4)[:, None] * 6) * HP + tl.arange(0, HP)[None, :]
-    for plane in tl.static_range(6):
-        tl.store(p_out + plane * HP, moments[plane])
+        kept = add_samples(kept, with_relatives(values, m_h, per_head), real, m_h)
+        if RATIO:
+            ratio_kept = add_samples(ratio_kept, tl.where(square, ratio * ratio, ratio), real, m_h)
+    store_moments(partial + i_p * PART, sample_moments(kept), METRICS, HP)
+    if RATIO:
+        p_ratio = partial + METRICS * PLANES * HP
+        store_moments(p_ratio + i_p * PART, sample_moments(ratio_kept), RATIO_METRICS, HP)
 
     p_ticket = entry(factor_table, i_l, SIZE).to(tl.pointer_type(tl.int32))
     if arrived_last(p_ticket, programs):
-        moments = no_moments(HP)
-        for i in range(0, programs, BP):
-            o_p = i + tl.arange(0, BP)[None, :, None]
-            m = (o_p < programs) & (o_partial >= 0)
-            p = partial + o_p * (24 * HP) + o_partial
-            parts = combine(
-                tl.load(p, mask=m, other=0.0, cache_modifier=".cg"),
-                tl.load(p + HP, mask=m, other=0.0, cache_modifier=".cg"),
-                tl.load(p + 2 * HP, mask=m, other=0.0, cache_modifier=".cg"),
-                tl.load(p + 3 * HP, mask=m, other=0.0, cache_modifier=".cg"),
-                tl.load(p + 4 * HP, mask=m, other=float("inf"), cache_modifier=".cg"),
-                tl.load(p + 5 * HP, mask=m, other=-float("inf"), cache_modifier=".cg"),
-            )
-            moments = merged(moments, parts)
         row = entry(row_table, i_l, SIZE) // SLOT
-        m_state = (tl.arange(0, 4)[:, None] >= 0) & (tl.arange(0, HP)[None, :] < heads)
-        p_state, stride_plane = state_pointers(state, row, state_rows, state_heads, HP)
-        old, old_count, old_bad = read_state(p_state, stride_plane, m_state)
-        write_state(p_state, stride_plane, m_state, old, moments, old_count, old_bad)
+        merge_moments(
+            partial, programs, state, row, heads, state_rows, state_heads, 0, METRICS, RATIO, PART, HP, BP
+        )
+        if RATIO:
+            merge_moments(
+                p_ratio, programs, state, row, heads, state_rows, state_heads, METRICS, RATIO_METRICS, RATIO,
+                PART, HP, BP,
+            )  # fmt: skip

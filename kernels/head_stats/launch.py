@@ -41,6 +41,8 @@ _TOKEN_PROGRAMS = 128
 
 
 _SLOT = int(kernel.SLOT.value)
+_PLANES, _SUMS = int(kernel.PLANES.value), int(kernel.SUMS.value)
+_METRICS, _RATIO_METRICS = int(kernel.METRICS.value), int(kernel.RATIO_METRICS.value)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -124,6 +126,7 @@ def head_stats(
     valid: Tensor | None = None,
     skip_first: int = 0,
     scale: Tensor | None = None,
+    ratio: Tensor | None = None,
 ) -> "Launch | None":
     """Merge the samples of a group of layers into `state`, in place, without waiting for the GPU.
 
@@ -131,13 +134,16 @@ def head_stats(
         inputs: x `[batch, seq, heads * head_dim]` of each layer; one shape, dtype (bfloat16, float16, float32) and device.
             Rows may be slices of wider ones; what 16-byte loads cannot read is copied.
         factors: from `prepare`, one an input.
-        state: float64 `[6, 4, rows, max_heads]`, the buffer of `fastheads.stats.moments.RunningMoments`.
+        state: float64 `[6, metrics, rows, max_heads]`, the buffer of `fastheads.stats.moments.RunningMoments`. Four metrics: |z|,
+            |W z| and each over its mean over the layer's heads; with `ratio` two more: |W z| * ratio and its square.
         rows: the row of the state of each input, all different.
         token_agg: "all", "last" or "token": what one sample is.
         valid: bool `[batch, seq]`, the valid tokens, less the `skip_first` first of each sequence; None where all are.
         skip_first: tokens at the start of each row that are left out; counts only where `valid` is None.
         scale: `[batch, seq]`, or `[layers, batch, seq]` with one for each input, multiplied into the norms of the contributions
             |W z| (not of |z|), token by token.
+        ratio: likewise: what |W z| (times `scale`) is multiplied with for the last two metrics, as c / |r| from `inverse_norms`.
+            Under "all" the ratio's square is float32: from 1.8e19 on a ratio makes the sample nonfinite.
 
     Returns:
         What makes these launches again for other inputs of the same form; None where each must be made anew.
@@ -145,20 +151,26 @@ def head_stats(
     Raises:
         ValueError: shapes, dtypes, devices or names that do not fit together.
     """
-    _check(inputs, factors, state, rows, token_agg)
+    _check(inputs, factors, state, rows, token_agg, ratio is not None)
     if inputs[0].shape[0] == 0 or inputs[0].shape[1] == 0:
         return None
     mask, last = _as_kernel_reads(valid, token_agg)
     if scale is not None:
-        scale = _scale_as_kernel_reads(scale, len(inputs), inputs[0].shape)
+        scale = _per_token(scale, len(inputs), inputs[0].shape, "scale")
+    if ratio is not None:
+        ratio = _per_token(ratio, len(inputs), inputs[0].shape, "ratio")
     loadable = [_loadable(x) for x in inputs]
     with _on(state.device):
-        parts = _launch_groups(loadable, factors, state, rows, token_agg, mask, last, skip_first, scale)
+        parts = _launch_groups(
+            loadable, factors, state, rows, token_agg, mask, last, skip_first, scale, ratio
+        )
     if parts is None or len({(x.stride(), type(x)) for x in inputs}) > 1:
         return None
     if any(x is not given for x, given in zip(loadable, inputs, strict=True)):
         return None  # a copy must be made each time
-    return Launch(parts, inputs, factors, state, token_agg, valid, skip_first, scale is not None)
+    return Launch(
+        parts, inputs, factors, state, token_agg, valid, skip_first, scale is not None, ratio is not None
+    )
 
 
 def _last_of(valid: Tensor) -> Tensor:
@@ -177,9 +189,14 @@ def _as_kernel_reads(valid: Tensor | None, token_agg: str) -> tuple[Tensor | Non
     return valid.contiguous().view(torch.uint8), last
 
 
-def _scale_as_kernel_reads(scale: Tensor, layers: int, shape: torch.Size) -> Tensor:
-    """`scale` for inputs of this shape: contiguous float32 `[layers, batch, seq]`."""
-    return scale.to(torch.float32).expand(layers, *shape[:2]).contiguous()
+def _per_token(numbers: Tensor, layers: int, shape: torch.Size, name: str) -> Tensor:
+    """A scale or a ratio for inputs of this shape as the kernel reads it: contiguous float32 `[layers, batch, seq]`."""
+    try:
+        return numbers.to(torch.float32).expand(layers, *shape[:2]).contiguous()
+    except RuntimeError:
+        raise ValueError(
+            f"expected a {name} [batch, seq] or [layers, batch, seq] for {layers} inputs {list(shape)}, got {list(numbers.shape)}"
+        ) from None
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
@@ -218,6 +235,7 @@ class Launch:
         valid: Tensor | None,
         skip_first: int,
         is_scaled: bool,
+        has_ratio: bool,
     ) -> None:
         """`inputs` are of one type, shape, strides and dtype; none was copied."""
         x = inputs[0]
@@ -231,15 +249,22 @@ class Launch:
         )
         self._index = x.get_device()
         self._device, self._state_shape = state.device, state.shape
-        self._token_agg, self._skip_first, self._is_scaled = token_agg, skip_first, is_scaled
+        self._token_agg = token_agg
+        self._form = (len(inputs), skip_first, is_scaled, has_ratio)
         self._valid_like = None if valid is None else (valid.shape, valid.device)
         self._scratch = max(part.partial for part in parts)
 
     def matches(
-        self, inputs: Sequence[Tensor], valid: Tensor | None, skip_first: int, *, is_scaled: bool = False
+        self,
+        inputs: Sequence[Tensor],
+        valid: Tensor | None,
+        skip_first: int,
+        *,
+        is_scaled: bool = False,
+        has_ratio: bool = False,
     ) -> list[int] | None:
         """The addresses of these inputs, all on one device, for `run`; None where these launches do not serve them."""
-        if (len(inputs), skip_first, is_scaled) != (self._count, self._skip_first, self._is_scaled):
+        if (len(inputs), skip_first, is_scaled, has_ratio) != self._form:
             return None
         if valid is None or self._valid_like is None:
             if valid is not self._valid_like:
@@ -273,27 +298,37 @@ class Launch:
         valid: Tensor | None,
         *,
         scale: Tensor | None = None,
+        ratio: Tensor | None = None,
         scratch: Tensor | None = None,
     ) -> bool:
         """Launch for the inputs at these addresses, which `matches` gave. False, and nothing was done, where the kernel cannot
-        read the state, the mask or the scale.
+        read the state, the mask, the scale or the ratio.
         """
         mask, last = _as_kernel_reads(valid, self._token_agg)
-        scales: list[Tensor | None] = [None] * len(self._parts)
-        if scale is not None:
-            scale = _scale_as_kernel_reads(scale, self._count, self._shape)
-            scales = [scale[part.inputs] for part in self._parts]
+        scales, ratios = self._of_parts(scale, "scale"), self._of_parts(ratio, "ratio")
         if state.shape != self._state_shape or state.device != self._device or not state.is_contiguous():
             return False
-        if any([tensor is not None and tensor.data_ptr() & 15 for tensor in (state, mask, last, *scales)]):
+        if any(
+            [
+                tensor is not None and tensor.data_ptr() & 15
+                for tensor in (state, mask, last, *scales, *ratios)
+            ]
+        ):
             return False
         with _on(self._device):
             if scratch is None:
                 scratch = self.new_scratch()
-            for part, of_part in zip(self._parts, scales, strict=True):
+            for part, *per_token in zip(self._parts, scales, ratios, strict=True):
                 table = (*addresses[part.inputs], *part.padding)
-                part.run(table, *part.tables, state, scratch, None, mask, last, of_part, *part.numbers)
+                part.run(table, *part.tables, state, scratch, None, mask, last, *per_token, *part.numbers)
         return True
+
+    def _of_parts(self, numbers: Tensor | None, name: str) -> list[Tensor | None]:
+        """The scale or ratio of each launch."""
+        if numbers is None:
+            return [None] * len(self._parts)
+        numbers = _per_token(numbers, self._count, self._shape, name)
+        return [numbers[part.inputs] for part in self._parts]
 
 
 def _check(
@@ -302,6 +337,7 @@ def _check(
     state: Tensor,
     rows: Sequence[int],
     token_agg: str,
+    has_ratio: bool = False,
 ) -> None:
     if token_agg not in TOKEN_AGGS:
         raise ValueError(f"token_agg {token_agg!r}: expected one of {', '.join(map(repr, TOKEN_AGGS))}")
@@ -310,8 +346,12 @@ def _check(
             f"expected one factor and one distinct row per input, got {len(inputs)} inputs, "
             f"{len(factors)} factors, rows {list(rows)}"
         )
-    if state.dtype != torch.float64 or state.shape[:2] != (6, 4) or not state.is_contiguous():
-        raise ValueError(f"expected a contiguous float64 state [6, 4, rows, heads], got {list(state.shape)}")
+    form = (_PLANES, _METRICS + _RATIO_METRICS if has_ratio else _METRICS)
+    if state.dtype != torch.float64 or state.shape[:2] != form or not state.is_contiguous():
+        raise ValueError(
+            f"expected a contiguous float64 state [{form[0]}, {form[1]}, rows, heads] "
+            f"{'with' if has_ratio else 'without'} a ratio, got {list(state.shape)}"
+        )
     if min(rows) < 0 or max(rows) >= state.shape[2]:
         raise ValueError(f"rows {list(rows)} of a state of {state.shape[2]}")
     like = factors[0]
@@ -351,6 +391,7 @@ def _launch_groups(
     last: Tensor | None,
     skip_first: int,
     scale: Tensor | None,
+    ratio: Tensor | None,
 ) -> tuple[_Part, ...] | None:
     """Launch for layers with the same strides, no factor twice in one (its ticket counts one layer). Returns the launches, if
     each is of neighbours and can be made again.
@@ -370,20 +411,25 @@ def _launch_groups(
                 later.append(item)
         waiting = later
         xs, fs, rs, places = zip(*group, strict=True)
-        of_group = scale
-        if scale is not None and len(group) < len(inputs):
-            of_group = torch.stack([scale[place] for place in places])
+        of_group = (scale, ratio)
+        if len(group) < len(inputs):
+            of_group = (_at(scale, places), _at(ratio, places))
         part = None
         if token_agg == "token":
-            _launch_tokens(xs, fs, state, rs, valid, skip_first, of_group)
+            _launch_tokens(xs, fs, state, rs, valid, skip_first, *of_group)
         else:
-            part = _launch_one(xs, fs, state, rs, token_agg, valid, last, skip_first, of_group, None)
+            part = _launch_one(xs, fs, state, rs, token_agg, valid, last, skip_first, *of_group, None)
         first, stop = places[0], places[0] + len(places)
         if part is not None:
             part = replace(part, inputs=slice(first, stop)) if places == tuple(range(first, stop)) else None
         parts.append(part)
     known = [part for part in parts if part is not None]
     return tuple(known) if len(known) == len(parts) else None
+
+
+def _at(numbers: Tensor | None, places: Sequence[int]) -> Tensor | None:
+    """The numbers of some of the layers."""
+    return None if numbers is None else torch.stack([numbers[place] for place in places])
 
 
 def _strides(x: Tensor) -> tuple[int, int]:
@@ -420,6 +466,7 @@ def _launch_one(
     last: Tensor | None,
     skip_first: int,
     scale: Tensor | None,
+    ratio: Tensor | None,
     norms: Tensor | None,
 ) -> _Part | None:
     batch, seq, _ = xs[0].shape
@@ -437,7 +484,10 @@ def _launch_one(
         chunks = _most_programs(tiles, tiles_per_program)
     partial = None
     if token_agg != "token":
-        partial = torch.empty(len(xs) * 3 * chunks * batch * heads, dtype=torch.float64, device=state.device)
+        sums = _SUMS if ratio is None else _SUMS + _RATIO_METRICS
+        partial = torch.empty(
+            len(xs) * sums * chunks * batch * heads, dtype=torch.float64, device=state.device
+        )
     size, addresses, factor_addresses, slots = _tables(xs, factors, rows)
     stride_b, stride_s = _strides(xs[0])
     unit = 16 // xs[0].element_size()
@@ -448,7 +498,7 @@ def _launch_one(
     # The bits of one bfloat16, as wide as what they are multiplied with.
     together = config.together and xs[0].dtype == torch.bfloat16 and len(set(pieces)) == 1
     grid = (heads * programs, len(xs), 1)  # all three: a compiled kernel asks for them
-    tensors = (state, partial, norms, valid, last, scale)
+    tensors = (state, partial, norms, valid, last, scale, ratio)
     numbers = (
         stride_b // unit,
         stride_s // unit,
@@ -549,6 +599,7 @@ def _launch_tokens(
     valid: Tensor | None,
     skip_first: int,
     scale: Tensor | None,
+    ratio: Tensor | None,
 ) -> None:
     """Token mode: norms into a workspace, then moments of them; a window of tokens at a time."""
     batch, seq, _ = xs[0].shape
@@ -568,6 +619,7 @@ def _launch_tokens(
                 None if valid is None else valid[part].contiguous(),
                 max(0, skip_first - t),
                 None if scale is None else scale[:, *part].contiguous(),
+                None if ratio is None else ratio[:, *part].contiguous(),
                 norms,
             )
 
@@ -588,7 +640,7 @@ def token_norms(
         return norms
     xs = [_loadable(x) for x in inputs]
     if scale is not None:
-        scale = scale.to(torch.float32).expand(len(inputs), batch, seq).contiguous()
+        scale = _per_token(scale, len(inputs), inputs[0].shape, "scale")
     with _on(device):
         _launch_norms(xs, factors, state, scale, norms)
     return norms
@@ -608,7 +660,9 @@ def _launch_norms(
         if full or stop == len(xs) or _strides(xs[stop]) != _strides(xs[start]):
             part, rows = slice(start, stop), range(start, stop)
             scales = None if scale is None else scale[part]
-            _launch_one(xs[part], factors[part], state, rows, "token", None, None, 0, scales, norms[part])
+            _launch_one(
+                xs[part], factors[part], state, rows, "token", None, None, 0, scales, None, norms[part]
+            )
             start = stop
 
 
@@ -620,15 +674,19 @@ def _launch_window(
     valid: Tensor | None,
     skip_first: int,
     scale: Tensor | None,
+    ratio: Tensor | None,
     norms: Tensor,
 ) -> None:
     batch, seq, _ = xs[0].shape
     heads = factors[0].heads
-    _launch_one(xs, factors, state, rows, "token", None, None, 0, scale, norms)
+    _launch_one(xs, factors, state, rows, "token", None, None, 0, scale, None, norms)
     padded_heads = max(16, _next_power_of_2(heads))
     block_tokens = max(1, 2 * _MERGE_ELEMENTS // padded_heads)
     programs = min(_TOKEN_PROGRAMS, _cdiv(batch * seq, block_tokens))
-    partial = torch.empty(len(xs) * programs * 24 * padded_heads, dtype=torch.float64, device=state.device)
+    metrics = _METRICS if ratio is None else _METRICS + _RATIO_METRICS
+    partial = torch.empty(
+        len(xs) * programs * metrics * _PLANES * padded_heads, dtype=torch.float64, device=state.device
+    )
     size, _, factor_addresses, slots = _tables(xs, factors, rows)
     kernel.token_moments_kernel[(programs, len(xs))](
         factor_addresses,
@@ -637,6 +695,7 @@ def _launch_window(
         partial,
         norms,
         valid,
+        ratio,
         batch * seq,
         seq,
         heads,

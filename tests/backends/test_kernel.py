@@ -17,6 +17,7 @@ TESTS = Path(__file__).parents[1]
 QUIET = ["-W", "ignore:invalid value", "-W", "ignore:overflow", "-W", "ignore:divide by zero"]
 CASES = {
     "backends/test_kernel_cases.py": [],
+    "backends/test_kernel_ratio.py": [],
     # The manager with backend="triton" on CPU tensors. Squares beyond float32 are the torch paths' alone.
     "backends/test_backends.py": ["-k", "triton and not beyond_the_range", *QUIET],
     "models/test_residual.py": ["-k", "triton and gemma2", *QUIET],
