@@ -1,9 +1,21 @@
 """The norms of the residual stream, for a group of layers at once."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from fastheads.backends.registry import TRITON
+from fastheads.backends.triton import kernels
+
+
+@cache
+def _serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """True if the kernel serves such streams."""
+    return (
+        device.type == "cuda" and TRITON.missing() is None and TRITON.unsupported(device, dtype, 16) is None
+    )
 
 
 def inverse_norm(stream: Tensor) -> Tensor:
@@ -13,5 +25,9 @@ def inverse_norm(stream: Tensor) -> Tensor:
 
 
 def inverse_norms(streams: Sequence[Tensor]) -> Tensor:
-    """1/‖r‖ of each token `[len(streams), B, S]`, for each r `[B, S, hidden]`, or 1/‖r‖ `[B, S]` itself."""
+    """1/‖r‖ of each token `[len(streams), B, S]`, for each r `[B, S, hidden]`, or 1/‖r‖ `[B, S]` itself: on a GPU one launch."""
+    if _serves(streams[0].device, streams[0].dtype) and len({(r.shape, r.dtype) for r in streams}) == 1:
+        if streams[0].dim() == 3:
+            norms: Tensor = kernels().inverse_norms(streams)
+            return norms
     return torch.stack([r if r.dim() == 2 else inverse_norm(r) for r in streams])

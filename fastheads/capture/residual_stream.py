@@ -33,7 +33,10 @@ class Streams:
                 self.unknown[row] = updates.unknown[row]
                 continue
             try:
-                self.sources[row] = stream_of(model, site)
+                source = stream_of(model, site)
+                if _is_shared(model, site, source):
+                    raise UnknownStreamError("several layers share the projection, and each adds to its own")
+                self.sources[row] = source
             except UnknownStreamError as error:
                 self.unknown[row] = str(error)
 
@@ -75,6 +78,19 @@ class Streams:
                         target[row] = getattr(of_updates, field)[plane, row]
             found[metric.name] = moments
         return found
+
+
+def _is_shared(model: nn.Module, site: HeadSite, source: StreamSource) -> bool:
+    """True if the projection is called by layers other than the one whose residual stream `source` shows."""
+    named = dict(model.named_modules(remove_duplicate=False))
+    paths = [name.split(".") for name, module in named.items() if module is site.module]
+    around = [{id(named[".".join(path[:depth])]) for depth in range(len(path))} for path in paths]
+    shows = {id(source.module)} | {
+        id(named[".".join(site.name.split(".")[:depth])])
+        for depth in range(site.name.count(".") + 1)
+        if any(child is source.module for child in named[".".join(site.name.split(".")[:depth])].children())
+    }
+    return any(shows.isdisjoint(modules) for modules in around) if len(paths) > 1 else False
 
 
 def check_shape(profiled: Profiled, x: Tensor, stream: Tensor) -> None:

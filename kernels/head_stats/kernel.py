@@ -305,9 +305,9 @@ def sample_moments(kept):
 
 @triton.jit
 def state_pointers(state, row, heads, state_rows, state_heads, FIRST: tl.constexpr, COUNT: tl.constexpr,
-                   RATIO: tl.constexpr, HP: tl.constexpr):  # fmt: skip
+                   WIDE: tl.constexpr, HP: tl.constexpr):  # fmt: skip
     """Pointers [COUNT, HP] to the counts of one row of the state, of the metrics from FIRST on; which of them are there; and
-    the stride between the state's planes.
+    the stride between the state's planes. WIDE: the state has the ratio's metrics.
     """
     stride_metric = state_rows.to(tl.int64) * state_heads
     o_metric = tl.arange(0, COUNT)[:, None] * stride_metric
@@ -315,7 +315,7 @@ def state_pointers(state, row, heads, state_rows, state_heads, FIRST: tl.constex
     if FIRST > 0:
         p += FIRST * stride_metric
     m = (tl.arange(0, COUNT)[:, None] >= 0) & (tl.arange(0, HP)[None, :] < heads)
-    return p, m, (METRICS + RATIO_METRICS if RATIO else METRICS) * stride_metric
+    return p, m, (METRICS + RATIO_METRICS if WIDE else METRICS) * stride_metric
 
 
 @triton.jit
@@ -374,12 +374,13 @@ def merge_samples(
     state_heads,
     COUNTED: tl.constexpr,  # valid tokens were counted; else they are `tokens` in each row
     RATIO: tl.constexpr,
+    WIDE: tl.constexpr,  # the state has the ratio's metrics, whether they are measured or not
     HP: tl.constexpr,
     BB: tl.constexpr,
 ):
     """Samples of a layer from its partial sums, and their moments into the state."""
     p_state, m_state, stride_plane = state_pointers(
-        state, row, heads, state_rows, state_heads, 0, METRICS, RATIO, HP
+        state, row, heads, state_rows, state_heads, 0, METRICS, WIDE, HP
     )
     old, old_count, old_bad = read_state(
         p_state, stride_plane, m_state
@@ -387,7 +388,7 @@ def merge_samples(
     if RATIO:
         # Beside the others, not among them: what those are does not change, and no lane is empty.
         p_ratio, m_ratio, _ = state_pointers(
-            state, row, heads, state_rows, state_heads, METRICS, RATIO_METRICS, RATIO, HP
+            state, row, heads, state_rows, state_heads, METRICS, RATIO_METRICS, WIDE, HP
         )
         ratio_old, ratio_old_count, ratio_old_bad = read_state(p_ratio, stride_plane, m_ratio)
         ratio_kept = no_samples(RATIO_METRICS, BB, HP)
@@ -628,7 +629,7 @@ def head_stats_kernel(
     x_table,  # addresses of x, one a layer of the group
     factor_table,  # addresses of the factors' buffers
     row_table,  # rows of the state, times SLOT
-    state,  # float64 [PLANES, METRICS, state_rows, state_heads]; with token_ratio RATIO_METRICS more
+    state,  # float64 [PLANES, METRICS, state_rows, state_heads]; if WIDE RATIO_METRICS more
     partial,  # float64 [layers, SUMS, chunks, batch, heads]: sums of |z|, sums of |z L|, valid tokens (where not all are);
     #           with token_ratio RATIO_METRICS more: sums of |z L| * ratio and of its square
     norms,  # float32 [layers, 2, heads, batch * seq] (TOKEN)
@@ -666,6 +667,7 @@ def head_stats_kernel(
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
     EXACT_STAGES: tl.constexpr,
+    WIDE: tl.constexpr,  # the state has the ratio's metrics; they are measured with token_ratio
 ):
     """One launch for a group of layers. Grid: (heads fastest, then stretches of the tokens; layers)."""
     i_l = tl.program_id(1)
@@ -718,7 +720,7 @@ def head_stats_kernel(
             COUNTED: tl.constexpr = MODE == LAST or valid is not None
             merge_samples(
                 partial, state, row, batch, heads, chunks, tl.cdiv(seq, BT) if MODE == ALL else tiles_per_program,
-                tiles_per_program, tl.maximum(seq - skip_first, 0), state_rows, state_heads, COUNTED, RATIO, HP, BB,
+                tiles_per_program, tl.maximum(seq - skip_first, 0), state_rows, state_heads, COUNTED, RATIO, WIDE, HP, BB,
             )  # fmt: skip
 
 
@@ -741,7 +743,7 @@ def merge_moments(
     state_heads,
     FIRST: tl.constexpr,
     COUNT: tl.constexpr,
-    RATIO: tl.constexpr,
+    WIDE: tl.constexpr,
     PART: tl.constexpr,  # elements from the moments of one program to those of the next
     HP: tl.constexpr,
     BP: tl.constexpr,
@@ -763,7 +765,7 @@ def merge_moments(
         )
         moments = merged(moments, parts)
     p_state, m_state, stride_plane = state_pointers(
-        state, row, heads, state_rows, state_heads, FIRST, COUNT, RATIO, HP
+        state, row, heads, state_rows, state_heads, FIRST, COUNT, WIDE, HP
     )
     old, old_count, old_bad = read_state(p_state, stride_plane, m_state)
     write_state(p_state, stride_plane, m_state, old, moments, old_count, old_bad)
@@ -785,6 +787,7 @@ def token_moments_kernel(
     state_heads,
     skip_first,
     SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
     HP: tl.constexpr,
     BT: tl.constexpr,
     BP: tl.constexpr,  # programs in a block of the merge
@@ -832,10 +835,10 @@ def token_moments_kernel(
     if arrived_last(p_ticket, programs):
         row = entry(row_table, i_l, SIZE) // SLOT
         merge_moments(
-            partial, programs, state, row, heads, state_rows, state_heads, 0, METRICS, RATIO, PART, HP, BP
+            partial, programs, state, row, heads, state_rows, state_heads, 0, METRICS, WIDE, PART, HP, BP
         )
         if RATIO:
             merge_moments(
-                p_ratio, programs, state, row, heads, state_rows, state_heads, METRICS, RATIO_METRICS, RATIO,
+                p_ratio, programs, state, row, heads, state_rows, state_heads, METRICS, RATIO_METRICS, WIDE,
                 PART, HP, BP,
             )  # fmt: skip

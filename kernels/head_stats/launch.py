@@ -135,7 +135,7 @@ def head_stats(
             Rows may be slices of wider ones; what 16-byte loads cannot read is copied.
         factors: from `prepare`, one an input.
         state: float64 `[6, metrics, rows, max_heads]`, the buffer of `fastheads.stats.moments.RunningMoments`. Four metrics: |z|,
-            |W z| and each over its mean over the layer's heads; with `ratio` two more: |W z| * ratio and its square.
+            |W z| and each over its mean over the layer's heads; two more are for `ratio`: |W z| * ratio and its square.
         rows: the row of the state of each input, all different.
         token_agg: "all", "last" or "token": what one sample is.
         valid: bool `[batch, seq]`, the valid tokens, less the `skip_first` first of each sequence; None where all are.
@@ -346,10 +346,10 @@ def _check(
             f"expected one factor and one distinct row per input, got {len(inputs)} inputs, "
             f"{len(factors)} factors, rows {list(rows)}"
         )
-    form = (_PLANES, _METRICS + _RATIO_METRICS if has_ratio else _METRICS)
-    if state.dtype != torch.float64 or state.shape[:2] != form or not state.is_contiguous():
+    forms = [(_PLANES, _METRICS + _RATIO_METRICS)] + ([] if has_ratio else [(_PLANES, _METRICS)])
+    if state.dtype != torch.float64 or state.shape[:2] not in forms or not state.is_contiguous():
         raise ValueError(
-            f"expected a contiguous float64 state [{form[0]}, {form[1]}, rows, heads] "
+            f"expected a contiguous float64 state [{_PLANES}, {forms[-1][1]}, rows, heads] "
             f"{'with' if has_ratio else 'without'} a ratio, got {list(state.shape)}"
         )
     if min(rows) < 0 or max(rows) >= state.shape[2]:
@@ -532,6 +532,7 @@ def _launch_one(
         "UPCAST": IS_INTERPRETED,
         "STAGES": config.num_stages,
         "EXACT_STAGES": config.exact_stages,
+        "WIDE": state.shape[1] > _METRICS,
     }
     options = {"num_warps": config.num_warps, "maxnreg": config.max_registers}
     launcher = kernel.head_stats_kernel[grid]
@@ -703,6 +704,7 @@ def _launch_window(
         state.shape[3],
         skip_first,
         SIZE=size,
+        WIDE=state.shape[1] > _METRICS,
         HP=padded_heads,
         BT=block_tokens,
         BP=max(1, _MERGE_ELEMENTS // padded_heads),
