@@ -26,8 +26,9 @@ def inverse_norm(stream: Tensor) -> Tensor:
 
 def inverse_norms(streams: Sequence[Tensor]) -> Tensor:
     """1/‖r‖ of each token `[len(streams), B, S]`, for each r `[B, S, hidden]`, or 1/‖r‖ `[B, S]` itself: on a GPU one launch."""
-    if _serves(streams[0].device, streams[0].dtype) and len({(r.shape, r.dtype) for r in streams}) == 1:
-        if streams[0].dim() == 3:
-            norms: Tensor = kernels().inverse_norms(streams)
-            return norms
+    first = streams[0]
+    is_one_form = first.dim() == 3 and len({(r.shape, r.dtype) for r in streams}) == 1
+    if is_one_form and _serves(first.device, first.dtype):
+        norms: Tensor = kernels().inverse_norms(streams)
+        return norms
     return torch.stack([r if r.dim() == 2 else inverse_norm(r) for r in streams])

@@ -137,9 +137,6 @@ def _add_stream_tap(recorder: Recorder, profiled: Profiled) -> Any:
         else:
             recorder.measure_stream(mark, stream, is_overwritten=cannot_wait)
 
-    if takes_taps(own):
-        return add_tap(own, tap, recorder.handle, row)
-
     def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
             tap(module, args, kwargs)
@@ -147,6 +144,9 @@ def _add_stream_tap(recorder: Recorder, profiled: Profiled) -> Any:
             recorder.trace_stream(row, args, kwargs)
 
     _name_owner(pre_hook)
+    if takes_taps(own):
+        recorder.stream_hooks.append((own, pre_hook))
+        return add_tap(own, tap, recorder.handle, row)
     return own.register_forward_pre_hook(pre_hook, with_kwargs=True)
 
 

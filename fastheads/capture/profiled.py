@@ -76,9 +76,12 @@ class KeptLaunch:
         )
         self._stream_like = {_form(x) for x in streams}
         self._has_streams = bool(streams)
+        self._stream_extent = max((x.nbytes for x in streams), default=0)
+        self._count = len(kept) - len(streams)
 
     def addresses_of(self, kept: list[Kept], layout: TokenLayout) -> list[int] | None:
-        """Addresses of the inputs; None if an input was changed, or the launch may not serve them."""
+        """Addresses of the inputs, then of the streams; None if one was changed, or the launch may not serve them."""
+        of_streams: list[int] = []
         profiled, inputs, versions = map(list, zip(*kept, strict=True))
         if profiled != self._profiled or layout.cu_seqlens is not None:
             return None
@@ -88,7 +91,8 @@ class KeptLaunch:
             streams = list(compress(inputs, self._streams))
             if set(map(_form, streams)) != self._stream_like:
                 return None
-            if _overlap([r.data_ptr() for r in streams], max(r.nbytes for r in streams)):
+            of_streams = list(map(Tensor.data_ptr, streams))
+            if _overlap(of_streams, self._stream_extent):
                 return None
             inputs = list(compress(inputs, self._inputs))
         if layout.tokens != inputs[0].shape[:2] or self._accumulator.epoch != self._epoch:
@@ -96,7 +100,14 @@ class KeptLaunch:
         addresses = self._launch.matches(inputs, layout.valid, layout.skip_first, has_ratio=self._has_streams)
         if addresses is None or _overlap(addresses, self.extent):
             return None  # one may lie where another lay
-        return addresses
+        return addresses + of_streams
+
+    def spans(self, addresses: list[int]) -> list[tuple[int, int]]:
+        """Return (start, stop) of what lies at these addresses, of inputs and then of streams."""
+        return [
+            (start, start + (self.extent if place < self._count else self._stream_extent))
+            for place, start in enumerate(addresses)
+        ]
 
     def run(self, addresses: list[int], kept: list[Kept], state: Tensor, valid: Tensor | None) -> bool:
         """Measure what `addresses_of` gave; False, and nothing was done, where the state or the mask cannot be read."""
@@ -104,7 +115,7 @@ class KeptLaunch:
         ratio = None
         if self._has_streams:
             ratio = inverse_norms([x for profiled, x, _ in kept if profiled.is_stream])
-        return self._launch.run(addresses, state, valid, ratio=ratio, scratch=self._scratch)
+        return self._launch.run(addresses[: self._count], state, valid, ratio=ratio, scratch=self._scratch)
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:

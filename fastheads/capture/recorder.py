@@ -10,7 +10,7 @@ Under torch.compile the hooks are traced: the methods that end in `traced` run w
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
 from types import FrameType
@@ -71,6 +71,9 @@ class Recorder:
         self.sink = EagerSink(parts, self.graph)
         self.attached = False
         self.check: SelfCheck | None = None
+        # Modules whose taps show residual streams, with the pre-hook that does where somebody replaces their `forward`.
+        self.stream_hooks: list[tuple[nn.Module, Callable[..., None]]] = []
+        self._late_handles: list[Any] = []
         self._projections = [_slot_of(scope.model, site) for site in scope.chosen.values()]
 
     # ------------------------------------------------------------------ a forward begins
@@ -126,6 +129,10 @@ class Recorder:
                 raise ForwardError(
                     f"{name} of an attention module was replaced or wrapped while hooks were on it: attach a new HookManager"
                 )
+        replaced = [pair for pair in self.stream_hooks if "forward" in pair[0].__dict__]
+        for pair in replaced:
+            self._late_handles.append(pair[0].register_forward_pre_hook(pair[1], with_kwargs=True))
+            self.stream_hooks.remove(pair)
         self.engine.follow_signature()
         self.scope.updates.look()
         capturing = self.queues.is_capturing()
@@ -460,6 +467,8 @@ class Recorder:
     def close(self) -> None:
         """End the forwards under way, after the hooks were removed, and move the moments to where no CUDA graph writes."""
         self.graph.release()
+        for handle in self._late_handles:
+            handle.remove()
         self.scope.updates.close()
         try:
             self.deferred.catch_up_all()

@@ -83,14 +83,18 @@ class Streams:
 def _is_shared(model: nn.Module, site: HeadSite, source: StreamSource) -> bool:
     """True if the projection is called by layers other than the one whose residual stream `source` shows."""
     named = dict(model.named_modules(remove_duplicate=False))
-    paths = [name.split(".") for name, module in named.items() if module is site.module]
-    around = [{id(named[".".join(path[:depth])]) for depth in range(len(path))} for path in paths]
-    shows = {id(source.module)} | {
-        id(named[".".join(site.name.split(".")[:depth])])
-        for depth in range(site.name.count(".") + 1)
-        if any(child is source.module for child in named[".".join(site.name.split(".")[:depth])].children())
-    }
-    return any(shows.isdisjoint(modules) for modules in around) if len(paths) > 1 else False
+
+    def around(name: str) -> list[nn.Module]:
+        parts = name.split(".")
+        return [named[".".join(parts[:depth])] for depth in range(len(parts))]
+
+    names = [name for name, module in named.items() if module is site.module]
+    above = around(site.name)
+    # The layer: the module that shows the stream, or has it as a child.
+    layer = next((m for m in above if m is source.module), None) or next(
+        (m for m in above if any(child is source.module for child in m.children())), None
+    )
+    return any(all(m is not layer for m in around(name)) for name in names)
 
 
 def check_shape(profiled: Profiled, x: Tensor, stream: Tensor) -> None:

@@ -370,9 +370,20 @@ def test_a_state_of_another_form_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\[6, 6, rows, heads\]"):
         head_stats([x], [factor], new_state(WITHOUT, 1, 3), [0], token_agg="all", ratio=ratio)
     with pytest.raises(ValueError, match=r"\[6, 4, rows, heads\]"):
-        head_stats([x], [factor], new_state(WITH, 1, 3), [0], token_agg="all")
+        head_stats([x], [factor], new_state(3, 1, 3), [0], token_agg="all")
     with pytest.raises(ValueError, match="ratio"):
         head_stats([x], [factor], new_state(WITH, 1, 3), [0], token_agg="all", ratio=ratio[:, 1:])
+
+
+@pytest.mark.parametrize("token_agg", ["all", "last", "token"])
+def test_a_state_with_room_for_the_ratio_takes_samples_without_one(token_agg: str) -> None:
+    x, _, factor = case()
+    narrow, wide = new_state(WITHOUT, 1, 3), new_state(WITH, 1, 3)
+    untouched = wide[:, WITHOUT:].clone()
+    for state in (narrow, wide):
+        head_stats([x], [factor], state, [0], token_agg=token_agg)
+    assert torch.equal(wide[:, :WITHOUT].view(torch.int64), narrow.view(torch.int64))
+    assert torch.equal(wide[:, WITHOUT:].view(torch.int64), untouched.view(torch.int64))
 
 
 def true_inverse(residuals: list[Tensor], multipliers: list[float] | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from oracle import METRICS, UPDATE_METRIC, assert_results, captured_inputs, equal_results
+from oracle import METRICS, RATIO_METRICS, UPDATE_METRIC, assert_results, captured_inputs, equal_results
 from tiny_models import build, tokens
 
 import fastheads
@@ -505,8 +505,8 @@ def test_the_seeds_main_runs_unchanged_with_either_import(token_agg):
         exec(MAIN.format(imports=imports), namespace)
         results.append(namespace["main"](build(), loader, token_agg))
     fast, basic = results
-    assert fast.keys() == basic.keys() == {*METRICS, UPDATE_METRIC, "metadata"}
-    for metric in (*METRICS, UPDATE_METRIC):
+    assert fast.keys() == basic.keys() == {*METRICS, UPDATE_METRIC, *RATIO_METRICS, "metadata"}
+    for metric in (*METRICS, UPDATE_METRIC, *RATIO_METRICS):
         assert fast[metric].keys() == basic[metric].keys()
         for stat, value in basic[metric].items():
             assert fast[metric][stat].dtype == value.dtype and fast[metric][stat].shape == (3, 4)

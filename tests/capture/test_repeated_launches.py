@@ -30,8 +30,8 @@ pytest.importorskip("fastheads.kernels.launch")
 
 
 def forward_bytes(batch, seq):
-    """Bytes of the inputs of a forward of `model_on_device()`."""
-    return 3 * batch * seq * 64 * 4
+    """Bytes of the inputs of a forward of `model_on_device()`, and of the residual streams."""
+    return 3 * batch * seq * (64 + 64) * 4
 
 
 def at_once(batch, seq):
@@ -95,7 +95,7 @@ def test_more_layers_than_one_launch_of_the_kernel_takes_are_measured_and_repeat
     model = model_on_device(num_hidden_layers=34, num_attention_heads=1, num_key_value_heads=1)
     sites = fastheads.find_sites(model)
     mask = torch.tensor([[1] * 6, [0] * 2 + [1] * 4], device=DEVICE)
-    masks, one = [None] * 2 + [mask] * 2, 2 * 6 * 16 * 4
+    masks, one = [None] * 2 + [mask] * 2, 2 * 6 * (16 + 64) * 4  # of a layer's input and stream
     with (
         captured_inputs([s.module for s in sites]) as inputs,
         # room for one forward and not for four
@@ -684,16 +684,16 @@ def test_an_input_that_is_freed_while_it_waits_is_an_error():
 
 def test_a_large_input_in_the_memory_of_one_that_waits_is_an_error():
     model = model_on_device()
-    buffers, lengths = inference_buffers((1, 110, 64)), iter([4] * 3 + [110] * 3)
+    buffers, lengths = inference_buffers((1, 220, 64)), iter([4] * 3 + [220] * 3)
     use_memory(model, lambda i: buffers[i][:, : next(lengths)], from_forward=3)
     with (
-        fastheads.HookManager(model, "all", backend="triton", group_bytes=2**14) as hooks,
+        fastheads.HookManager(model, "all", backend="triton", group_bytes=2**15) as hooks,
         torch.inference_mode(),
     ):
         for i in range(4):
             model(input_ids=some(1, 4, i), use_cache=False)
         with pytest.raises(RuntimeError, match="overwritten or freed"):
-            model(input_ids=some(1, 110, 9), use_cache=False)
+            model(input_ids=some(1, 220, 9), use_cache=False)
         with pytest.raises(RuntimeError, match="that had ended: reset"):
             hooks.get_results()
 

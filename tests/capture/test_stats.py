@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from oracle import WITHOUT_RATIO
 from tiny_models import build, tokens
 
 import fastheads
@@ -24,7 +25,7 @@ def seen_behind_each_projection(model, hooks):
 
 def test_inputs_are_kept_until_one_launch_at_the_end_and_nothing_is_held_then():
     model = build()
-    with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
+    with fastheads.HookManager(model, "all", metrics=WITHOUT_RATIO) as hooks, torch.no_grad():
         seen = seen_behind_each_projection(model, hooks)
         assert dataclasses.astuple(hooks.stats) == (0, 0, 0, 0, 0)
         for forwards in range(2):
@@ -59,7 +60,7 @@ def test_memory_that_inputs_share_counts_once():
         layer.self_attn.o_proj.register_forward_pre_hook(
             lambda _module, args, part=part: (part.copy_(args[0]),)
         )
-    with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
+    with fastheads.HookManager(model, "all", metrics=WITHOUT_RATIO) as hooks, torch.no_grad():
         seen = seen_behind_each_projection(model, hooks)
         with pytest.raises(fastheads.errors.ForwardError, match="reuses its memory"):
             model(input_ids=tokens(2, 6))
@@ -81,7 +82,10 @@ def test_a_reset_sets_it_to_zero_and_removing_the_hooks_leaves_it():
 
 def test_launches_of_a_forward_that_fails_count_and_its_inputs_are_let_go():
     model = build()
-    with fastheads.HookManager(model, "all", group_bytes=2 * ONE) as hooks, torch.no_grad():
+    with (
+        fastheads.HookManager(model, "all", metrics=WITHOUT_RATIO, group_bytes=2 * ONE) as hooks,
+        torch.no_grad(),
+    ):
         model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             model(input_ids=tokens(2, 6))
@@ -119,7 +123,7 @@ def test_inputs_of_forwards_in_two_threads_are_both_held_and_nobody_waits_to_rea
         with torch.no_grad():
             model(input_ids=tokens(2, 6))
 
-    with fastheads.HookManager(model, "all") as hooks:
+    with fastheads.HookManager(model, "all", metrics=WITHOUT_RATIO) as hooks:
         model.model.layers[1].self_attn.o_proj.register_forward_hook(wait)
         threads = [threading.Thread(target=run) for _ in range(2)]
         for thread in threads:

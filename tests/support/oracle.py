@@ -12,6 +12,11 @@ METRICS = (
     "relative_head_residual_contribution_norm",
 )
 UPDATE_METRIC = "head_residual_update_norm"
+RATIO_METRICS = ("head_residual_ratio", "head_residual_ratio_square")
+WITHOUT_RATIO = (
+    *METRICS,
+    UPDATE_METRIC,
+)  # for tests that count the inputs that are kept, and not the residual streams
 
 
 @contextmanager

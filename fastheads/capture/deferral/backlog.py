@@ -26,14 +26,12 @@ class EndedForward(NamedTuple):
 
     def spans(self) -> list[tuple[int, int]]:
         """Return the addresses (start, stop) of each input and residual stream."""
-        streams = [x for profiled, x, _ in self.kept if profiled.is_stream]
-        return [(start, start + self.kept_launch.extent) for start in self.addresses] + [
-            (x.data_ptr(), x.data_ptr() + x.nbytes) for x in streams
-        ]
+        return self.kept_launch.spans(self.addresses)
 
     def addresses_now(self) -> list[int]:
-        """Return where the inputs lie now."""
-        return [x.data_ptr() for profiled, x, _ in self.kept if not profiled.is_stream]
+        """Return where the inputs, and then the streams, lie now."""
+        in_order = sorted(self.kept, key=lambda entry: entry[0].is_stream)
+        return [x.data_ptr() for _, x, _ in in_order]
 
 
 class DeferredForwards:
