@@ -49,8 +49,8 @@ class Value:
 
 @dataclass(frozen=True)
 class Stream:
-    """The value that the branch is added to: parameter `name`, number `position`, of the module's forward, or the first argument of
-    its child `child`; times the module's attribute `multiplier`. `norm`: the child that has only the sum, after it.
+    """The value that the branch is added to: parameter `name`, number `position`, of the module's forward, or the first argument
+    of its child `child`; times the module's attribute `multiplier`. `norm`: the child that has only the sum, after it.
     """
 
     name: str = ""
@@ -83,7 +83,7 @@ def stream_in(module: nn.Module, target: str) -> Stream | None:
 
 
 def norm_after(module: nn.Module, target: str) -> tuple[str | None, bool]:
-    """Return the child of `module` that alone has the output of `target`, if it is a norm; and True if `module` only returns it."""
+    """Return the norm that alone reads what `target` gives in `module`, else None; and True if `module` only returns it."""
     walk = _Walk(module, target)
     walk.call(_forward_of(module), None)
     uses = [use for result in walk.results for use in result.uses]
@@ -435,7 +435,9 @@ class _Walk:
 
     def _is_hidden(self, value: Value) -> bool:
         """True for hidden states, as far as that can be seen: the first argument, and what modules read before the target."""
-        return value is self._first or (value in self._feeding and bool(value.read_by))
+        if value is self._first or any(map(self._is_hidden, value.items or ())):
+            return True
+        return value in self._feeding and bool(value.read_by)
 
     def norm_of(self, uses: list[str]) -> str | None:
         """Return the norm that is the only use of a value; None if there are others."""

@@ -1,7 +1,7 @@
 """Find the residual stream that an attention block's output is added to, and where it can be read during a forward.
 
-With r the stream `[batch, seq, hidden]` and a the output projection's output, a layer computes r + update(a) (`residual` says what
-update is). r is the input of some module of the layer, mostly of the layer itself; which, is read from the source of the layer's
+With r the stream `[batch, seq, hidden]` and a the output projection's output, a layer computes r + update(a) (`residual` says
+what update is). r is the input of some module of the layer, mostly of the layer itself; which, is read from the source of the layer's
 forward (`dataflow`), or a registered family says it.
 """
 
@@ -47,7 +47,7 @@ class StreamSource:
         return self.norm is not None
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Return the residual stream `[batch, seq, hidden]` from the arguments of a call: the tensor itself, if there is no multiplier.
+        """Return the residual stream `[batch, seq, hidden]` from the arguments of a call: the tensor itself, unless multiplied.
 
         Raises UnknownStreamError if it is none of them.
         """
