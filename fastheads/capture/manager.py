@@ -41,9 +41,10 @@ class HookManager:
         backend: "auto", "loop", "einsum", "factored", "triton", or a name given to `fastheads.register_backend`.
         precision: "exact" or "fast"; only "triton" has a faster way to be less exact.
         skip_first: leave out the first valid tokens of each sequence (1 leaves the attention sink out).
-        group_bytes: inputs of up to so many bytes a device are kept until one launch at the end of the decoder's call serves them
-            all; larger ones are measured at once. Where the kernel serves them, forwards of a quarter of that or less wait until
-            up to 32 have ended. 0 measures every input at once, for models that reuse their memory.
+        group_bytes: inputs of up to so many bytes a device, and as many of residual streams, are kept until one launch at the end
+            of the decoder's call serves them all; larger ones are measured at once. Where the kernel serves them, forwards of a
+            quarter of that or less wait until up to 32 have ended. 0 measures every input at once, for models that reuse their
+            memory.
         allow_skipped: accept that a site does not run in every forward (layer dropout, early exit); else `get_results` raises.
         kv_groups: measure `kv_group_residual_contribution_norm` too: the norm of what the query heads that share keys and values
             contribute together. In the results a "head" of that metric is a KV head.

@@ -51,6 +51,7 @@ class DeviceQueue(Generic[M]):
     device: torch.device
     moments: M
     budget: int  # bytes; an input that does not fit is not kept
+    largest: int  # bytes of the largest input worth keeping
     kept: list[Kept] = field(default_factory=list)
     # Of the kept ones, those that are measured with a scale too.
     scaled: list[Scaled] = field(default_factory=list)
@@ -66,8 +67,8 @@ class DeviceQueue(Generic[M]):
     def __post_init__(self) -> None:
         self.is_cuda = self.device.type == "cuda"
         self.index = -1 if self.device.index is None else self.device.index
-        # Bytes of the largest input worth keeping.
-        self.largest = min(self.budget, CPU_KEEP_BYTES) if self.device.type == "cpu" else self.budget
+        if self.device.type == "cpu":
+            self.largest = min(self.largest, CPU_KEEP_BYTES)
 
     def open(self, thread: int) -> None:
         """Let inputs of this thread be kept."""
@@ -142,10 +143,12 @@ ManagerQueue = DeviceQueue[CommittedMoments]
 class DeviceQueues:
     """The manager's own queues, one for each device, made when the device is first needed."""
 
-    def __init__(self, shape: tuple[int, int, int], channels: int, budget: int) -> None:
-        """`shape`: (metrics, rows, heads) of the moments of a channel; `budget`: bytes of inputs to keep on each device."""
+    def __init__(self, shape: tuple[int, int, int], channels: int, *, largest: int, budget: int) -> None:
+        """`shape`: (metrics, rows, heads) of the moments of a channel; `largest`: bytes of an input that may be kept, `budget`:
+        of all on a device.
+        """
         self.by_device: dict[torch.device, ManagerQueue] = {}
-        self._shape, self._channels, self._budget = shape, channels, budget
+        self._shape, self._channels, self._largest, self._budget = shape, channels, largest, budget
         self.in_use = False  # a forward is under way on these queues
 
     def on(self, device: torch.device) -> ManagerQueue:
@@ -155,13 +158,13 @@ class DeviceQueues:
             moments = CommittedMoments(*self._shape, device, channels=self._channels)
             if self.in_use:  # if the forward under way fails, what it leaves here must go
                 moments.begin(always=False)
-            queue = self.by_device[device] = DeviceQueue(device, moments, self._budget)
+            queue = self.by_device[device] = DeviceQueue(device, moments, self._budget, self._largest)
             queue.follow_stream()
         return queue
 
     def beside(self, device: torch.device) -> DeviceQueue[PendingMoments]:
         """Make a queue on the device for a forward that runs beside the one on these queues."""
-        queue = DeviceQueue(device, self.on(device).moments.like(), self._budget)
+        queue = DeviceQueue(device, self.on(device).moments.like(), self._budget, self._largest)
         queue.follow_stream()
         return queue
 

@@ -46,7 +46,9 @@ class Recorder:
         """Puts no hook on the model (`attach` does)."""
         self.scope, self.engine = scope, scope.engine
         self.lock = threading.RLock()
-        self.queues = DeviceQueues(scope.shape, len(scope.channels), scope.group_bytes)
+        self.queues = DeviceQueues(
+            scope.shape, len(scope.channels), largest=scope.group_bytes, budget=scope.kept_bytes
+        )
         self.forwards = Forwards(self.queues.by_device, self._main_ended, self._main_failed)
         weights = scope.accumulator.weights
         self.profiled = [

@@ -52,6 +52,11 @@ class Scope:
         return self.options.group_bytes if self.accumulator.factors and not reads_weight else 0
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of all that is kept on each device: residual streams are allowed as many as inputs."""
+        return self.group_bytes if self.streams is None else 2 * self.group_bytes
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(metrics, rows, heads) of a channel's moments."""
         metrics = len(HEAD_METRICS) + (0 if self.streams is None else len(RATIOS))
