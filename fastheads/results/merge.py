@@ -7,12 +7,14 @@ import copy
 import hashlib
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastheads.errors import MergeError
+from fastheads.results.mean_vectors import MeanVectors
 from fastheads.results.possible import MOST_SAMPLES
 from fastheads.results.protocol import Profile
 from fastheads.stats.arrays import Array
@@ -40,6 +42,14 @@ def check_mergeable(profiles: Sequence[Profile], names: Sequence[str], *, allow_
                 raise MergeError(
                     f"cannot merge {', '.join(names)}: together they have more samples of {metric} than can be counted"
                 )
+    vectors = [p.vectors for p in profiles if p.vectors is not None]
+    if len(vectors) == len(profiles):
+        for plane in ("count", "nonfinite"):
+            tokens = np.stack([getattr(v, plane).astype(np.float64) for v in vectors])
+            if bool((tokens.sum(axis=0) > MOST_SAMPLES).any()) or bool((tokens < 0).any()):
+                raise MergeError(
+                    f"cannot merge {', '.join(names)}: together their mean vectors have more tokens than can be counted"
+                )
     if allow_repeated:
         return
     measured, digests = [_measured(p) for p in profiles], [_digest(p) for p in profiles]
@@ -60,10 +70,29 @@ def check_mergeable(profiles: Sequence[Profile], names: Sequence[str], *, allow_
             )
 
 
+def merged_vectors(profiles: Sequence[Profile], names: Sequence[str]) -> MeanVectors | None:
+    """Merge the mean vectors of all profiles; None, with a warning if only some have them, unless all do."""
+    vectors = [p.vectors for p in profiles]
+    without = [name for name, v in zip(names, vectors, strict=True) if v is None]
+    if without:
+        if len(without) < len(vectors):
+            warnings.warn(
+                f"the merged profile has no mean vectors, since these have none: {', '.join(without)}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return None
+    merged = vectors[0]
+    for other in vectors[1:]:
+        assert merged is not None and other is not None
+        merged = merged.merged(other)
+    return merged
+
+
 def _difference(a: Profile, b: Profile) -> str | None:
     """Describe why two profiles cannot be merged, whatever their data; None if they can."""
     one, two = a.metadata, b.metadata
-    weights = _difference_of_weights(one.get("weights"), two.get("weights"))
+    weights = difference_of_weights(one.get("weights"), two.get("weights"))
     if one.get("model") != two.get("model") and weights != "":
         detail = f" ({weights})" if weights else ""
         return f"model: {one.get('model')!r} and {two.get('model')!r}{detail}"
@@ -82,7 +111,7 @@ def _difference(a: Profile, b: Profile) -> str | None:
     return None
 
 
-def _difference_of_weights(one: Any, two: Any) -> str | None:
+def difference_of_weights(one: Any, two: Any) -> str | None:
     """Describe how two fingerprints of weights differ; "" if the weights are equal, None if that is unknown.
 
     Fingerprints of different schemes cannot be compared. Scheme 1 read a few numbers of each tensor, so that equal fingerprints
@@ -128,7 +157,7 @@ def _difference_of_sites(one: list[Metadata], two: list[Metadata]) -> str:
 
 def _updates(profile: Profile) -> list[str]:
     """Return `residual_update` of each row with samples of that metric; "" for the others."""
-    texts = _by_row(profile)
+    texts = updates_by_row(profile)
     moments = profile.arrays.get(UPDATE_METRIC)
     if moments is None:
         return [""] * len(texts)
@@ -136,7 +165,7 @@ def _updates(profile: Profile) -> list[str]:
     return [text if has_samples else "" for text, has_samples in zip(texts, measured, strict=True)]
 
 
-def _by_row(profile: Profile) -> list[str]:
+def updates_by_row(profile: Profile) -> list[str]:
     """Return `residual_update` of each row; "" if unknown."""
     rows, updates = profile.shape[0], profile.metadata.get("residual_update")
     texts = updates if isinstance(updates, list) and len(updates) == rows else [updates] * rows
@@ -263,6 +292,6 @@ def _merged_updates(profiles: Sequence[Profile]) -> str | list[str]:
             if updates[row]:
                 yield updates[row]
 
-    measured, everywhere = [_updates(p) for p in profiles], [_by_row(p) for p in profiles]
+    measured, everywhere = [_updates(p) for p in profiles], [updates_by_row(p) for p in profiles]
     texts = [next(known(row), "") for row in range(profiles[0].shape[0])]
     return texts[0] if len(set(texts)) == 1 else texts

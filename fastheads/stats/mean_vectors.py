@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fastheads.stats.token_layout import take_last
 
-COUNT, NONFINITE, POWER, OUTPUT_POWER, MEAN = range(5)  # places in the buffer's last dimension; from MEAN on the vector
+COUNT, NONFINITE, POWER, OUTPUT_POWER, MEAN = range(
+    5
+)  # places in the buffer's last dimension; from MEAN on the vector
 
 # Elements of z to widen to float64 at a time: 32 MiB.
 SCRATCH_ELEMENTS = 2**22
@@ -31,8 +33,8 @@ class RunningMeanVectors:
     """The mean vectors of `rows × heads` heads in one buffer on one device.
 
     `buffer` is float64 `[rows, heads, 4 + head_dim]`: of each head the two counts (int64 bits), the mean of ‖W z‖², the mean of
-    ‖z‖², the mean of z. With one buffer the whole state is copied at once, and a kernel takes one pointer. Rows with fewer heads or
-    a smaller head_dim leave the rest at 0.
+    ‖z‖², the mean of z. With one buffer the whole state is copied at once, and a kernel takes one pointer. Rows with fewer heads
+    or a smaller head_dim leave the rest at 0.
     """
 
     def __init__(self, rows: int, heads: int, head_dim: int, device: torch.device) -> None:
@@ -93,7 +95,7 @@ class RunningMeanVectors:
         sequences does (for packed sequences, pass those that `token_layout.last_tokens` takes, without `last`). Where z or
         its power is not finite the token is left out for that head and counted in `nonfinite`. Never waits for the device.
         """
-        groups, batch, seq, heads, head_dim = z.shape
+        _, batch, seq, heads, head_dim = z.shape
         if batch * seq == 0:
             return
         with torch.no_grad():
@@ -111,7 +113,7 @@ class RunningMeanVectors:
             self.buffer[place] = merged_buffers(self.buffer[place], new)
 
     def _of_tokens(self, z: Tensor, power: Tensor, present: Tensor | None) -> Tensor:
-        """Reduce `z` `[G, N, h, d]` and `power` `[G, N, h]`, without the tokens where `present` `[N]` is False: `[G, h, 4 + d]`."""
+        """Reduce `z` `[G, N, h, d]`, `power` `[G, N, h]` to `[G, h, 4 + d]`, without tokens where `present` `[N]` is False."""
         groups, tokens, heads, head_dim = z.shape
         total = self.buffer.new_zeros(groups, heads, MEAN + head_dim)
         counts = total[..., :POWER].view(torch.int64)
