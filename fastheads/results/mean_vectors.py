@@ -34,8 +34,9 @@ class MeanVectors:
 
     @classmethod
     def of(cls, planes: Any) -> Self:
-        """Copy `stats.mean_vectors.MeanVectorPlanes` on the CPU, where the means at count 0 are 0."""
-        arrays = {name: np.array(getattr(planes, name)) for name in NAMES}
+        """Copy `stats.mean_vectors.MeanVectorPlanes`, whose means at count 0 are 0, to the CPU."""
+        # A tensor's own method, so that torch is not imported.
+        arrays = {name: getattr(planes, name).numpy(force=True).copy() for name in NAMES}
         empty = arrays["count"] == 0
         for name in NAMES:
             if name not in COUNTS:
