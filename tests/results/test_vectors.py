@@ -208,6 +208,14 @@ def test_a_small_error_is_right_to_rounding_or_nan(log_spread, seed, precision):
         assert known[trace > 2 * bound].all() and not known[trace < 1e-3 * bound].any()
 
 
+def test_an_error_of_a_thousandth_is_no_rounding(model):
+    calls = drawn(model, spread=0.03)
+    found = profile_of(model, calls, noise=5e-6).mean_ablation_error(model)
+    for row, (power, _, trace) in enumerate(truth(model, calls)):
+        assert (trace < 3e-3 * power).all()
+        torch.testing.assert_close(found[row], trace, rtol=0.02, atol=0)
+
+
 def test_a_head_that_writes_nothing_has_an_error_of_0(calls):
     model = build()
     with torch.no_grad():
@@ -611,6 +619,59 @@ def test_vectors_beyond_the_heads_are_refused(calls, tmp_path):
         getattr(arrays, name)[1, 3] = 1
         with pytest.raises(ProfileError, match="mean vectors"):
             HeadProfile(profile.moments, profile.metadata, arrays).to_bytes()
+
+
+def alone(profile):
+    """With moments of one metric that does not say for how many tokens there are vectors."""
+    return HeadProfile({RATIO_METRIC: profile.moments[RATIO_METRIC]}, profile.metadata, profile.vectors)
+
+
+@pytest.mark.parametrize("name", ["count", "nonfinite"])
+def test_tokens_of_heads_that_are_not_there_are_refused(name):
+    model = build()
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = torch.nn.Linear(64, 2 * 24, bias=False)
+    attention.o_proj = torch.nn.Linear(2 * 24, 64, bias=False)
+    profile = alone(profile_of(model, drawn(model)))
+    profile.to_bytes()
+    vectors = profile.vectors
+    for own in NAMES if name == "count" else (name,):  # a whole head, as if it were there
+        getattr(vectors, own)[1, 3] = getattr(vectors, own)[1, 0]
+    if name == "nonfinite":
+        vectors.nonfinite[1, 3] = 2
+    with pytest.raises(ProfileError, match="not those of any tokens"):
+        profile.to_bytes()
+
+
+def test_the_vector_of_one_token_has_the_tokens_own_norm(model):
+    profile = alone(profile_of(model, drawn(model)))
+    profile.vectors.count[:] = 1
+    with pytest.raises(ProfileError, match="not those of any tokens"):
+        profile.to_bytes()
+    profile.vectors.output_power[:] = np.square(profile.vectors.mean).sum(-1)
+    profile.to_bytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_changed_number_is_refused_or_gives_nothing_impossible(data):
+    model = build()
+    content = profile_of(model, drawn(model)).to_bytes()
+    name = data.draw(st.sampled_from(NAMES))
+    number = st.integers(-(2**63), 2**63 - 1) if name in ("count", "nonfinite") else st.floats(width=64)
+
+    def change(arrays):
+        array = arrays[f"vectors.{name}"]
+        array.flat[data.draw(st.integers(0, array.size - 1))] = data.draw(number)
+
+    try:
+        found = HeadProfile._of_content(resealed(content, FILE_KEY, change=change))
+    except ProfileError:
+        return
+    with np.errstate(all="raise"):
+        share, error = found.constant_share(model), found.mean_ablation_error(model)
+        HeadProfile.merge([found, found], allow_repeated=True)
+    assert not (error < 0).any() and not (share < 0).any() and not (share > 1).any()
 
 
 @pytest.mark.parametrize("head_dim", [8, 4])
