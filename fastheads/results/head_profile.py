@@ -6,7 +6,7 @@ A profile read from a file needs no torch for any of these, only for `moments` a
 import copy
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Self
@@ -16,9 +16,11 @@ import numpy as np
 from fastheads.errors import MergeError, MissingExtraError, OptionError, ProfileError, ProfileFileError
 from fastheads.results.container import ContainerError, pack, unpack_arrays
 from fastheads.results.files import UnreadableError, read_once, write_atomic
-from fastheads.results.merge import check_mergeable, merged_metadata
+from fastheads.results.mean_vectors import VECTOR_ARRAYS, MeanVectors, check_structure, check_values
+from fastheads.results.merge import check_mergeable, merged_metadata, merged_vectors
 from fastheads.results.possible import contradiction, impossible, least_of
 from fastheads.results.ranking import RANKING_METRIC, Mode, by_metric, check_number, choose
+from fastheads.results.with_model import WithModel
 from fastheads.stats.arrays import Array, MomentArrays, as_arrays
 
 if TYPE_CHECKING:
@@ -31,7 +33,8 @@ STATS = ("mean", "var", "std", "sem", "min", "max", "count", "nonfinite")
 
 FILE_KEY = "fastheads"  # the key of the file's metadata string
 FORMAT_VERSION = 2  # 1 had no digest; it is still read
-READ_VERSIONS = (1, 2)
+VECTORS_VERSION = 3  # with mean vectors; without them version 2 is written, which earlier releases read
+READ_VERSIONS = (1, 2, 3)
 LARGEST = 2**28  # bytes; more than a thousand layers of a thousand heads need
 LARGEST_HEADER = 2**24
 COUNTS = ("count", "nonfinite")
@@ -56,18 +59,22 @@ DATA_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-class HeadProfile:
+class HeadProfile(WithModel):
     """The results for every head.
 
     `moments` holds the running moments by metric: CPU tensors `[rows, heads]`, int64 for the two counts and float64 for the rest.
     Row i is `metadata["sites"][i]`; its `layer` is the number shown to users, and two sites of one layer share it, also in
-    `rank()`, `lowest()` and the tables. Heads that do not exist or were left out have count 0.
+    `rank()`, `lowest()` and the tables. Heads that do not exist or were left out have count 0. `vectors` holds the heads' mean
+    vectors, or is None.
     """
 
     def __init__(
-        self, moments: "Mapping[str, Moments] | Mapping[str, MomentArrays]", metadata: dict[str, Any]
+        self,
+        moments: "Mapping[str, Moments] | Mapping[str, MomentArrays]",
+        metadata: dict[str, Any],
+        vectors: MeanVectors | None = None,
     ) -> None:
-        """Keep `moments` and `metadata`, which must hold `sites`: a list of name, layer, num_heads, head_dim.
+        """Keep `moments`, `vectors`, and `metadata`, which must hold `sites`: a list of name, layer, num_heads, head_dim.
 
         NumPy arrays may take the place of tensors.
 
@@ -77,6 +84,9 @@ class HeadProfile:
         _check_structure(moments, metadata)
         self._keep(moments)
         self.metadata = metadata
+        self.vectors = vectors
+        if vectors is not None:
+            check_structure(vectors, metadata["sites"], self.shape)
 
     def _keep(self, moments: Any) -> None:
         # Only one of the two is kept: tensors once a caller has them, since it may write to them.
@@ -276,7 +286,10 @@ class HeadProfile:
             for metric, moments in self.arrays.items()
             for plane, values in moments._asdict().items()
         }
-        document = {"format": FORMAT_VERSION, "metrics": list(self.metrics), "metadata": self.metadata}
+        version = FORMAT_VERSION
+        if self.vectors is not None:
+            version, arrays = VECTORS_VERSION, arrays | self.vectors.arrays()
+        document = {"format": version, "metrics": list(self.metrics), "metadata": self.metadata}
         try:
             content = pack(arrays, FILE_KEY, document)
             if len(content) > LARGEST:
@@ -306,11 +319,15 @@ class HeadProfile:
     def _of_content(cls, content: bytes) -> Self:
         """Parse the content of a file. Raises ContainerError and ProfileError."""
         arrays, document = unpack_arrays(
-            content, FILE_KEY, formats=READ_VERSIONS, digested=(FORMAT_VERSION,), header_limit=LARGEST_HEADER
+            content, FILE_KEY, formats=READ_VERSIONS, digested=READ_VERSIONS[1:], header_limit=LARGEST_HEADER
         )
         metrics, metadata = _parse_document(document)
-        profile = cls(_moments_of(metrics, arrays), metadata)
+        has_vectors = document["format"] == VECTORS_VERSION
+        moments = _moments_of(metrics, arrays, VECTOR_ARRAYS if has_vectors else ())
+        profile = cls(moments, metadata, MeanVectors.of_arrays(arrays) if has_vectors else None)
         _check_values(profile.arrays, metadata)
+        if profile.vectors is not None:
+            check_values(profile.vectors, metadata["sites"], profile.arrays, metadata.get("token_agg"))
         return profile
 
     @classmethod
@@ -318,6 +335,8 @@ class HeadProfile:
         cls, profiles: Sequence[Self], *, names: Sequence[str] | None = None, allow_repeated: bool = False
     ) -> Self:
         """Merge the samples of all profiles by Chan's formula, in the order given.
+
+        The result has mean vectors if all profiles do; if only some do, a warning says so.
 
         `metadata["data"]` of the result holds the sums and, under "parts", the entry of each part.
 
@@ -341,11 +360,11 @@ class HeadProfile:
             raise OptionError(f"names must be one for each profile: {len(profiles)}, not {len(names)}")
         check_mergeable(profiles, names, allow_repeated=allow_repeated)
         if len(profiles) == 1:
-            return cls(dict(profiles[0]._kept), merged_metadata(profiles))
+            return cls(dict(profiles[0]._kept), merged_metadata(profiles), profiles[0].vectors)
         merged = dict(profiles[0].arrays)
         for other in profiles[1:]:
             merged = {metric: moments.merged(other.arrays[metric]) for metric, moments in merged.items()}
-        return cls(merged, merged_metadata(profiles))
+        return cls(merged, merged_metadata(profiles), merged_vectors(profiles, names))
 
 
 def warn_where_empty(profile: HeadProfile) -> None:
@@ -459,8 +478,11 @@ def _check_types(record: dict[str, Any], types: dict[str, tuple[type, ...]]) -> 
             raise ProfileError(f"{key} in its metadata is out of range")
 
 
-def _moments_of(metrics: list[str], arrays: dict[str, Array]) -> dict[str, MomentArrays]:
-    expected = {f"{metric}/{plane}" for metric in metrics for plane in MomentArrays._fields}
+def _moments_of(
+    metrics: list[str], arrays: dict[str, Array], others: Iterable[str]
+) -> dict[str, MomentArrays]:
+    """Return the moments among `arrays`. Raise ProfileError unless these and `others` are all that there is."""
+    expected = {f"{metric}/{plane}" for metric in metrics for plane in MomentArrays._fields}.union(others)
     if set(arrays) != expected:
         wrong = sorted(set(arrays) ^ expected)
         raise ProfileError(f"arrays are missing or unknown, {wrong[0]!r} among them")

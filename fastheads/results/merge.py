@@ -7,12 +7,14 @@ import copy
 import hashlib
 import itertools
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from fastheads.errors import MergeError
+from fastheads.results.mean_vectors import MeanVectors
 from fastheads.results.possible import MOST_SAMPLES
 from fastheads.results.protocol import Profile
 from fastheads.stats.arrays import Array
@@ -40,6 +42,14 @@ def check_mergeable(profiles: Sequence[Profile], names: Sequence[str], *, allow_
                 raise MergeError(
                     f"cannot merge {', '.join(names)}: together they have more samples of {metric} than can be counted"
                 )
+    vectors = [p.vectors for p in profiles if p.vectors is not None]
+    if len(vectors) == len(profiles):
+        for plane in ("count", "nonfinite"):
+            tokens = np.stack([getattr(v, plane).astype(np.float64) for v in vectors])
+            if bool((tokens.sum(axis=0) > MOST_SAMPLES).any()) or bool((tokens < 0).any()):
+                raise MergeError(
+                    f"cannot merge {', '.join(names)}: together their mean vectors have more tokens than can be counted"
+                )
     if allow_repeated:
         return
     measured, digests = [_measured(p) for p in profiles], [_digest(p) for p in profiles]
@@ -60,10 +70,29 @@ def check_mergeable(profiles: Sequence[Profile], names: Sequence[str], *, allow_
             )
 
 
+def merged_vectors(profiles: Sequence[Profile], names: Sequence[str]) -> MeanVectors | None:
+    """Merge the mean vectors of all profiles; None, with a warning if only some have them, unless all do."""
+    vectors = [p.vectors for p in profiles]
+    without = [name for name, v in zip(names, vectors, strict=True) if v is None]
+    if without:
+        if len(without) < len(vectors):
+            warnings.warn(
+                f"the merged profile has no mean vectors, since these have none: {', '.join(without)}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return None
+    merged = vectors[0]
+    for other in vectors[1:]:
+        assert merged is not None and other is not None
+        merged = merged.merged(other)
+    return merged
+
+
 def _difference(a: Profile, b: Profile) -> str | None:
     """Describe why two profiles cannot be merged, whatever their data; None if they can."""
     one, two = a.metadata, b.metadata
-    weights = _difference_of_weights(one.get("weights"), two.get("weights"))
+    weights = difference_of_weights(one.get("weights"), two.get("weights"))
     if one.get("model") != two.get("model") and weights != "":
         detail = f" ({weights})" if weights else ""
         return f"model: {one.get('model')!r} and {two.get('model')!r}{detail}"
@@ -82,7 +111,7 @@ def _difference(a: Profile, b: Profile) -> str | None:
     return None
 
 
-def _difference_of_weights(one: Any, two: Any) -> str | None:
+def difference_of_weights(one: Any, two: Any) -> str | None:
     """Describe how two fingerprints of weights differ; "" if the weights are equal, None if that is unknown.
 
     Fingerprints of different schemes cannot be compared. Scheme 1 read a few numbers of each tensor, so that equal fingerprints
@@ -150,6 +179,11 @@ def _by_row(profile: Profile, key: str) -> list[str]:
     rows, given = profile.shape[0], profile.metadata.get(key)
     texts = given if isinstance(given, list) and len(given) == rows else [given] * rows
     return [text if isinstance(text, str) else "" for text in texts]
+
+
+def updates_by_row(profile: Profile) -> list[str]:
+    """Return `residual_update` of each row; "" if unknown."""
+    return _by_row(profile, "residual_update")
 
 
 def _measured(profile: Profile) -> Array:

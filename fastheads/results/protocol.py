@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from fastheads.results.mean_vectors import MeanVectors
 from fastheads.stats.arrays import Array, MomentArrays
 
 
@@ -10,6 +11,7 @@ class Profile(Protocol):
     """A `HeadProfile`, for modules that it imports and that cannot import it."""
 
     metadata: dict[str, Any]
+    vectors: MeanVectors | None
 
     @property
     def arrays(self) -> Mapping[str, MomentArrays]:

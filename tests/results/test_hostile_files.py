@@ -352,11 +352,11 @@ def test_profiles_of_the_earlier_format_load(good, tmp_path):
     assert read(path.read_bytes(), FILE_KEY)[1]["format"] == 2
 
 
-@pytest.mark.parametrize("version", [0, 3, True, 1.0, 2.0, "2", None, [2], 10**400])
+@pytest.mark.parametrize("version", [0, 4, True, 1.0, 2.0, "2", None, [2], 10**400])
 def test_other_versions_are_refused(good, version, tmp_path):
     path = tmp_path / "p"
     path.write_bytes(resealed(good, FILE_KEY, lambda document: document.update(format=version)))
-    with pytest.raises(ProfileFileError, match="its format is .*; this version reads 1 and 2"):
+    with pytest.raises(ProfileFileError, match="its format is .*; this version reads 1 and 2 and 3"):
         HeadProfile.load(path)
 
 
