@@ -366,6 +366,7 @@ def show(
         Mode,
         typer.Option(
             metavar="MODE",
+            hidden=True,  # no run measures mean vectors yet
             help="What heads are to be replaced with. zero: rank by --metric. mean: by the error of replacing a head with its "
             "mean, which needs --model.",
         ),
@@ -375,6 +376,7 @@ def show(
         typer.Option(
             help="For --mode mean: the model that was profiled, a local folder, a GGUF file or a Hub id.",
             show_default=False,
+            hidden=True,
         ),
     ] = None,
     dtype: Dtype = "auto",

@@ -106,7 +106,9 @@ def project(
 
 def _vectors(profile: Profile) -> MeanVectors:
     if profile.vectors is None:
-        raise ResultsError("this profile has no mean vectors, which this release reads and merges but does not measure")
+        raise ResultsError(
+            "this profile has no mean vectors, which this release reads and merges but does not measure"
+        )
     return profile.vectors
 
 
