@@ -1,8 +1,8 @@
 """Find the residual stream that an attention block's output is added to, and where it can be read during a forward.
 
 With r the stream `[batch, seq, hidden]` and a the output projection's output, a layer computes r + update(a) (`residual` says
-what update is). r is the input of some module of the layer, mostly of the layer itself; which, is read from the source of the layer's
-forward (`dataflow`), or a registered family says it.
+what update is). r is the input of some module of the layer, mostly of the layer itself. Which one is read from the source of the
+layer's forward (`dataflow`), or a registered family says it.
 """
 
 from collections.abc import Iterator
