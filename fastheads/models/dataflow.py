@@ -31,7 +31,7 @@ class UnreadableError(Exception):
     """The source of a forward is not to be had, or does not say what the branch is added to."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # values lead to one another: their text would have no end
 class Value:
     """What an expression gives. `ancestors`: the values that it was computed from."""
 
