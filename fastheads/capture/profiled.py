@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from itertools import compress
 from operator import attrgetter, sub
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,14 +13,12 @@ from fastheads.backends.stream_norms import inverse_norms
 from fastheads.models.sites import HeadSite
 from fastheads.stats.token_layout import TokenLayout
 
-if TYPE_CHECKING:
-    from fastheads.capture.queue import ManagerQueue
-
 
 class Profiled:
     """A site that is profiled: its row in the results, and the queue of its weight's device."""
 
-    def __init__(self, row: int, site: HeadSite, queue: "ManagerQueue") -> None:
+    def __init__(self, row: int, site: HeadSite, queue: Any) -> None:
+        """`queue`: a `capture.queue.DeviceQueue`."""
         self.row, self.site, self.queue = row, site, queue
         self.name, self.head_dim = site.name, site.head_dim
         self.width = site.num_heads * site.head_dim  # of its input

@@ -20,6 +20,7 @@ from fastheads.errors import CheckpointError
 from fastheads.results.container import ContainerError, pack, unpack
 from fastheads.results.files import UnreadableError, read_once, write_atomic
 from fastheads.results.possible import impossible
+from fastheads.stats.metric import HEAD_METRICS
 from fastheads.stats.moments import PLANES, RunningMoments
 
 FILE_KEY = "fastheads_checkpoint"
@@ -138,11 +139,13 @@ def check_state(path: Path, buffers: list[Tensor], notes: dict[str, Any]) -> Non
         if buffer.dtype != torch.float64 or buffer.dim() != 5 or buffer.shape[1] != PLANES:
             raise CheckpointError(f"{path} is not a checkpoint: its moments have another shape or type")
         for channel in buffer:
-            m = RunningMoments.over(
-                channel.contiguous()
-            ).views()  # [metrics, rows, heads], every metric with the same samples
+            m = (
+                RunningMoments.over(channel.contiguous()).views()
+            )  # [metrics, rows, heads], every metric with the same samples; the ratios with these or none
             totals = m.count + m.nonfinite
-            if bool(impossible(m, least=0.0).any()) or not bool((totals == totals[:1]).all()):
+            fits = totals == totals[:1]
+            fits[len(HEAD_METRICS) :] |= totals[len(HEAD_METRICS) :] == 0
+            if bool(impossible(m, least=0.0).any()) or not bool(fits.all()):
                 raise CheckpointError(f"{path} is not a checkpoint: its moments contradict each other")
 
 

@@ -267,16 +267,19 @@ class Runs:
     def stable(self):
         """Until the ranking has settled: one process, two, and two of which one is killed on the way."""
         self.one()
-        rule = StableRule(tolerance=0.03)
-        self.alone("one-stable", until_stable=rule)
-        codes = [self.wait(child) for child in self.ranks("stable", self.shared, until_stable=rule)]
-        children = self.ranks("stable-lost", self.shared, until_stable=rule)
+        stable = {
+            "until_stable": StableRule(tolerance=0.03),
+            "metrics": ["relative_head_residual_contribution_norm"],  # which settles before the data end
+        }
+        self.alone("one-stable", **stable)
+        codes = [self.wait(child) for child in self.ranks("stable", self.shared, **stable)]
+        children = self.ranks("stable-lost", self.shared, **stable)
         # Just before and at the end of its first window, where what is saved and what was looked at could part.
         self.until(lambda: len(self.track("stable-lost.0")) > 100)
         os.kill(children[0], signal.SIGKILL)
         for child in children:
             self.wait(child)
-        again = self.ranks("stable-lost", self.shared, until_stable=rule, resume=True)
+        again = self.ranks("stable-lost", self.shared, **stable, resume=True)
         return {"codes": codes, "again": [self.wait(child) for child in again]}
 
     def lost(self):
