@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastheads.capture.channels import Updates
-from fastheads.capture.residual_stream import Streams
+from fastheads.capture.residual_stream import ResidualStreams
 from fastheads.capture.stats import LaunchStats
 from fastheads.capture.verify import Finding
 from fastheads.errors import OptionError
@@ -65,8 +65,8 @@ class HookManager:
         self.token_agg = token_agg
         self.sites = find_sites(self.model)
         self._updates = Updates(self.model, dict(enumerate(self.sites)))
-        self._streams = Streams(self.model, dict(enumerate(self.sites)), self._updates)
-        self._stream_norms: dict[int, Tensor] = {}  # ‖r‖ of each token [batch, seq], by row
+        self._residuals = ResidualStreams(self.model, dict(enumerate(self.sites)), self._updates)
+        self._residual_norms: dict[int, Tensor] = {}  # ‖r‖ of each token [batch, seq], by row
         self._decoder = decoder_of(self.model)
         self._arguments = DecoderArguments(self._decoder)
         self._layout: TokenLayout | None = None  # the valid tokens of the decoder's running call
@@ -85,8 +85,8 @@ class HookManager:
     def _attach_hooks(self) -> None:
         self._handles.append(self._decoder.register_forward_pre_hook(self._enter, with_kwargs=True))
         self._handles.append(self._decoder.register_forward_hook(self._leave, always_call=True))
-        for row, source in self._streams.sources.items():
-            hook = self._make_stream_hook(row, source)
+        for row, source in self._residuals.sources.items():
+            hook = self._make_residual_hook(row, source)
             self._handles.append(source.module.register_forward_pre_hook(hook, with_kwargs=True))
         for row, site in enumerate(self.sites):
             self._handles.append(
@@ -99,10 +99,10 @@ class HookManager:
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._layout = None
 
-    def _make_stream_hook(self, row: int, source: StreamSource) -> Callable[..., None]:
+    def _make_residual_hook(self, row: int, source: StreamSource) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._layout is not None:
-                self._stream_norms[row] = source.read(args, kwargs).detach().double().norm(dim=-1)
+                self._residual_norms[row] = source.read(args, kwargs).detach().double().norm(dim=-1)
 
         return hook
 
@@ -121,13 +121,15 @@ class HookManager:
                 weight = dense_weight(site).double()  # [hidden, num_heads * head_dim]
             update_weight, scale = self._update_weight(row, weight, output.double())
             scale = scale.reshape(batch * seq)
-            stream_norm = self._stream_norms.get(row, torch.full((batch, seq), torch.nan)).reshape(-1)
+            residual_norm = (
+                self._residual_norms.pop(row, scale.new_tensor(torch.nan)).expand(batch, seq).reshape(-1)
+            )
             cu_seqlens = self._layout.cu_seqlens
             if cu_seqlens is None:  # each row is a sequence
                 cu_seqlens = torch.arange(batch + 1) * seq
             for start, stop in pairwise(cu_seqlens.tolist()):
                 valid = head_outputs[start:stop]  # [tokens, heads, head_dim]
-                scales = torch.stack([scale, scale / stream_norm])[:, start:stop]  # [2, tokens]
+                scales = torch.stack([scale, scale / residual_norm])[:, start:stop]  # [2, tokens]
                 if mask is not None:
                     keep = mask.flatten()[start:stop]
                     valid, scales = valid[keep], scales[:, keep]
@@ -176,7 +178,7 @@ class HookManager:
         samples = values[:2]
         layer_mean = samples.mean(dim=-1, keepdim=True)
         relative = torch.where(layer_mean.isfinite(), samples / layer_mean, torch.nan)
-        known = 5 if row in self._streams.sources else 3 if row in self._updates.known else 2
+        known = 5 if row in self._residuals.sources else 3 if row in self._updates.known else 2
         for metric, of_metric in enumerate([*samples, *relative, *values[2:known]]):
             for sample in of_metric.tolist():
                 for h, value in enumerate(sample):
@@ -211,7 +213,7 @@ class HookManager:
             **options,
             layers=None,
             residual_update=updates,
-            residual_stream=self._streams.describe(range(len(self.sites))),
+            residual_stream=self._residuals.describe(range(len(self.sites))),
             weights=self._weights,
         )
         return HeadProfile(moments, about)

@@ -18,8 +18,8 @@ from fastheads.models.residual import Update
 def attach(recorder: Recorder, handles: list[Any]) -> None:
     """Put the hooks on the recorder's model. Appends the handle of each hook to `handles` as soon as the hook is on."""
     scope = recorder.scope
-    streams: dict[str, nn.Module] = {} if scope.streams is None else scope.streams.modules(scope.model)
-    handles.append(RetraceHandle({p.site.name: p.site.module for p in recorder.profiled}, streams))
+    residuals: dict[str, nn.Module] = {} if scope.residuals is None else scope.residuals.modules
+    handles.append(RetraceHandle({p.site.name: p.site.module for p in recorder.profiled}, residuals))
     handles.append(register_optimizer_step_post_hook(_marking_changes(recorder)))
     for profiled in recorder.profiled:
         tap = _tap(recorder, profiled)
@@ -28,8 +28,8 @@ def attach(recorder: Recorder, handles: list[Any]) -> None:
             handles.append(add_tap(module, tap, recorder.handle, profiled.traced()))
         else:
             handles.append(module.register_forward_pre_hook(_pre_hook(recorder, tap, profiled)))
-        if scope.streams is not None and profiled.row in scope.streams.sources:
-            handles.append(_add_stream_tap(recorder, profiled))
+        if scope.residuals is not None and profiled.row in scope.residuals.sources:
+            handles.append(_add_residual_tap(recorder, profiled))
         update = scope.normed.get(profiled.row)
         if update is not None:
             hook = _output_hook(recorder, profiled, update)
@@ -105,13 +105,13 @@ def _output_hook(recorder: Recorder, profiled: Profiled, update: Update) -> Call
     return hook
 
 
-def _add_stream_tap(recorder: Recorder, profiled: Profiled) -> Any:
+def _add_residual_tap(recorder: Recorder, profiled: Profiled) -> Any:
     """Look at the residual stream where a module's call shows it, which comes before the projection's, in the same forward."""
-    streams = recorder.scope.streams
-    assert streams is not None
-    source, cannot_wait = streams.sources[profiled.row], streams.cannot_wait(profiled.row)
-    may_wait = profiled.row in streams.at_input and not cannot_wait
-    own, queue, mark, row = source.module, profiled.queue, profiled.stream(), profiled.row
+    residuals = recorder.scope.residuals
+    assert residuals is not None
+    source, cannot_wait = residuals.sources[profiled.row], residuals.cannot_wait(profiled.row)
+    may_wait = profiled.row in residuals.at_input and not cannot_wait
+    own, queue, mark, row = source.module, profiled.queue, profiled.residual(), profiled.row
     raw_stream = torch._C._cuda_getCurrentRawStream if queue.is_cuda else None
     engine, read = recorder.engine, source.read
     as_is = engine.as_is(row)
@@ -119,33 +119,33 @@ def _add_stream_tap(recorder: Recorder, profiled: Profiled) -> Any:
     def tap(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is not own:
             return  # a copy of the model
-        stream = read(args, kwargs)
+        residual = read(args, kwargs)
         if not as_is:
-            stream = engine.output(row, stream)
-        size = stream.nbytes
+            residual = engine.output(row, residual)
+        size = residual.nbytes
         if (
             may_wait
             and size <= queue.room
             and size <= queue.largest
             and get_ident() == queue.thread
-            and stream.get_device() == queue.index
-            and not stream.requires_grad
+            and residual.get_device() == queue.index
+            and not residual.requires_grad
             and (raw_stream is None or raw_stream(queue.index) == queue.raw_stream)
         ):
             queue.room -= size
-            queue.kept.append((mark, stream, None if stream.is_inference() else stream._version))
+            queue.kept.append((mark, residual, None if residual.is_inference() else residual._version))
         else:
-            recorder.measure_stream(mark, stream, is_overwritten=cannot_wait)
+            recorder.measure_residual(mark, residual, is_overwritten=cannot_wait)
 
     def pre_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
             tap(module, args, kwargs)
         elif module is own:
-            recorder.trace_stream(row, args, kwargs)
+            recorder.trace_residual(row, args, kwargs)
 
     _name_owner(pre_hook)
     if takes_taps(own):
-        recorder.stream_hooks.append((own, pre_hook))
+        recorder.residual_hooks.append((own, pre_hook))
         return add_tap(own, tap, recorder.handle, row)
     return own.register_forward_pre_hook(pre_hook, with_kwargs=True)
 

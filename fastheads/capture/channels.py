@@ -5,7 +5,7 @@ another product: the sum of the query heads that share keys and values, or a hea
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,10 @@ class Channel:
     index: int
     accumulator: Accumulator
     metrics: dict[str, int]
+
+    def ratio(self, inverse_norms: Tensor | None) -> Tensor | None:
+        """Return 1/‖r‖ if this channel measures the ratio with the projection's input alone: that of the heads does."""
+        return inverse_norms if self.index == 0 else None
 
 
 class Updates:
@@ -95,27 +99,32 @@ class Updates:
         return {row: update for row, update in self.known.items() if update.norm is not None}
 
     def moments(self, by_metric: dict[str, Moments]) -> Moments:
-        """Return the moments `[rows, heads]` of the update norm: measured for layers with a norm, else the contribution's, scaled
-        by the multiplier. Rows with an unknown update are empty.
-        """
-        contribution, measured = by_metric[METRICS[CONTRIBUTION]], by_metric.get(UPDATE_METRIC)
-        rows, normed = contribution.count.shape[0], self.normed
-        found = Moments(*(plane.clone() for plane in contribution.scaled(self.factors(rows))))
-        empty = RunningMoments(1, 1, 1, torch.device("cpu")).views()
-        for row in range(rows):
-            for plane, name in zip(found, Moments._fields, strict=True):
-                if row in normed:
-                    plane[row] = getattr(measured, name)[row]
-                elif row not in self.known:
-                    plane[row] = getattr(empty, name)[0, 0, 0]
-        return found
+        """Return the moments `[rows, heads]` of the update norm. Rows with an unknown update are empty."""
+        return self.combined(
+            by_metric[METRICS[CONTRIBUTION]], by_metric.get(UPDATE_METRIC), rows=self.known, power=1
+        )
 
-    def factors(self, rows: int) -> Tensor:
-        """Return the size of each layer's multiplier, float64 `[rows, 1]`."""
-        factors = torch.ones(rows, 1, dtype=torch.float64, device="cpu")
+    def combined(
+        self, at_input: Moments | None, behind: Moments | None, *, rows: Container[int], power: int
+    ) -> Moments:
+        """Combine moments `[rows, heads]` that were measured at the projection's input, times the layer's multiplier to that
+        power, and, for layers with a norm, `behind` the projection. Other rows than `rows` are empty, and those with an unknown
+        update.
+        """
+        assert at_input is not None
+        count = at_input.count.shape[0]
+        factor = torch.ones(count, 1, dtype=torch.float64, device="cpu")
         for row, multiplier in self._multipliers.items():
-            factors[row] = abs(multiplier)
-        return factors
+            factor[row] = abs(multiplier) ** power
+        found = Moments(*(plane.clone() for plane in at_input.scaled(factor)))
+        empty, normed = RunningMoments(1, 1, 1, torch.device("cpu")).views(), self.normed
+        for row in range(count):
+            for plane, name in zip(found, Moments._fields, strict=True):
+                if row not in rows or row not in self.known:
+                    plane[row] = getattr(empty, name)[0, 0, 0]
+                elif row in normed:
+                    plane[row] = getattr(behind, name)[row]
+        return found
 
     def describe(self, rows: Iterable[int]) -> str | list[str]:
         """Describe the updates of `rows` for a profile's metadata: one text for each row, or a single one if all are equal."""

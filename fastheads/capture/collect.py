@@ -47,9 +47,9 @@ def collect(recorder: Recorder, weights: dict[str, Any] | None) -> tuple[HeadPro
     nonfinite = sum(int(of_metric.nonfinite.sum()) for of_metric in by_metric.values())
     if scope.options.measures(UPDATE):
         by_metric[UPDATE_METRIC] = scope.updates.moments(by_metric)
-    if scope.streams is not None:
+    if scope.residuals is not None:
         of_updates = totals[-1] if scope.normed else None
-        by_metric.update(scope.streams.moments(totals[0], of_updates))
+        by_metric.update(scope.residuals.moments(totals[0], of_updates))
     if scope.options.metrics is not None:
         by_metric = {name: by_metric[name] for name in by_metric if name in scope.options.metrics}
     for name, of_metric in by_metric.items():
@@ -138,8 +138,8 @@ def _metadata(recorder: Recorder, weights: dict[str, Any] | None) -> dict[str, A
         residual_update=scope.updates.describe(range(len(scope.sites))),
         **(
             {}
-            if scope.streams is None
-            else {"residual_stream": scope.streams.describe(range(len(scope.sites)))}
+            if scope.residuals is None
+            else {"residual_stream": scope.residuals.describe(range(len(scope.sites)))}
         ),
         weights=weights,
     )

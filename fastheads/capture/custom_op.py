@@ -18,7 +18,7 @@ class Recorder(Protocol):
     def trace(self, module: nn.Module, args: tuple[Any, ...], site: Any) -> None:
         """Take the input of a projection while Dynamo traces its call; `site` comes from `projection_hook.add_tap`."""
 
-    def trace_stream(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def trace_residual(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take the residual stream of a site from a module's arguments while Dynamo traces its call."""
 
     def begin_in_graph(self, pending: Tensor, committed: Tensor) -> None:

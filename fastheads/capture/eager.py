@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastheads.backends.stream_norms import inverse_norm, inverse_norms
+from fastheads.backends.residual_norms import inverse_norm, inverse_norms
 from fastheads.capture.forward import Forward
 from fastheads.capture.graphs import GraphSink
 from fastheads.capture.memory import check_unchanged
@@ -23,8 +23,6 @@ class EagerSink(Sink):
         """`graph` takes the inputs that come between the graphs of a compiled decoder, where `flush` is not called."""
         super().__init__(parts)
         self._graph = graph
-        # The rows whose input comes with its residual stream.
-        self._paired = self._scope.streams.at_input if self._scope.streams else frozenset[int]()
 
     def queue_of(self, forward: Forward, device: torch.device) -> DeviceQueue:
         """Return the forward's queue on `device`; makes one if there is none."""
@@ -49,29 +47,31 @@ class EagerSink(Sink):
         if size > queue.largest or queue.off_stream():
             forward.ran.add(profiled.row)
             self._deferred.check_not_overwritten(self._queues.on(x.device), [x])
-            self._record(forward, queue, [profiled.row], [x], [self._stream_of(forward, queue, profiled, x)])
+            self._record(
+                forward, queue, [profiled.row], [x], [self._residual_of(forward, queue, profiled, x)]
+            )
             return
         if size > queue.room:
             self._flush(forward, queue)
         queue.room -= size
         queue.kept.append((profiled, x, _version(x)))
 
-    def put_stream(
-        self, forward: Forward, profiled: Profiled, stream: Tensor, *, is_overwritten: bool
+    def put_residual(
+        self, forward: Forward, profiled: Profiled, residual: Tensor, *, is_overwritten: bool
     ) -> None:
         """Take the residual stream r `[batch, seq, hidden]` of the input that comes next; `profiled` marks it as one. What cannot
         wait (`is_overwritten`: the model writes into it) is reduced to 1/‖r‖.
         """
-        stream = stream.detach()
+        residual = residual.detach()
         if forward.decoder_traced or profiled.row not in self._paired:
-            forward.streams[profiled.row] = inverse_norm(stream)
+            forward.inverse_norms[profiled.row] = inverse_norm(residual)
             return
-        queue = self.queue_of(forward, stream.device)
-        if is_overwritten or stream.nbytes > min(queue.largest, queue.room) or queue.off_stream():
+        queue = self.queue_of(forward, residual.device)
+        if is_overwritten or residual.nbytes > min(queue.largest, queue.room) or queue.off_stream():
             with queue.on_its_stream():
-                stream = inverse_norm(stream)
-        queue.room -= stream.nbytes
-        queue.kept.append((profiled, stream, _version(stream)))
+                residual = inverse_norm(residual)
+        queue.room -= residual.nbytes
+        queue.kept.append((profiled, residual, _version(residual)))
 
     def put_scaled(self, forward: Forward, profiled: Profiled, x: Tensor, norms: OutputNorms) -> None:
         """Take an input again, with the norms of the projection's output, after `put` has taken it."""
@@ -115,7 +115,7 @@ class EagerSink(Sink):
             return
         pairs = Pairing(kept)
         queue.kept = pairs.left
-        queue.room -= sum(stream.nbytes for _, stream, _ in pairs.left)
+        queue.room -= sum(residual.nbytes for _, residual, _ in pairs.left)
         if pairs.inputs:
             self._measure_kept(forward, queue, kept, pairs, may_remember=not pairs.left, may_defer=not scaled)
         if scaled:
@@ -134,8 +134,8 @@ class EagerSink(Sink):
         """Measure kept inputs, `pairs` in order, by one launch if they are alike."""
         rows, inputs = [profiled.row for profiled, _, _ in pairs.inputs], [x for _, x, _ in pairs.inputs]
         kinds = {
-            (type(x), x.shape, x.stride(), x.dtype, profiled.width, profiled.head_dim, stream is None)
-            for (profiled, x, _), stream in zip(pairs.inputs, pairs.streams, strict=True)
+            (type(x), x.shape, x.stride(), x.dtype, profiled.width, profiled.head_dim, residual is None)
+            for (profiled, x, _), residual in zip(pairs.inputs, pairs.residuals, strict=True)
         }
         # Most often so: each of these lines is paid for at each token.
         batch, seq = inputs[0].shape[:2] if inputs[0].dim() > 1 else (1, 0)
@@ -145,20 +145,18 @@ class EagerSink(Sink):
             for profiled, x, _ in pairs.inputs:
                 self._inputs.check(forward, profiled, x)
         check_unchanged([*pairs.inputs, *pairs.used])
-        if (
-            forward.epoch == self._forwards.epoch
-        ):  # else a reset dropped streams, and this forward does not count
+        if forward.epoch == self._forwards.epoch:  # else a reset dropped residual streams, and nothing counts
             pairs.check(self._paired)
         ran = set(rows)
         forward.ran |= ran
         if len(kinds) == 1 and len(ran) == len(rows):
-            self._record(forward, queue, rows, inputs, pairs.streams)
+            self._record(forward, queue, rows, inputs, pairs.residuals)
             if may_remember:
                 self._remember(forward, queue, kept, rows, inputs[0], may_defer=may_defer)
             return
         for group in grouped(
-            (profiled, x, stream)
-            for (profiled, x, _), stream in zip(pairs.inputs, pairs.streams, strict=True)
+            (profiled, x, residual)
+            for (profiled, x, _), residual in zip(pairs.inputs, pairs.residuals, strict=True)
         ):
             self._record(forward, queue, group.rows, group.inputs, group.extras)
 
@@ -195,7 +193,7 @@ class EagerSink(Sink):
             return
         if x.shape[0] == x.shape[1] > 1:  # each time it is asked whether the batch is known
             return
-        accumulator, has_ratio = self._scope.accumulator, any(profiled.is_stream for profiled, _, _ in kept)
+        accumulator, has_ratio = self._scope.accumulator, any(profiled.is_residual for profiled, _, _ in kept)
         launch = accumulator.launch_of(rows, x, forward.layout, has_ratio=has_ratio)
         if launch is None or forward.layout.cu_seqlens is not None:
             return
@@ -203,18 +201,18 @@ class EagerSink(Sink):
         if may_defer:
             queue.deferred.watch(kept, queue.budget)
 
-    def _stream_of(
+    def _residual_of(
         self, forward: Forward, queue: DeviceQueue, profiled: Profiled, x: Tensor
     ) -> Tensor | None:
         """Remove and return the residual stream, or its inverse norms, of an input that is measured now."""
         if profiled.row not in self._paired:
             return None
         for place in reversed(range(len(queue.kept))):
-            mark, stream, _ = queue.kept[place]
-            if mark.is_stream and mark.row == profiled.row:
+            mark, residual, _ = queue.kept[place]
+            if mark.is_residual and mark.row == profiled.row:
                 check_unchanged([queue.kept.pop(place)])
-                check_shape(profiled, x, stream)
-                return stream
+                check_shape(profiled, x, residual)
+                return residual
         self._check_not_missing(forward, profiled)
         return None
 
@@ -225,10 +223,9 @@ class EagerSink(Sink):
 
     def _inverse_norm_of(self, forward: Forward, profiled: Profiled, x: Tensor) -> Tensor | None:
         """Remove and return 1/‖r‖ `[batch, seq]` of an input that is measured behind its projection."""
-        streams = self._scope.streams
-        if streams is None or profiled.row not in streams.sources:
+        if profiled.row not in self._sourced:
             return None
-        norms = forward.streams.pop(profiled.row, None)
+        norms = forward.inverse_norms.pop(profiled.row, None)
         if norms is None:
             self._check_not_missing(forward, profiled)
             return None
@@ -241,16 +238,16 @@ class EagerSink(Sink):
         queue: DeviceQueue,
         rows: list[int],
         inputs: list[Tensor],
-        streams: Sequence[Tensor | None],
+        residuals: Sequence[Tensor | None],
     ) -> None:
         assert forward.layout is not None  # within a decoder's call
         queue.recorded = True
         with torch.no_grad(), queue.on_its_stream():
-            given = [stream for stream in streams if stream is not None]
+            given = [residual for residual in residuals if residual is not None]
             inverse = inverse_norms(given) if given else None
             for channel in self._scope.at_input:
                 pending = queue.moments.pending[channel.index]
-                ratio = inverse if channel.index == 0 else None
+                ratio = channel.ratio(inverse)
                 repeated = channel.accumulator.record(rows, inputs, forward.layout, pending, ratio=ratio)
                 self._counter.count(repeated=repeated)
 

@@ -53,7 +53,7 @@ class Forward:
         self.traced: list[tuple[TracedSite, Tensor, Tensor | None]] = []
         self.traced_scaled: list[tuple[TracedSite, Tensor, ScaledBy]] = []
         # 1/‖r‖ `[B, S]` by row, of the residual stream r that the next output of that row's projection is added to.
-        self.streams: dict[int, Tensor] = {}
+        self.inverse_norms: dict[int, Tensor] = {}
 
     def is_live(self) -> bool:
         """True if the forward is under way: its call is on its thread's stack."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastheads.backends.stream_norms import inverse_norm
+from fastheads.backends.residual_norms import inverse_norm
 from fastheads.capture import custom_op
 from fastheads.capture.channels import Channel
 from fastheads.capture.forward import Forward
@@ -48,10 +48,7 @@ class GraphSink(Sink):
         getattr(module, SITE_ATTRIBUTE)
         queue = self._queues.by_device[x.device]
         size = x.numel() * x.element_size()
-        inverse = None
-        streams = self._scope.streams
-        if streams is not None and site.row in streams.at_input:
-            inverse = self._inverse_norm_of(forward, site)
+        inverse = self._inverse_norm_of(forward, site) if site.row in self._paired else None
         if not forward.decoder_traced or size > queue.largest:
             self._put_groups([(site, x, inverse)], forward)
             return
@@ -59,16 +56,13 @@ class GraphSink(Sink):
             self.flush(forward)
         forward.traced.append((site, x, inverse))
 
-    def put_stream(self, forward: Forward, row: int, stream: Tensor) -> None:
+    def put_residual(self, forward: Forward, row: int, residual: Tensor) -> None:
         """Take the residual stream `[batch, seq, hidden]` of the input that comes next, while Dynamo traces."""
-        forward.streams[row] = inverse_norm(stream)
+        forward.inverse_norms[row] = inverse_norm(residual)
 
     def put_scaled(self, forward: Forward, site: TracedSite, x: Tensor, norms: OutputNorms) -> None:
         """Take an input again, with the norms of the projection's output, after `put` has taken it."""
-        inverse = None
-        streams = self._scope.streams
-        if streams is not None and site.row in streams.sources:
-            inverse = self._inverse_norm_of(forward, site)
+        inverse = self._inverse_norm_of(forward, site) if site.row in self._sourced else None
         largest = self._queues.by_device[x.device].largest
         if not forward.decoder_traced or x.numel() * x.element_size() > largest:
             self._put_scaled_groups([(site, x, (norms, inverse))], forward)
@@ -76,7 +70,7 @@ class GraphSink(Sink):
             forward.traced_scaled.append((site, x, (norms, inverse)))
 
     def _inverse_norm_of(self, forward: Forward, site: TracedSite | Profiled) -> Tensor:
-        inverse = forward.streams.pop(site.row, None)
+        inverse = forward.inverse_norms.pop(site.row, None)
         if inverse is None:
             raise missing(site)
         return inverse
@@ -90,12 +84,11 @@ class GraphSink(Sink):
     def put_eagerly(self, forward: Forward, profiled: Profiled, x: Tensor) -> None:
         """Measure an input that comes in plain Python between the graphs of a compiled decoder."""
         queue = self._queues.on(x.device)
-        streams, ratio = self._scope.streams, None
-        if streams is not None and profiled.row in streams.at_input:
+        ratio = None
+        if profiled.row in self._paired:
             ratio = self._inverse_norm_of(forward, profiled).unsqueeze(0)
         for channel in self._scope.at_input:
-            of_channel = ratio if channel.index == 0 else None
-            self._call_op(forward, channel, [profiled.row], [x], queue=queue, ratio=of_channel)
+            self._call_op(forward, channel, [profiled.row], [x], queue=queue, ratio=channel.ratio(ratio))
 
     def put_scaled_eagerly(
         self, forward: Forward, profiled: Profiled, x: Tensor, scaled_by: ScaledBy
@@ -110,8 +103,9 @@ class GraphSink(Sink):
             for group in grouped([item for item in inputs if item[1].device == device]):
                 ratio = None if group.extras[0] is None else torch.stack(group.extras)
                 for channel in self._scope.at_input:
-                    of_channel = ratio if channel.index == 0 else None
-                    self._call_op(forward, channel, group.rows, group.inputs, queue=queue, ratio=of_channel)
+                    self._call_op(
+                        forward, channel, group.rows, group.inputs, queue=queue, ratio=channel.ratio(ratio)
+                    )
 
     def _put_scaled_groups(self, inputs: list[tuple[TracedSite, Tensor, ScaledBy]], forward: Forward) -> None:
         channel = self._scope.channels[-1]

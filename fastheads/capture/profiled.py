@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastheads.backends.accumulator import Accumulator
 from fastheads.backends.protocol import Launch
-from fastheads.backends.stream_norms import inverse_norms
+from fastheads.backends.residual_norms import inverse_norms
 from fastheads.models.sites import HeadSite
 from fastheads.stats.token_layout import TokenLayout
 
@@ -22,12 +22,12 @@ class Profiled:
         self.row, self.site, self.queue = row, site, queue
         self.name, self.head_dim = site.name, site.head_dim
         self.width = site.num_heads * site.head_dim  # of its input
-        self.is_stream = False
+        self.is_residual = False
 
-    def stream(self) -> "Profiled":
-        """What marks an entry of kept inputs as the residual stream of this site."""
+    def residual(self) -> "Profiled":
+        """Return a copy that marks a `Kept` entry as the residual stream of this site."""
         found = Profiled(self.row, self.site, self.queue)
-        found.is_stream = True
+        found.is_residual = True
         return found
 
     def traced(self) -> "TracedSite":
@@ -68,42 +68,44 @@ class KeptLaunch:
         self._launch, self._scratch = launch, launch.new_scratch()
         self._accumulator, self._epoch = accumulator, accumulator.epoch
         self._no_versions = [None] * len(kept)
-        streams = [x for profiled, x, _ in kept if profiled.is_stream]
-        self._streams, self._inputs = (
-            [p.is_stream is which for p in self._profiled] for which in (True, False)
+        residuals = [x for profiled, x, _ in kept if profiled.is_residual]
+        self._residuals, self._inputs = (
+            [p.is_residual is which for p in self._profiled] for which in (True, False)
         )
-        self._stream_like = {_form(x) for x in streams}
-        self._has_streams = bool(streams)
-        self._stream_extent = max((x.nbytes for x in streams), default=0)
-        self._count = len(kept) - len(streams)
+        self._residual_like = {_form(x) for x in residuals}
+        self._has_residuals = bool(residuals)
+        self._residual_extent = max((x.nbytes for x in residuals), default=0)
+        self._count = len(kept) - len(residuals)
 
     def addresses_of(self, kept: list[Kept], layout: TokenLayout) -> list[int] | None:
         """Addresses of the inputs, then of the streams; None if one was changed, or the launch may not serve them."""
-        of_streams: list[int] = []
+        of_residuals: list[int] = []
         profiled, inputs, versions = map(list, zip(*kept, strict=True))
         if profiled != self._profiled or layout.cu_seqlens is not None:
             return None
         if versions != self._no_versions and (None in versions or versions != list(map(_VERSION, inputs))):
             return None
-        if self._has_streams:
-            streams = list(compress(inputs, self._streams))
-            if set(map(_form, streams)) != self._stream_like:
+        if self._has_residuals:
+            residuals = list(compress(inputs, self._residuals))
+            if set(map(_form, residuals)) != self._residual_like:
                 return None
-            of_streams = list(map(Tensor.data_ptr, streams))
-            if _overlap(of_streams, self._stream_extent):
+            of_residuals = list(map(Tensor.data_ptr, residuals))
+            if _overlap(of_residuals, self._residual_extent):
                 return None
             inputs = list(compress(inputs, self._inputs))
         if layout.tokens != inputs[0].shape[:2] or self._accumulator.epoch != self._epoch:
             return None
-        addresses = self._launch.matches(inputs, layout.valid, layout.skip_first, has_ratio=self._has_streams)
+        addresses = self._launch.matches(
+            inputs, layout.valid, layout.skip_first, has_ratio=self._has_residuals
+        )
         if addresses is None or _overlap(addresses, self.extent):
             return None  # one may lie where another lay
-        return addresses + of_streams
+        return addresses + of_residuals
 
     def spans(self, addresses: list[int]) -> list[tuple[int, int]]:
         """Return (start, stop) of what lies at these addresses, of inputs and then of streams."""
         return [
-            (start, start + (self.extent if place < self._count else self._stream_extent))
+            (start, start + (self.extent if place < self._count else self._residual_extent))
             for place, start in enumerate(addresses)
         ]
 
@@ -111,8 +113,8 @@ class KeptLaunch:
         """Measure what `addresses_of` gave; False, and nothing was done, where the state or the mask cannot be read."""
         self._accumulator.follow_stream(self._index)
         ratio = None
-        if self._has_streams:
-            ratio = inverse_norms([x for profiled, x, _ in kept if profiled.is_stream])
+        if self._has_residuals:
+            ratio = inverse_norms([x for profiled, x, _ in kept if profiled.is_residual])
         return self._launch.run(addresses[: self._count], state, valid, ratio=ratio, scratch=self._scratch)
 
 

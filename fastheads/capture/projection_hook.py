@@ -28,7 +28,7 @@ TAPS_ATTRIBUTE = "_fastheads_taps"
 TRACED_ATTRIBUTE = "_fastheads_traced"
 ANY_ATTRIBUTE = "_fastheads_any"  # of a `forward` that calls taps with all its arguments
 
-_Taps = Literal["linear", "stream"] | None
+_Taps = Literal["linear", "residual"] | None
 
 # As a forward pre-hook, but what it returns is not looked at. That of a residual stream takes keyword arguments too.
 Tap = Callable[..., None]
@@ -42,15 +42,15 @@ _made: set[type[nn.Module]] = set()
 class RetraceHandle:
     """Makes compiled code that runs any of the modules compile anew at its next call; and once more when it is removed."""
 
-    def __init__(self, modules: dict[str, nn.Module], streams: dict[str, nn.Module] | None = None) -> None:
-        """`modules` by the names of their sites; `streams`: by names, modules whose input is a residual stream."""
-        streams = {} if streams is None else streams
-        self._modules = [*modules.values(), *streams.values()]
+    def __init__(self, modules: dict[str, nn.Module], residuals: dict[str, nn.Module] | None = None) -> None:
+        """`modules` by the names of their sites; `residuals`: by names, modules whose input is a residual stream."""
+        residuals = {} if residuals is None else residuals
+        self._modules = [*modules.values(), *residuals.values()]
         fresh = _FreshSubclasses()
-        for name, module in (*modules.items(), *streams.items()):
+        for name, module in (*modules.items(), *residuals.items()):
             own, count = _attached.get(module, (type(module), 0))
             _attached[module] = (own, count + 1)
-            module.__class__ = fresh[own, _tap_of(module, own, takes_any=name in streams)]
+            module.__class__ = fresh[own, _tap_of(module, own, takes_any=name in residuals)]
             setattr(module, SITE_ATTRIBUTE, name)
 
     def remove(self) -> None:
@@ -81,7 +81,7 @@ def takes_taps(module: nn.Module) -> bool:
 
 def add_tap(module: nn.Module, tap: Tap, recorder: int, site: Any) -> Any:
     """Call `tap` before each forward of a module that takes taps, as a pre-hook would be called. While Dynamo traces, the `trace`
-    method of the recorder with that handle (`custom_op`), or `trace_stream`, is called instead, with `site`, which holds
+    method of the recorder with that handle (`custom_op`), or `trace_residual`, is called instead, with `site`, which holds
     constants only. Returns the handle that removes the tap.
     """
     return _TapHandle(module, tap, (recorder, site))
@@ -125,40 +125,40 @@ def _trace_taps(module: nn.Module, args: tuple[Any, ...]) -> None:
             recorder.trace(module, args, site)
 
 
-def _run_stream_taps(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _run_residual_taps(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for tap in getattr(module, TAPS_ATTRIBUTE, ()):
         tap(module, args, kwargs)
 
 
-def _trace_stream_taps(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _trace_residual_taps(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for handle, row in getattr(module, TRACED_ATTRIBUTE, ()):
         recorder = recorder_of(handle)
         if recorder is not None:
-            recorder.trace_stream(row, args, kwargs)
+            recorder.trace_residual(row, args, kwargs)
 
 
 plain_or_traced(_run_taps, _trace_taps)
-plain_or_traced(_run_stream_taps, _trace_stream_taps)
+plain_or_traced(_run_residual_taps, _trace_residual_taps)
 
 
 def _tap_of(module: nn.Module, own: type[nn.Module], *, takes_any: bool) -> _Taps:
-    """Return how the module's `forward` can call taps: "linear" if it runs `nn.Linear.forward` itself, "stream" if it
+    """Return how the module's `forward` can call taps: "linear" if it runs `nn.Linear.forward` itself, "residual" if it
     `takes_any` arguments and runs its class's, None if a hook must.
     """
     if "forward" in module.__dict__:
         return None
     if takes_any:
-        return "stream"
+        return "residual"
     return "linear" if own.forward is nn.Linear.forward else None
 
 
-def _stream_forward(own: type[nn.Module]) -> Callable[..., Any]:
+def _residual_forward(own: type[nn.Module]) -> Callable[..., Any]:
     """Make the `forward` that shows the taps its arguments, after all pre-hooks, and runs that of the class."""
     original = own.forward
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _run_stream_taps(self, args, kwargs)
+        _run_residual_taps(self, args, kwargs)
         return original(self, *args, **kwargs)
 
     setattr(forward, ANY_ATTRIBUTE, True)
@@ -179,8 +179,8 @@ class _FreshSubclasses(dict[tuple[type[nn.Module], _Taps], type[nn.Module]]):
         }
         if taps == "linear":
             names["forward"] = _tapped_forward
-        elif taps == "stream":
-            names["forward"] = _stream_forward(own)
+        elif taps == "residual":
+            names["forward"] = _residual_forward(own)
         self[key] = type(own.__name__, (own,), names)
         _made.add(self[key])
         return self[key]

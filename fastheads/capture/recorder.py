@@ -74,7 +74,7 @@ class Recorder:
         self.attached = False
         self.check: SelfCheck | None = None
         # Modules whose taps show residual streams, with the pre-hook that does where somebody replaces their `forward`.
-        self.stream_hooks: list[tuple[nn.Module, Callable[..., None]]] = []
+        self.residual_hooks: list[tuple[nn.Module, Callable[..., None]]] = []
         self._late_handles: list[Any] = []
         self._projections = [_slot_of(scope.model, site) for site in scope.chosen.values()]
 
@@ -102,7 +102,7 @@ class Recorder:
             if forward.decoder_frame is not None:
                 raise ForwardError(_CALLED_AGAIN)
             forward.decoder_frame = frame
-        forward.streams.clear()
+        forward.inverse_norms.clear()
         # Without the lock: a function that somebody gave to `token_mask` may wait for other threads.
         forward.layout = self.engine.token_layout(args, kwargs)
         for queue in forward.queues.values():
@@ -131,10 +131,10 @@ class Recorder:
                 raise ForwardError(
                     f"{name} of an attention module was replaced or wrapped while hooks were on it: attach a new HookManager"
                 )
-        replaced = [pair for pair in self.stream_hooks if "forward" in pair[0].__dict__]
+        replaced = [pair for pair in self.residual_hooks if "forward" in pair[0].__dict__]
         for pair in replaced:
             self._late_handles.append(pair[0].register_forward_pre_hook(pair[1], with_kwargs=True))
-            self.stream_hooks.remove(pair)
+            self.residual_hooks.remove(pair)
         self.engine.follow_signature()
         self.scope.updates.look()
         capturing = self.queues.is_capturing()
@@ -219,14 +219,14 @@ class Recorder:
             if forward.module is not None:  # else detached in another thread
                 self.sink.put(forward, profiled, x)
 
-    def measure_stream(self, mark: Profiled, stream: Tensor, *, is_overwritten: bool) -> None:
+    def measure_residual(self, mark: Profiled, residual: Tensor, *, is_overwritten: bool) -> None:
         """Take the residual stream `[batch, seq, hidden]` of the input that comes next, if the hook could not simply keep it."""
         forward = self.forwards.current()
         if forward is None or not forward.counts or forward.layout is None:
             return
         with self.lock, torch.no_grad():
             if forward.module is not None:  # else detached in another thread
-                self.sink.put_stream(forward, mark, stream, is_overwritten=is_overwritten)
+                self.sink.put_residual(forward, mark, residual, is_overwritten=is_overwritten)
 
     def measure_scaled(self, forward: Forward, profiled: Profiled, x: Tensor, norms: OutputNorms) -> None:
         """Take an input again behind the projection, with the norms of the projection's output."""
@@ -361,7 +361,7 @@ class Recorder:
         if module is self.engine.decoder:
             if forward.layout is not None:
                 raise ForwardError(_CALLED_AGAIN)
-            forward.traced, forward.traced_scaled, forward.streams = [], [], {}
+            forward.traced, forward.traced_scaled, forward.inverse_norms = [], [], {}
             forward.layout = self.engine.token_layout(args, kwargs)
             forward.decoder_traced = True
 
@@ -372,12 +372,12 @@ class Recorder:
             return
         self.graph.put(forward, module, site, self.engine.input(site.row, args[0].detach()))
 
-    def trace_stream(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """`measure_stream`, as Dynamo traces it; the arguments are those of the call that shows the residual stream."""
+    def trace_residual(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """`measure_residual`, as Dynamo traces it; the arguments are those of the call that shows the residual stream."""
         forward = self.forwards.traced()
-        if forward is not None and forward.counts and self.scope.streams is not None:
-            stream = self.scope.streams.sources[row].read(args, kwargs)
-            self.graph.put_stream(forward, row, self.engine.output(row, stream.detach()))
+        if forward is not None and forward.counts and self.scope.residuals is not None:
+            residual = self.scope.residuals.sources[row].read(args, kwargs)
+            self.graph.put_residual(forward, row, self.engine.output(row, residual.detach()))
 
     def finish_traced(self, module: nn.Module) -> None:
         """`finish` and `commit`, as Dynamo traces them."""

@@ -16,7 +16,7 @@ from fastheads.capture.channels import (
     channel_of_updates,
 )
 from fastheads.capture.engine import TransformersEngine
-from fastheads.capture.residual_stream import Streams
+from fastheads.capture.residual_stream import ResidualStreams
 from fastheads.errors import OptionError
 from fastheads.models.residual import Update
 from fastheads.models.sites import HeadSite, find_sites, sites_of_layers
@@ -36,7 +36,7 @@ class Scope:
     chosen: dict[int, HeadSite]
     ranks: tensor_parallel.Ranks | None
     updates: Updates
-    streams: Streams | None  # None: no metric needs them
+    residuals: ResidualStreams | None  # None: no metric needs them
     channels: tuple[Channel, ...]
     at_input: tuple[Channel, ...]  # channels that need only the projection's input
 
@@ -54,18 +54,18 @@ class Scope:
     @property
     def kept_bytes(self) -> int:
         """Bytes of all that is kept on each device: residual streams are allowed as many as inputs."""
-        return self.group_bytes if self.streams is None else 2 * self.group_bytes
+        return self.group_bytes if self.residuals is None else 2 * self.group_bytes
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(metrics, rows, heads) of a channel's moments."""
-        metrics = len(HEAD_METRICS) + (0 if self.streams is None else len(RATIOS))
+        metrics = len(HEAD_METRICS) + (0 if self.residuals is None else len(RATIOS))
         return metrics, len(self.sites), max(site.num_heads for site in self.sites)
 
     @property
     def normed(self) -> dict[int, Update]:
         """By row, the updates that are measured behind the projection."""
-        wanted = self.options.measures(UPDATE) or self.streams is not None
+        wanted = self.options.measures(UPDATE) or self.residuals is not None
         return self.updates.normed if wanted else {}
 
     def factors(self) -> list[SiteFactor]:
@@ -92,7 +92,7 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
         channels.append(channel_of_function(len(channels), chosen, metric, options.token_agg))
     at_input = tuple(channels)
     wants_ratio = any(options.measures(metric) for metric in RATIOS)
-    streams = Streams(model, chosen, updates) if wants_ratio else None
+    residuals = ResidualStreams(model, chosen, updates) if wants_ratio else None
     if updates.normed and (options.measures(UPDATE) or wants_ratio):
         channels.append(channel_of_updates(len(channels), chosen, updates.normed, ranks=ranks, **how))
     read_weights(channel.accumulator for channel in channels)
@@ -104,7 +104,7 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
         chosen=chosen,
         ranks=ranks,
         updates=updates,
-        streams=streams,
+        residuals=residuals,
         channels=tuple(channels),
         at_input=at_input,
     )

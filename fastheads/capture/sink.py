@@ -31,3 +31,7 @@ class Sink:
         self._scope, self._queues, self._forwards = parts.scope, parts.queues, parts.forwards
         self._deferred, self._coverage = parts.deferred, parts.coverage
         self._inputs, self._counter = parts.inputs, parts.counter
+        residuals = self._scope.residuals
+        # The rows whose residual stream is read; those of them whose input comes with it.
+        self._sourced = frozenset(() if residuals is None else residuals.sources)
+        self._paired = frozenset(() if residuals is None else residuals.at_input)

@@ -33,7 +33,7 @@ class UnreadableError(Exception):
 
 @dataclass(eq=False, repr=False)  # values lead to one another: their text would have no end
 class Value:
-    """What an expression gives. `ancestors`: the values that it was computed from."""
+    """The value of an expression. `ancestors`: the values that it was computed from."""
 
     parameter: str | None = None  # of the forward, as it was passed
     path: str | None = None  # an attribute of the module: "norm", "self_attn.0"
@@ -488,7 +488,7 @@ class _Walk:
             case ast.Attribute() if path := self._value(node).path:
                 try:
                     value = attrgetter(path)(self.module)
-                except Exception:  # a configuration may raise anything
+                except Exception:  # a property of the module runs code of its own
                     return _UNKNOWN
                 return value if value is None or isinstance(value, bool | int | float | str) else _UNKNOWN
         return _UNKNOWN

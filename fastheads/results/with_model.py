@@ -1,4 +1,4 @@
-"""What a profile's mean vectors say once the model's weights are at hand."""
+"""Methods of `HeadProfile` that compute with its mean vectors and the model's weights."""
 
 import os
 from collections.abc import Iterable, Sequence

@@ -20,7 +20,7 @@ SCRATCH_ELEMENTS = 2**22
 
 
 class MeanVectorPlanes(NamedTuple):
-    """What is known of each head's output z. With count 0, the means are 0."""
+    """Counts of tokens, and means over them, of each head's output z. With count 0, the means are 0."""
 
     count: Tensor  # type: ignore[assignment]  # int64 [...]: tokens with finite z and ‖W z‖² (hides tuple.count)
     nonfinite: Tensor  # int64 [...]: the other tokens, excluded from the means

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True)
 class Scale:
-    """What the numbers of a metric are relative to.
+    """Tell how the numbers of a metric compare between heads.
 
     comparable: True if heads of different layers may be ranked by it.
     centre: the value of an average head, if that is known.

@@ -252,7 +252,7 @@ def merged(a, b):
 
 @triton.jit
 def no_samples(COUNT: tl.constexpr, SLOTS: tl.constexpr, HP: tl.constexpr):
-    """What `add_samples` keeps of the samples of each slot, [COUNT, SLOTS, HP]: counts, then sums."""
+    """The counts and sums of `add_samples` before the first sample, [COUNT, SLOTS, HP] each."""
     none = tl.zeros([COUNT, SLOTS, HP], dtype=tl.int32)
     zero = tl.zeros([COUNT, SLOTS, HP], dtype=tl.float64)
     return none, none, zero, zero, zero, zero + float("inf"), zero - float("inf")
@@ -748,7 +748,7 @@ def merge_moments(
     HP: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """What the programs stored of COUNT metrics, into those of the state from FIRST on."""
+    """Merge the moments that the programs stored into COUNT metrics of the state, from FIRST on."""
     o_partial = tl.arange(0, COUNT)[:, None, None] * (PLANES * HP) + tl.arange(0, HP)[None, None, :]
     moments = no_moments(COUNT, HP)
     for i in range(0, programs, BP):

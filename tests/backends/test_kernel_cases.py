@@ -4,26 +4,16 @@ On a GPU these are tests marked `gpu`; under TRITON_INTERPRET=1 (see test_kernel
 """
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from on_kernel import DEVICE, INTERPRETED, MARKS, RUNS, poison_fresh_buffers
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    # The interpreter computes with numpy, which warns of the infinities and NaN that some cases are about.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    *(
-        []
-        if INTERPRETED
-        else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-    ),
-]
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = MARKS
 # Two parts of L in bfloat16 hold 16 bits: 4e-6 in one element, less in a sum (at D = 128 with weights of κ = 1e4, 2.4e-6).
 # Below D = 64 there are three. float32 sums of squares and the square root add under 3e-7.
 EXACT = 5e-6
@@ -31,21 +21,15 @@ FAST = 2e-3
 COUNT, NONFINITE, MEAN, M2, MIN, MAX = range(6)
 PLANES = 6
 
-if INTERPRETED or torch.cuda.is_available():
+if RUNS:
     from fastheads.kernels import KernelFactor, head_stats, prepare, token_norms, unsupported
     from fastheads.kernels import launch as launcher
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh buffers hold NaN: a value that is read and was never written shows."""
-    empty = torch.empty
-
-    def nan_filled(*args, **kwargs):
-        buffer = empty(*args, **kwargs)
-        return buffer.detach().fill_(math.nan) if buffer.is_floating_point() else buffer
-
-    monkeypatch.setattr(launcher.torch, "empty", nan_filled)
+    """Fresh buffers hold NaN."""
+    poison_fresh_buffers(monkeypatch, launcher)
     yield
 
 

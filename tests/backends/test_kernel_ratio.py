@@ -4,46 +4,30 @@ On a GPU these are tests marked `gpu`; under TRITON_INTERPRET=1 (see test_kernel
 """
 
 import math
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from on_kernel import DEVICE, INTERPRETED, MARKS, RUNS, poison_fresh_buffers
 from torch import Tensor
 
 triton = pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-pytestmark = [
-    # The interpreter computes with numpy, which warns of the infinities and NaN that some cases are about.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    *(
-        []
-        if INTERPRETED
-        else [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-    ),
-]
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = MARKS
 EXACT, FAST = 5e-6, 2e-3  # of a token's norm
 COUNT, NONFINITE, MEAN, M2, MIN, MAX = range(6)
 PLANES = 6
 WITHOUT, WITH = 4, 6  # metrics
 AGGS = ("all", "last", "token")
 
-if INTERPRETED or torch.cuda.is_available():
+if RUNS:
     from fastheads.kernels import KernelFactor, head_stats, inverse_norms, prepare, residual_norms
     from fastheads.kernels import launch as launcher
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fresh buffers hold NaN: a value that is read and was never written shows."""
-    empty = torch.empty
-
-    def nan_filled(*args, **kwargs):
-        buffer = empty(*args, **kwargs)
-        return buffer.detach().fill_(math.nan) if buffer.is_floating_point() else buffer
-
-    monkeypatch.setattr(launcher.torch, "empty", nan_filled)
+    """Fresh buffers hold NaN."""
+    poison_fresh_buffers(monkeypatch, launcher)
     yield
 
 

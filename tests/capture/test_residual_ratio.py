@@ -15,6 +15,11 @@ from fastheads.errors import ForwardError
 MASKS = [torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1] * 7]), None]
 
 
+def keeping(kept):
+    """A pre-hook that keeps a module's first argument."""
+    return lambda _module, args: kept.append(args[0].detach().double().cpu().clone())
+
+
 class Seen:
     """The inputs of the projections and of the layers, in float64, as hooks of its own see them."""
 
@@ -25,10 +30,9 @@ class Seen:
             self.inputs.append(inputs)
             self.streams.append(streams)
             self.outputs.append(outputs)
-            keep = lambda kept: lambda _m, args, *_: kept.append(args[0].detach().double().cpu().clone())  # noqa: E731
             self.handles += [
-                site.module.register_forward_pre_hook(keep(inputs)),
-                layer.register_forward_pre_hook(keep(streams)),
+                site.module.register_forward_pre_hook(keeping(inputs)),
+                layer.register_forward_pre_hook(keeping(streams)),
                 site.module.register_forward_hook(
                     lambda _m, _a, out, kept=outputs: kept.append(out.detach().double().cpu().clone())
                 ),
@@ -189,10 +193,13 @@ def test_a_stream_that_is_zero_makes_the_sample_nonfinite():
 
 def test_an_input_without_its_stream_is_refused_by_name():
     model = build()
+
+    def without_tap(self, *args, **kwargs):
+        return type(self).__mro__[1].forward(self, *args, **kwargs)
+
     with fastheads.HookManager(model, "all") as hooks, torch.no_grad():
         other = model.model.layers[0].forward.__func__
-        call = lambda self, *args, **kwargs: type(self).__mro__[1].forward(self, *args, **kwargs)  # noqa: E731
-        type(model.model.layers[0]).forward = call
+        type(model.model.layers[0]).forward = without_tap
         with pytest.raises(ForwardError, match=r"layers\.0.*without .* leave head_residual_ratio out"):
             model(input_ids=tokens(3, 7), use_cache=False)
         type(model.model.layers[0]).forward = other

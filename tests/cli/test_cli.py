@@ -13,7 +13,7 @@ import tempfile
 
 import pytest
 import torch
-from checkpoints import save_checkpoint
+from checkpoints import TEXT
 from transformers import AutoModelForCausalLM
 
 from fastheads import HeadProfile, __version__
@@ -22,35 +22,6 @@ from fastheads.results.ranking import displayed_metric
 from fastheads.run import loading
 
 PROGRAM = [sys.executable, "-c", "from fastheads.cli.commands import main; main()"]
-TEXT = "The quick brown fox jumps over the lazy dog.\n" * 5
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_checkpoint(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder with a text in it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return run
 
 
 def files(folder) -> set[str]:

@@ -9,10 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from checkpoints import save_checkpoint
 
 from fastheads import HeadProfile
-from fastheads.cli.commands import main
 from fastheads.run import loading
 from fastheads.stats.moments import Moments
 from fastheads.stats.names import METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC
@@ -20,34 +18,6 @@ from fastheads.stats.names import METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC
 OUTPUT, CONTRIBUTION, _, RELATIVE = METRICS
 NO_RATIO = "shown since this profile has no head_residual_ratio"
 FILE = "head_profile.safetensors"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(save_checkpoint(tmp_path_factory.mktemp("tiny")))
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty current folder with a text in it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.\n" * 5)
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return exit_.value.code, captured.out, captured.err
-
-    return run
 
 
 def save(*metrics: str, rows: int = 6, heads: int = 4, path: str = FILE) -> HeadProfile:

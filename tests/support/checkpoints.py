@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LAYERS, HEADS, POSITIONS = 3, 4, 64
+TEXT = "The quick brown fox jumps over the lazy dog.\n" * 5
 
 
 def tiny_llama(seed: int = 0, positions: int = POSITIONS) -> LlamaForCausalLM:

@@ -30,7 +30,7 @@ class EndedForward(NamedTuple):
 
     def addresses_now(self) -> list[int]:
         """Return where the inputs, and then the streams, lie now."""
-        in_order = sorted(self.kept, key=lambda entry: entry[0].is_stream)
+        in_order = sorted(self.kept, key=lambda entry: entry[0].is_residual)
         return [x.data_ptr() for _, x, _ in in_order]
 
 

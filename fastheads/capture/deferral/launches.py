@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastheads.backends.accumulator import Accumulator
-from fastheads.backends.stream_norms import inverse_norms
+from fastheads.backends.residual_norms import inverse_norms
 from fastheads.capture.deferral.backlog import EndedForward
 from fastheads.capture.memory import REUSED, check_unchanged, is_changed, overlap
 from fastheads.capture.profiled import Kept
@@ -151,14 +151,14 @@ class DeferredLaunches:
                     if kept_launch.run(addresses, kept, target.buffer, layout.valid):
                         self._counter.count(repeated=True)
                         continue
-                    inputs = [entry for entry in kept if not entry[0].is_stream]
-                    streams = [x for profiled, x, _ in kept if profiled.is_stream]
+                    inputs = [entry for entry in kept if not entry[0].is_residual]
+                    residuals = [x for profiled, x, _ in kept if profiled.is_residual]
                     repeated = self._accumulator.record(
                         [profiled.row for profiled, _, _ in inputs],
                         [x for _, x, _ in inputs],
                         layout,
                         target,
-                        ratio=inverse_norms(streams) if streams else None,
+                        ratio=inverse_norms(residuals) if residuals else None,
                     )
                     self._counter.count(repeated=repeated)
                     self._accumulator.finish(target)

@@ -18,17 +18,17 @@ def _serves(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-def inverse_norm(stream: Tensor) -> Tensor:
+def inverse_norm(residual: Tensor) -> Tensor:
     """1/‖r‖ of each token `[B, S]`, for r `[B, S, hidden]`; infinite where r is 0. Float32, or float64 where r is."""
-    dtype = torch.promote_types(stream.dtype, torch.float32)
-    return torch.linalg.vector_norm(stream, dim=-1, dtype=dtype).reciprocal()
+    dtype = torch.promote_types(residual.dtype, torch.float32)
+    return torch.linalg.vector_norm(residual, dim=-1, dtype=dtype).reciprocal()
 
 
-def inverse_norms(streams: Sequence[Tensor]) -> Tensor:
+def inverse_norms(residuals: Sequence[Tensor]) -> Tensor:
     """1/‖r‖ of each token `[len(streams), B, S]`, for each r `[B, S, hidden]`, or 1/‖r‖ `[B, S]` itself: on a GPU one launch."""
-    first = streams[0]
-    is_one_form = first.dim() == 3 and len({(r.shape, r.dtype) for r in streams}) == 1
+    first = residuals[0]
+    is_one_form = first.dim() == 3 and len({(r.shape, r.dtype) for r in residuals}) == 1
     if is_one_form and _serves(first.device, first.dtype):
-        norms: Tensor = kernels().inverse_norms(streams)
+        norms: Tensor = kernels().inverse_norms(residuals)
         return norms
-    return torch.stack([r if r.dim() == 2 else inverse_norm(r) for r in streams])
+    return torch.stack([r if r.dim() == 2 else inverse_norm(r) for r in residuals])
