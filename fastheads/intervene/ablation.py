@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import index
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -149,7 +149,7 @@ class _Heads:
         self._rows: dict[int, list[int]] = {}
         for row, site in enumerate(self.sites):
             self._rows.setdefault(site.layer, []).append(row)
-        self._checked: set[int] = set()  # rows whose weight is known to be supported
+        self._projections: dict[int, _Projection] = {}  # by row
 
     def checked(self, heads: Heads) -> list[tuple[int, int]]:
         """Return the pairs, each once, as plain integers. Raises OptionError or ResultsError for one that cannot be ablated."""
@@ -158,10 +158,11 @@ class _Heads:
         return list(dict.fromkeys(self._checked_pair(pair) for pair in heads))
 
     def _checked_pair(self, pair: Any) -> tuple[int, int]:
-        try:
-            layer, head = (_whole(number) for number in pair)
-        except (TypeError, ValueError):
-            raise OptionError(f"heads must be pairs (layer, head) of whole numbers, not {pair!r}") from None
+        numbers = [*pair] if isinstance(pair, Iterable) and not isinstance(pair, str | bytes) else []
+        whole = all(hasattr(n, "__index__") and not isinstance(n, bool | np.bool_) for n in numbers)
+        if len(numbers) != 2 or not whole:
+            raise OptionError(f"heads must be pairs (layer, head) of whole numbers, not {pair!r}")
+        layer, head = map(index, numbers)
         rows = self._rows.get(layer, [])
         if not rows:
             layers = sorted(self._rows)
@@ -208,49 +209,65 @@ class _Heads:
 
     def _gate(self, row: int, mask: Tensor, *, rows: bool) -> Gate:
         """`mask`: bool [sets, heads]."""
-        site, module = self.sites[row], self.sites[row].module
-        shard = shard_of(site)
-        local = site if shard is None else replace(site, num_heads=shard.num_heads)
-        if row not in self._checked:
-            with torch.no_grad():
-                dense_weight(local)  # raises if it is unsupported
-            self._checked.add(row)
-        if rows and not has_known_layout(self._model, site):
-            raise OptionError(f"{site.name}: it is unknown which dimension of its input is the batch")
-        batch_dim = 1 if is_sequence_first(self._model, site) else 0
-        heads = slice(site.num_heads)
-        if shard is not None and not shard.split_input:
-            heads = slice(shard.start, shard.start + shard.num_heads)
-        mask = mask[:, heads]
-        device, dtype = _place(module)
+        about, head_dim = self._about(row), self.sites[row].head_dim
+        if rows and not about.batched:
+            raise OptionError(
+                f"{self.sites[row].name}: it is unknown which dimension of its input is the batch"
+            )
+        mask = mask[:, about.heads]
         fill = exact = None
         # Not as inference tensors, which a forward with gradients could not use.
         with torch.inference_mode(False), torch.no_grad():
             if self._means is not None:
-                mean = np.array(self._vectors.mean[row, heads, : site.head_dim], order="C")
+                mean = np.array(self._vectors.mean[row, about.heads, :head_dim], order="C")
                 mean[~mask.any(0).numpy()] = 0.0  # not used, and NaN without tokens
                 exact = torch.from_numpy(mean)
-                if device.type == "mps":
+                if about.device.type == "mps":
                     exact = exact.float()  # MPS has no float64
-                exact = exact.to(device)
-                fill = exact.to(dtype)
-            shape = (-1, 1, mask.shape[1], 1) if batch_dim == 0 else (1, -1, mask.shape[1], 1)
+                exact = exact.to(about.device)
+                fill = exact.to(about.dtype)
+            shape = (-1, 1, mask.shape[1], 1) if about.batch_dim == 0 else (1, -1, mask.shape[1], 1)
             mask = mask.reshape(shape) if rows else mask[0].reshape(-1, 1)
             return Gate(
-                mask=mask.to(device, copy=True),
+                mask=mask.to(about.device, copy=True),
                 fill=fill,
                 exact=exact,
                 heads=mask.shape[-2],
-                head_dim=site.head_dim,
-                rows=mask.shape[batch_dim] if rows else None,
-                batch_dim=batch_dim,
+                head_dim=head_dim,
+                rows=mask.shape[about.batch_dim] if rows else None,
+                batch_dim=about.batch_dim,
             )
 
+    def _about(self, row: int) -> "_Projection":
+        """Return what a gate must know of the projection. Raises UnsupportedWeightError if it cannot be profiled."""
+        if row not in self._projections:
+            site = self.sites[row]
+            shard = shard_of(site)
+            local = site if shard is None else replace(site, num_heads=shard.num_heads)
+            with torch.no_grad():
+                dense_weight(local)  # raises if it is unsupported
+            split = shard is None or shard.split_input  # the input has the heads of all ranks
+            start = 0 if split or shard is None else shard.start
+            device, dtype = _place(site.module)
+            self._projections[row] = _Projection(
+                heads=slice(start, start + (site if split else local).num_heads),
+                batched=has_known_layout(self._model, site),
+                batch_dim=1 if is_sequence_first(self._model, site) else 0,
+                device=device,
+                dtype=dtype,
+            )
+        return self._projections[row]
 
-def _whole(number: Any) -> int:
-    if isinstance(number, bool | np.bool_):
-        raise TypeError
-    return index(number)
+
+@dataclass(frozen=True)
+class _Projection:
+    """A projection as it is run here."""
+
+    heads: slice  # those in its input
+    batched: bool  # True: `batch_dim` is known
+    batch_dim: int  # of its input
+    device: torch.device  # probably those of its input
+    dtype: torch.dtype
 
 
 def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
