@@ -194,7 +194,7 @@ class AblationResult:
             raise AblationFileError("no ablation result: its format is not that of one")
         if document.get("version") != VERSION:
             raise AblationFileError(
-                f"an ablation result of version {document.get('version')!r:.40}: this release reads {VERSION}"
+                f"of version {document.get('version')!r:.40}: this release reads {VERSION}"
             )
         mode, complete, about = (document.get(key) for key in ("mode", "complete", "about"))
         if mode not in MODES or not isinstance(complete, bool) or not isinstance(about, dict):

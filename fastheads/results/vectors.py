@@ -120,7 +120,7 @@ def _measured(vectors: MeanVectors) -> list[int]:
 def checked_sites(profile: Profile, model: nn.Module) -> list[HeadSite]:
     """Return the model's sites by row. Raises ResultsError unless the profile is of this model and these weights."""
     model = unwrapped(model)
-    sites = _sites_of(profile, model)
+    sites = sites_of(profile, model)
     for site in sites:
         # A site of another layout is refused by name as its weight is read.
         if shard_of(site) is not None:
@@ -143,7 +143,7 @@ def checked_sites(profile: Profile, model: nn.Module) -> list[HeadSite]:
     return sites
 
 
-def _sites_of(profile: Profile, model: nn.Module) -> list[HeadSite]:
+def sites_of(profile: Profile, model: nn.Module) -> list[HeadSite]:
     """Find the sites that the profile names. Raises ResultsError if the model has others."""
     expected = [(s["name"], s["layer"], s["num_heads"], s["head_dim"]) for s in profile.metadata["sites"]]
 

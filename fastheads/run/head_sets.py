@@ -43,7 +43,7 @@ def head_sets(
     seed: int,
     each_head: bool = False,
 ) -> HeadSets:
-    """Choose the lowest heads by each ranking, as many at random, and as many at random in each layer that the ranking chose from.
+    """Choose the lowest heads by each ranking, as many at random, and as many in the same layers at random.
 
     A draw orders all heads, and takes the first: its sets contain one another.
 

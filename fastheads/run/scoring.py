@@ -34,13 +34,10 @@ class Scorer:
         ablator: Ablator,
         *,
         batch_tokens: int | None = None,
-        shared: bool = False,
     ) -> None:
-        """`ids`: int64 `[sequences, tokens]`, without padding. `batch_tokens`: the most in a forward. `shared`: other ranks run
-        the same forwards of a model that is split over them.
-        """
+        """`ids`: int64 `[sequences, tokens]`, without padding. `batch_tokens`: the most in a forward; None: by the device."""
         self._model, self._ids, self._ablator = model, ids, ablator
-        self._device, self._shared = input_device(model), shared
+        self._device = input_device(model)
         length = ids.shape[1]
         if batch_tokens is None:
             kind = "cuda" if self._device.type == "cuda" else "cpu"
