@@ -47,7 +47,8 @@ def draw(result: AblationResult, ax: "Axes | None" = None) -> "Axes":
     what = {"zero": "replaced by zero", "mean": "replaced by their mean"}[result.mode]
     part = "" if result.complete else ", incomplete"
     ax.set_title(f"heads {what}; {result.sequences} sequences{part}", fontsize="medium", loc="left")
-    ax.legend(fontsize="small")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize="small")
     return ax
 
 
