@@ -147,6 +147,18 @@ def test_mean_mode_ranks_by_the_mean_ablation_error(model, profile):
     assert (other.random, other.matched) == (None, [])
 
 
+def test_mean_mode_where_the_error_is_unknown_ranks_by_the_ratio(model, profile):
+    unknown = drawn_profile(model, data=SEEN)
+    unknown.vectors.power[1, 2] = 0.0  # less than the constant part alone has
+    with pytest.warns(
+        RuntimeWarning, match="ranking by head_residual_ratio: .* is unknown for 1 of 12 heads"
+    ):
+        result = run(model, unknown, mode="mean")
+    assert [curve.metric for curve in result.curves] == [RATIO]
+    with pytest.raises(ResultsError, match="unknown for 1 of 12 heads"):
+        run(model, unknown, mode="mean", metrics=["mean_ablation_error_ratio"])
+
+
 def test_draws_are_the_same_by_seed_and_need_not_be_matched(model, profile):
     one, two = (run(model, profile, seed=seed, matched=False) for seed in (0, 0))
     assert one.random.heads == two.random.heads
