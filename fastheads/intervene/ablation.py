@@ -40,8 +40,9 @@ def ablate(
     The head's part of the output projection's input is replaced, at every position (padding too, where it matters to no valid
     token); weights are not touched, and nothing is copied. What a HookManager measures meanwhile is what acts, whichever of the
     two is attached first. Contexts may be nested: where they name the same head, the one entered last decides. It works in
-    `generate()` and under torch.compile, for code compiled before and within; a CUDA graph that was captured outside by hand is
-    replayed as it was. A copy that is made of the model inside the context is not ablated.
+    `generate()` and under torch.compile, for code compiled before and within. A copy that is made of the model inside the context
+    is not ablated. Calls of the projection as a module are what it acts on: a CUDA graph that was captured outside by hand is
+    replayed as it was, and code that calls the projection's `forward`, or reads its weight, is not seen.
 
     The projections are changed for all threads that run the model: enter and leave the context while no other thread does.
 
