@@ -23,9 +23,9 @@ _TOP_EXPONENT = {torch.float16: 14, torch.bfloat16: 0, torch.float32: 0}
 class KernelFactor:
     """L of all heads of one layer on one device, in one buffer whose address never changes.
 
-    Bytes: a ticket (128), float32 scale [heads], int32 flag [heads] (1: two passes), a ticket for each head (int32), padding to
-    128, then the blocks [heads, elements] in `part_dtype`, a row of the high part of a block followed by the same row of the low parts. With s
-    the scale, s (high + low + ...) is L Q to the rounding of the parts; Q is orthogonal (1, or `rotation` in one pass).
+    Bytes: a ticket (128), float32 scale [heads], int32 flag [heads] (1: two passes), int32 ticket [heads], padding to 128, then
+    the blocks [heads, elements] in `part_dtype`, a row of the high part of a block followed by the same row of the low parts.
+    With s the scale, s (high + low + ...) is L Q to the rounding of the parts; Q is orthogonal (1, or `rotation` in one pass).
     Launches that share a factor share its ticket: a stream must order them.
     """
 

@@ -544,15 +544,14 @@ def merge_vectors(
     tl.store(p_counts, old + new.to(tl.int64))
     per_token = 1.0 / tl.maximum(new, 1.0)
     share = new / tl.maximum(old.to(tl.float64) + new, 1.0)
-    m_powers = place >= 2
-    merge_means(p_vectors + place, header * per_token, m_powers & (new > 0), share)
+    merge_means(p_vectors + place, header * per_token, place >= 2, share)
     o_d = tl.arange(0, VP)
-    merge_means(p_vectors + VECTOR_HEADER + o_d, total * per_token, (o_d < HEAD_DIM) & (new > 0), share)
+    merge_means(p_vectors + VECTOR_HEADER + o_d, total * per_token, o_d < HEAD_DIM, share)
 
 
 @triton.jit
 def merge_means(p, new, m, share):
-    """Merge means with those in memory, of which `share` comes to the new ones."""
+    """Merge means with those in memory; `share` is the part of all tokens that the new ones are of (0: nothing changes)."""
     old = tl.load(p, mask=m, other=0.0)
     tl.store(p, tl.where(share == 1.0, new, old + (new - old) * share), mask=m)
 
@@ -722,7 +721,7 @@ def stream_tokens(
             token = tl.maximum(token, 0)
         else:
             token = tl.zeros_like(row) + (seq - 1)
-            m_b = m_b & (seq > skip_first)
+            m_b = m_b & (token >= skip_first)
         p_rows = p_x + i_h * HEAD_DIM + (row * stride_xb16 + token * stride_xs16) * PER16
         square_z, square_c, _ = tile_squares(
             (p_rows,), None, (), blocks, lows, lowest,

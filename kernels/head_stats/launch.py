@@ -146,9 +146,9 @@ def head_stats(
             |W z| (not of |z|), token by token.
         ratio: likewise: what |W z| (times `scale`) is multiplied with for the last two metrics, as c / |r| from `inverse_norms`.
             Under "all" the ratio's square is float32: from 1.8e19 on a ratio makes the sample nonfinite.
-        vectors: float64 `[rows, max_heads, 4 + max_head_dim]`, the buffer of `fastheads.stats.mean_vectors.RunningMeanVectors`, into
-            which the valid tokens (under "last" the last of each sequence) are merged: counts of tokens, means of |W z|² (without
-            `scale`), |z|² and z. A token with a square beyond float32 counts as not finite, for that head.
+        vectors: float64 `[rows, max_heads, 4 + max_head_dim]`, the buffer of `fastheads.stats.mean_vectors.RunningMeanVectors`:
+            takes the valid tokens (under "last" the last of each sequence), in place. Counts of tokens, means of |W z|² (without
+            `scale`), of |z|² and of z; a token with a square beyond float32 counts as not finite, for that head.
 
     Returns:
         What makes these launches again for other inputs of the same form; None where each must be made anew.
