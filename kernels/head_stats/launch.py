@@ -551,6 +551,8 @@ def _launch_one(
     tma = tma and not (masked and vectors is not None)
     # The bits of one bfloat16, as wide as what they are multiplied with.
     together = config.together and xs[0].dtype == torch.bfloat16 and len(set(pieces)) == 1
+    if vectors is not None and factor.precision == "exact":
+        together = False  # with the sums of z beside it, two reductions are faster
     grid = (heads * programs, len(xs), 1)  # all three: a compiled kernel asks for them
     tensors = (state, partial, norms, valid, last, scale, ratio, vectors)
     numbers = (

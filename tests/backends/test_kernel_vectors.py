@@ -49,13 +49,13 @@ def case(
     *,
     heads: int = 3,
     head_dim: int = 16,
-    batch: int = 5,
+    batch: int = 3,
     seq: int = 19,
     dtype: torch.dtype = torch.bfloat16,
     precision: str = "exact",
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, "KernelFactor"]:
-    """x with a mean other than 0, W `[hidden, heads, head_dim]` in float64, and the factor."""
+    """X with a mean other than 0, W `[hidden, heads, head_dim]` in float64, and the factor."""
     torch.manual_seed(seed)
     hidden = 4 * head_dim if precision == "exact" else 1024
     weights = torch.randn(hidden, heads, head_dim, dtype=torch.float64).to(dtype).double().to(DEVICE)
@@ -140,17 +140,16 @@ def check_moments_stay(state: Tensor, x: Tensor, factor: "KernelFactor", **given
         torch.testing.assert_close(state[2], without[2], rtol=1e-6, atol=0.0, equal_nan=True)
 
 
-@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("token_agg", AGGS)
-def test_only_valid_tokens_count(token_agg: str, mask: str, scaled: bool) -> None:
+def test_only_valid_tokens_count(token_agg: str, mask: str) -> None:
     """Whatever the others are: NaN, infinite. A scale is of the moments alone."""
     x, weights, factor = case()
     valid, skip, real = mask_of(mask, x)
     tokens = Tokens(x, weights, real, token_agg)
     x[~real & (torch.rand(real.shape, device=DEVICE) < 0.6)] = math.nan
     x[~real & (torch.rand(real.shape, device=DEVICE) < 0.3)] = math.inf
-    scale = torch.rand(x.shape[:2], device=DEVICE) + 0.5 if scaled else None
+    scale = torch.rand(x.shape[:2], device=DEVICE) + 0.5 if mask in ("none", "left") else None
     given = {"token_agg": token_agg, "valid": valid, "skip_first": skip, "scale": scale}
     state, vectors = new_state(1, 3), new_vectors(1, 3, 16)
     head_stats([x], [factor], state, [0], vectors=vectors, **given)
@@ -159,22 +158,22 @@ def test_only_valid_tokens_count(token_agg: str, mask: str, scaled: bool) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [16, 80, 128] if INTERPRETED else [16, 24, 64, 80, 128, 192, 256])
 @pytest.mark.parametrize("token_agg", AGGS)
 def test_every_dtype_and_head_dim(token_agg: str, head_dim: int, dtype: torch.dtype) -> None:
-    x, weights, factor = case(head_dim=head_dim, dtype=dtype, batch=3, heads=2)
+    x, weights, factor = case(head_dim=head_dim, dtype=dtype, heads=1)
     valid, _, real = mask_of("left", x)
-    vectors = new_vectors(1, 2, head_dim)
+    vectors = new_vectors(1, 1, head_dim)
     for mask, counted in ((valid, real), (None, torch.ones_like(real))):
         vectors.zero_()
-        head_stats([x], [factor], new_state(1, 2), [0], token_agg=token_agg, valid=mask, vectors=vectors)
+        head_stats([x], [factor], new_state(1, 1), [0], token_agg=token_agg, valid=mask, vectors=vectors)
         check(vectors, 0, Tokens(x, weights, counted, token_agg))
 
 
 @pytest.mark.parametrize("token_agg", AGGS)
 @pytest.mark.parametrize(
     ("batch", "seq", "heads"),
-    [(1, 1, 1), (17, 2, 3), (2, 64, 17), (33, 5, 2), (1, 400, 2), (3, 128, 2)],
+    [(1, 1, 1), (17, 2, 2), (1, 32, 17), (1, 400, 1), (2, 128, 1)],
 )
 def test_batches_and_lengths_that_no_tile_divides(token_agg: str, batch: int, seq: int, heads: int) -> None:
     """Several programs a row and rows a program, tiles that end beyond the row."""
@@ -187,13 +186,14 @@ def test_batches_and_lengths_that_no_tile_divides(token_agg: str, batch: int, se
 
 @pytest.mark.parametrize("token_agg", AGGS)
 def test_fast_mixes_heads_of_one_and_two_passes(token_agg: str) -> None:
-    x, weights, _ = case(head_dim=64, precision="fast", batch=2, seq=40)
+    x, weights, _ = case(head_dim=64, precision="fast", batch=1, seq=40)
     decay = torch.logspace(0, -4, 64, dtype=torch.float64, device=DEVICE)
-    weights[:, 1] = torch.linalg.qr(weights[:, 1])[0] * decay
+    u, _, v = torch.linalg.svd(weights[:, 1], full_matrices=False)
+    weights[:, 1] = (u * decay) @ v
     per_head = weights.permute(1, 0, 2)
     factor = prepare(torch.linalg.cholesky(per_head.mT @ per_head), x.dtype, "fast")
     assert factor.two_passes().tolist() == [False, True, False]
-    everything = torch.ones(2, 40, dtype=torch.bool, device=DEVICE)
+    everything = torch.ones(1, 40, dtype=torch.bool, device=DEVICE)
     x[0, 7, 3] = math.nan  # a stretch that is read once more
     vectors = new_vectors(1, 3, 64)
     head_stats([x], [factor], new_state(1, 3), [0], token_agg=token_agg, vectors=vectors)
@@ -206,13 +206,13 @@ def test_fast_mixes_heads_of_one_and_two_passes(token_agg: str) -> None:
 def test_tokens_that_are_not_finite_are_left_out_of_their_head_alone(
     token_agg: str, dtype: torch.dtype, masked: bool
 ) -> None:
-    x, weights, factor = case(batch=6, seq=40, dtype=dtype)
+    x, weights, factor = case(batch=4, seq=40, dtype=dtype)
     z = x.unflatten(-1, (3, 16))
     z[0, -1, 1, 5] = math.nan
     z[1, 3, 1, 0] = math.inf
     z[2, -1, 0] = -math.inf
     z[2, -2, 0, 7] = 3e30  # finite, but not its square in float32
-    real = torch.ones(6, 40, dtype=torch.bool, device=DEVICE)
+    real = torch.ones(4, 40, dtype=torch.bool, device=DEVICE)
     if masked:
         real[0, -1] = False
         real[3, 5:] = False
@@ -279,7 +279,7 @@ def test_batches_add_up_in_one_row_of_a_larger_buffer(token_agg: str) -> None:
 @pytest.mark.parametrize("token_agg", AGGS)
 def test_means_of_many_tokens_far_from_zero(token_agg: str) -> None:
     """Sums of float32 would lose what lies under them: they are of few tokens."""
-    seq = 3000 if INTERPRETED else 200_000
+    seq = 1000 if INTERPRETED else 200_000
     x, weights, factor = case(batch=1, seq=seq, heads=1)
     x += 8
     everything = torch.ones(1, seq, dtype=torch.bool, device=DEVICE)
@@ -332,12 +332,16 @@ def test_the_workspace_of_token_mode_is_bounded(monkeypatch: pytest.MonkeyPatch)
             check_moments_stay(state, x, factor, **given)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("with_ratio", [False, True])
+@pytest.mark.parametrize(("with_ratio", "masked"), [(False, False), (True, True)])
 @pytest.mark.parametrize("token_agg", ["all", "last"])
-def test_launches_made_again(token_agg: str, with_ratio: bool, masked: bool) -> None:
+def test_launches_made_again(
+    monkeypatch: pytest.MonkeyPatch, token_agg: str, with_ratio: bool, masked: bool
+) -> None:
     """More layers than one launch takes; other inputs and buffers, in any place of a larger one."""
     layers, batch, seq, metrics = 34, 1, 8, 6 if with_ratio else 4
+    if INTERPRETED:  # which takes as long for a layer as all other tests
+        layers = 3
+        monkeypatch.setattr(launcher, "_TABLE_SIZES", (1, 2))
     factors = [case(heads=2, seed=seed)[2] for seed in range(layers)]
     valid = torch.rand(batch, seq, device=DEVICE) < 0.7 if masked else None
     rows = list(range(layers))
@@ -405,7 +409,7 @@ def test_the_place_of_the_buffers_compiles_nothing_anew() -> None:
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("token_agg", AGGS)
 def test_two_runs_are_bit_identical(token_agg: str, precision: str) -> None:
-    x, _, factor = case(batch=3, seq=50, precision=precision)
+    x, _, factor = case(batch=2, seq=50, precision=precision)
     x[1, 30, 4] = math.nan
     found = []
     for _ in range(2):
@@ -431,7 +435,7 @@ def test_buffers_that_do_not_fit_are_refused() -> None:
     for vectors, word in (
         (new_vectors(1, 3, 16).float(), "float64"),
         (new_vectors(1, 3, 16)[0], "head_dim"),
-        (new_vectors(3, 1, 16).transpose(0, 1), "contiguous"),
+        (new_vectors(3, 2, 16).transpose(0, 1), "contiguous"),
         (new_vectors(1, 3, 15), r"at least \[2, 3, 20\]"),
         (new_vectors(2, 2, 16), r"at least \[2, 3, 20\]"),
         (new_vectors(1, 3, 16), r"at least \[2, 3, 20\]"),
