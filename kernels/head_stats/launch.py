@@ -144,7 +144,7 @@ def head_stats(
         skip_first: tokens at the start of each row that are left out; counts only where `valid` is None.
         scale: `[batch, seq]`, or `[layers, batch, seq]` with one for each input, multiplied into the norms of the contributions
             |W z| (not of |z|), token by token.
-        ratio: likewise: what |W z| (times `scale`) is multiplied with for the last two metrics, as c / |r| from `inverse_norms`.
+        ratio: likewise: what |W z| (times `scale`) is multiplied with for the last two metrics, as 1 / |r| from `inverse_norms`.
             Under "all" the ratio's square is float32: from 1.8e19 on a ratio makes the sample nonfinite.
         vectors: float64 `[rows, max_heads, 4 + max_head_dim]`, the buffer of `fastheads.stats.mean_vectors.RunningMeanVectors`:
             takes the valid tokens (under "last" the last of each sequence), in place. Counts of tokens, means of |W z|² (without

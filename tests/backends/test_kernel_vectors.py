@@ -200,8 +200,7 @@ def test_fast_mixes_heads_of_one_and_two_passes(token_agg: str) -> None:
     check(vectors, 0, Tokens(x, weights, everything, token_agg), FAST)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("dtype", "masked"), [(torch.bfloat16, False), (torch.float32, True)], ids=str)
 @pytest.mark.parametrize("token_agg", AGGS)
 def test_tokens_that_are_not_finite_are_left_out_of_their_head_alone(
     token_agg: str, dtype: torch.dtype, masked: bool
@@ -319,17 +318,16 @@ def test_a_group_of_layers_with_ratios_and_scales(token_agg: str) -> None:
 
 def test_the_workspace_of_token_mode_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows of rows, and of parts of rows."""
-    for tokens in (7, 40):
-        x, weights, factor = case(batch=3)
+    for tokens, mask, skip in ((7, "none", 9), (40, "right", 0)):
+        x, weights, factor = case()
         monkeypatch.setattr(launcher, "WORKSPACE_BYTES", tokens * 8 * 3)
-        for mask, skip in (("right", 0), ("none", 9)):
-            valid, _, real = mask_of(mask, x)
-            real[:, :skip] = False
-            given = {"token_agg": "token", "valid": valid, "skip_first": skip}
-            state, vectors = new_state(1, 3), new_vectors(1, 3, 16)
-            head_stats([x], [factor], state, [0], vectors=vectors, **given)
-            check(vectors, 0, Tokens(x, weights, real, "token"))
-            check_moments_stay(state, x, factor, **given)
+        valid, _, real = mask_of(mask, x)
+        real[:, :skip] = False
+        given = {"token_agg": "token", "valid": valid, "skip_first": skip}
+        state, vectors = new_state(1, 3), new_vectors(1, 3, 16)
+        head_stats([x], [factor], state, [0], vectors=vectors, **given)
+        check(vectors, 0, Tokens(x, weights, real, "token"))
+        check_moments_stay(state, x, factor, **given)
 
 
 @pytest.mark.parametrize(("with_ratio", "masked"), [(False, False), (True, True)])
