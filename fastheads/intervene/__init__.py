@@ -1,0 +1,1 @@
+"""Act on heads: silence them while a model runs, and prune them for good."""
