@@ -104,7 +104,7 @@ class PruningPlan:
             why = "it is nested too deeply" if isinstance(error, RecursionError) else error
             raise PlanError(f"{path} is no pruning plan: {why}") from error
         try:
-            return cls(heads=document) if isinstance(document, list) else cls._of_document(document)
+            return cls(heads=tuple(document)) if isinstance(document, list) else cls._of_document(document)
         except PlanError as error:
             raise PlanError(f"{path} is no pruning plan: {error}") from None
 
@@ -142,7 +142,9 @@ class PruningPlan:
             among = sites.get(layer, [])
             if len(among) > 1:
                 names = ", ".join(site.name for site in among)
-                raise PlanError(f"layer {layer} has several output projections, so that a head is ambiguous: {names}")
+                raise PlanError(
+                    f"layer {layer} has several output projections, so that a head is ambiguous: {names}"
+                )
             if not among or heads[-1] >= among[0].num_heads:
                 raise PlanError(f"the model has no head {heads[-1]} in layer {layer}")
             chosen[layer] = among[0]
@@ -186,7 +188,9 @@ def plan_pruning(
     by_error = mode == "mean" and metric is None
     if uniform:
         ranking = ranking_of(profile, metric, "mean" if by_error else "zero", model if by_error else None)
-        kv_groups = _lowest_groups(ranking, [_KvGroups.of(model, site) for site in sites], sites, fraction, group_by)
+        kv_groups = _lowest_groups(
+            ranking, [_KvGroups.of(model, site) for site in sites], sites, fraction, group_by
+        )
         heads = heads_of_groups(model, sites, kv_groups)
         name: str = ranking.name
     else:
@@ -249,9 +253,13 @@ class _KvGroups:
         try:
             number = geometry.num_kv_heads(attention_of(unwrapped(model), site), site.num_heads)
         except ValueError as error:
-            raise OptionError(f"{site.name}: how query heads share keys is said in several ways ({error})") from None
+            raise OptionError(
+                f"{site.name}: how query heads share keys is said in several ways ({error})"
+            ) from None
         if not number:
-            raise OptionError(f"{site.name}: its attention does not say how query heads share keys and values")
+            raise OptionError(
+                f"{site.name}: its attention does not say how query heads share keys and values"
+            )
         return cls(number, site.num_heads // number)
 
     def heads(self, group: int) -> range:
@@ -281,7 +289,9 @@ def _lowest_groups(
     for row, (site, of) in enumerate(zip(sites, groups, strict=True)):
         values = _values_of_groups(ranking, row, of, group_by)
         if np.isnan(values).any():
-            raise ResultsError(f"uniform: {ranking.name} is unknown for heads of layer {site.layer}: choose another metric")
+            raise ResultsError(
+                f"uniform: {ranking.name} is unknown for heads of layer {site.layer}: choose another metric"
+            )
         lowest = np.argsort(values, kind="stable")[:n]
         chosen += [(site.layer, int(group)) for group in sorted(lowest)]
     return chosen
@@ -302,10 +312,14 @@ def _sites_of_profile(profile: HeadProfile, model: nn.Module) -> list[HeadSite]:
     sites = find_sites(model)
     measured = [(s["name"], s["layer"], s["num_heads"], s["head_dim"]) for s in profile.metadata["sites"]]
     if measured != [(s.name, s.layer, s.num_heads, s.head_dim) for s in sites]:
-        raise PlanError(f"the profile is of another model than {type(model).__name__}: their output projections differ")
+        raise PlanError(
+            f"the profile is of another model than {type(model).__name__}: their output projections differ"
+        )
     weights = profile.metadata.get("weights")
     if not isinstance(weights, dict):
-        raise PlanError("the profile has no fingerprint of the model's weights, so that it may be of others: profile again")
+        raise PlanError(
+            "the profile has no fingerprint of the model's weights, so that it may be of others: profile again"
+        )
     difference = difference_of_weights(weights, fingerprint(model))
     if difference is None:
         raise PlanError(
@@ -317,7 +331,9 @@ def _sites_of_profile(profile: HeadProfile, model: nn.Module) -> list[HeadSite]:
     for layer, among in _sites_by_layer(sites).items():
         if len(among) > 1:
             names = ", ".join(site.name for site in among)
-            raise PlanError(f"layer {layer} has several output projections, so that a head is ambiguous: {names}")
+            raise PlanError(
+                f"layer {layer} has several output projections, so that a head is ambiguous: {names}"
+            )
     return sites
 
 
@@ -334,7 +350,9 @@ def _checked_pairs(pairs: Any, name: str) -> Heads:
         raise PlanError(f"{name} must be a list of at most {MOST_HEADS:,} pairs [layer, head]")
     checked: set[tuple[int, int]] = set()
     for pair in pairs:
-        whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(type(number) is int for number in pair)
+        whole = (
+            isinstance(pair, list | tuple) and len(pair) == 2 and all(type(number) is int for number in pair)
+        )
         if not whole or not all(0 <= number < LARGEST_NUMBER for number in pair):
             raise PlanError(f"{name} must be pairs of whole numbers, [layer, head], not {pair!r:.80}")
         if (pair[0], pair[1]) in checked:

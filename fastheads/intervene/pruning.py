@@ -64,18 +64,24 @@ def pruned_copy(model: nn.Module, plan: PruningPlan, *, profile: HeadProfile | N
             _zero(state, site, plan.by_layer[layer])
     if biases:
         config = _with_biases(model, chosen, config)
-    return _built(model, config, state, {f"{chosen[layer].name}.bias": bias for layer, bias in biases.items()})
+    return _built(
+        model, config, state, {f"{chosen[layer].name}.bias": bias for layer, bias in biases.items()}
+    )
 
 
 def check_prunable(model: nn.Module) -> None:
     """Raise PruningError, naming the reason, unless `model` is one of transformers' own, whole, dense and without adapters."""
     kind = type(model).__name__
     config = getattr(model, "config", None)
-    adapted = hasattr(model, "peft_config") or any("base_layer" in module._modules for module in model.modules())
+    adapted = hasattr(model, "peft_config") or any(
+        "base_layer" in module._modules for module in model.modules()
+    )
     if adapted:
         raise PruningError(f"{kind} has adapters: merge them first, merge_and_unload()")
     if not type(model).__module__.startswith("transformers.models.") or not hasattr(model, "save_pretrained"):
-        raise PruningError(f"{kind} of {type(model).__module__} is no model of transformers: others cannot be reloaded by it")
+        raise PruningError(
+            f"{kind} of {type(model).__module__} is no model of transformers: others cannot be reloaded by it"
+        )
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None or getattr(model, "hf_quantizer", None) is not None:
         method = getattr(quantized, "quant_method", None) or (quantized or {}).get("quant_method", "?")
@@ -100,14 +106,17 @@ def _check_own_weights(model: nn.Module, sites: Iterable[HeadSite]) -> None:
         _check_plain(site)
         names = owners[id(site.module.weight)]
         if len(names) > 1:
-            raise PruningError(f"{site.name}: several modules share its weight ({', '.join(names[:3])}), so that heads are not of one layer")
+            raise PruningError(
+                f"{site.name}: several modules share its weight ({', '.join(names[:3])}), so that heads are not of one layer"
+            )
 
 
 def _check_plain(site: HeadSite) -> None:
     if not is_plain(site) or not torch.is_floating_point(site.module.weight):  # type: ignore[arg-type]
         kind = type(site.module)
         raise PruningError(
-            f"{site.name} ({kind.__name__} of {kind.__module__}) has no plain weight: quantized, adapted and computed weights cannot be pruned"
+            f"{site.name} ({kind.__name__} of {kind.__module__}) has no plain weight: quantized, adapted "
+            "and computed weights cannot be pruned"
         )
 
 
@@ -128,22 +137,26 @@ def _with_biases(model: nn.Module, chosen: dict[int, HeadSite], config: Any) -> 
     needed = [f"{site.name}.bias" for site in chosen.values()]
     if all(site.module._parameters.get("bias") is not None for site in chosen.values()):
         return config
-    tried = [name for name in BIAS_ENTRIES if getattr(config.get_text_config(decoder=True), name, None) is False]
+    tried = [
+        name for name in BIAS_ENTRIES if getattr(config.get_text_config(decoder=True), name, None) is False
+    ]
     for name in tried:
         changed = copy.deepcopy(config)
         setattr(changed.get_text_config(decoder=True), name, True)
         if set(needed) <= _skeleton(model, changed, "meta").state_dict().keys():
             return changed
     raise PruningError(
-        f"{type(model).__name__} cannot hold the heads' means: its output projections ({needed[0].removesuffix('.bias')}) have no "
-        "bias, and its configuration cannot give them one: use mode zero"
+        f"{type(model).__name__} cannot hold the heads' means: its output projections ({needed[0].removesuffix('.bias')}) have "
+        "no bias, and its configuration cannot give them one: use mode zero"
     )
 
 
 # ---------------------------------------------------------------- cutting KV groups
 
 
-def _cut(model: nn.Module, sites: list[HeadSite], plan: PruningPlan, state: dict[str, Tensor], config: Any) -> None:
+def _cut(
+    model: nn.Module, sites: list[HeadSite], plan: PruningPlan, state: dict[str, Tensor], config: Any
+) -> None:
     """Cut the plan's KV groups out of the weights in `state`, and change `config` accordingly."""
     groups = whole_groups(model, sites, plan.heads)
     if sorted(heads_of_groups(model, sites, groups)) != list(plan.heads):
@@ -154,7 +167,9 @@ def _cut(model: nn.Module, sites: list[HeadSite], plan: PruningPlan, state: dict
         kept[site.layer] = [group for group in range(num_kv_groups(model, site)) if group not in cut]
     counts = {len(numbers) for numbers in kept.values()}
     if len(counts) > 1 or len({(site.num_heads, site.head_dim) for site in sites}) > 1:
-        raise OptionError("uniform: as many KV groups must be cut in each layer, and the layers must have heads alike")
+        raise OptionError(
+            "uniform: as many KV groups must be cut in each layer, and the layers must have heads alike"
+        )
     if counts == {0}:
         raise OptionError("uniform: no KV group is left")
     if len(kept) < len(sites):
@@ -166,7 +181,9 @@ def _cut(model: nn.Module, sites: list[HeadSite], plan: PruningPlan, state: dict
     number = counts.pop()
     for name in ("num_attention_heads", "num_key_value_heads"):
         if not isinstance(getattr(text, name, None), int):
-            raise PruningError(f"uniform: {type(config).__name__} has no {name}, so that fewer KV groups cannot be built")
+            raise PruningError(
+                f"uniform: {type(config).__name__} has no {name}, so that fewer KV groups cannot be built"
+            )
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = number * size, number, site.head_dim
 
 
@@ -183,21 +200,25 @@ def _cut_site(model: nn.Module, site: HeadSite, kept: list[int], state: dict[str
     missing = [name for name in names if not isinstance(attention._modules.get(name), nn.Linear)]
     if missing or heads_per_unit(attention) > 1 or is_transposed(site.module):
         raise PruningError(
-            f"uniform: {path} ({kind}) has no separate {', '.join(SEPARATE)} of torch.nn.Linear, nor a fused projection of a known "
-            "layout: prune it without uniform"
+            f"uniform: {path} ({kind}) has no separate {', '.join(SEPARATE)} of torch.nn.Linear, nor a fused projection of a "
+            "known layout: prune it without uniform"
         )
     width = site.head_dim
     # By projection: its parts, each as units of `width` outputs and the units that stay.
     queries, keys = (site.num_heads, heads), (groups, kept)
-    parts = dict(zip(SEPARATE, ([queries], [keys], [keys]), strict=True)) if fused is None else {fused: [queries, keys, keys]}
+    parts = (
+        dict(zip(SEPARATE, ([queries], [keys], [keys]), strict=True))
+        if fused is None
+        else {fused: [queries, keys, keys]}
+    )
     for name, of in parts.items():
         module: Any = attention._modules[name]
         _check_own_weights(model, [HeadSite(f"{path}.{name}", site.layer, 1, module.in_features, module)])
         units = sum(number for number, _ in of)
         if module.weight.shape[0] != units * width:
             raise PruningError(
-                f"uniform: {path}.{name} has {module.weight.shape[0]} outputs where {units} heads of {width} are expected: its layout is not "
-                "known, prune it without uniform"
+                f"uniform: {path}.{name} has {module.weight.shape[0]} outputs where {units} heads of {width} are expected: "
+                "its layout is not known, prune it without uniform"
             )
         rows, start = [], 0
         for number, stay in of:
@@ -261,4 +282,6 @@ def _skeleton(model: Any, config: Any, device: str | None) -> Any:
 def _heads_of(config: Any) -> str:
     text = config.get_text_config(decoder=True)
     names = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    return ", ".join(f"{name} {getattr(text, name)}" for name in names if getattr(text, name, None) is not None)
+    return ", ".join(
+        f"{name} {getattr(text, name)}" for name in names if getattr(text, name, None) is not None
+    )
