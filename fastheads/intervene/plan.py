@@ -362,4 +362,4 @@ def _checked_pairs(pairs: Any, name: str) -> Heads:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"it holds {name}")
+    raise PlanError(f"it holds {name}")

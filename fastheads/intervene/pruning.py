@@ -158,6 +158,8 @@ def _cut(
     model: nn.Module, sites: list[HeadSite], plan: PruningPlan, state: dict[str, Tensor], config: Any
 ) -> None:
     """Cut the plan's KV groups out of the weights in `state`, and change `config` accordingly."""
+    for site in sites:
+        _projections(model, site)  # of a known layout, before anything else is said of groups
     groups = whole_groups(model, sites, plan.heads)
     if sorted(heads_of_groups(model, sites, groups)) != list(plan.heads):
         raise OptionError("uniform: the heads are not whole KV groups, with all query heads of each")
@@ -189,27 +191,16 @@ def _cut(
 
 def _cut_site(model: nn.Module, site: HeadSite, kept: list[int], state: dict[str, Tensor]) -> None:
     """Cut all but the KV groups `kept` out of one attention's weights."""
-    attention = attention_of(model, site)
-    kind = type(attention).__name__
-    path = next(name for name, module in model.named_modules() if module is attention)
+    path, attention, names = _projections(model, site)
     groups = num_kv_groups(model, site)
     size = site.num_heads // groups
     heads = [group * size + n for group in kept for n in range(size)]
-    fused = FUSED.get(kind)
-    names = SEPARATE if fused is None else (fused,)
-    missing = [name for name in names if not isinstance(attention._modules.get(name), nn.Linear)]
-    if missing or heads_per_unit(attention) > 1 or is_transposed(site.module):
-        raise PruningError(
-            f"uniform: {path} ({kind}) has no separate {', '.join(SEPARATE)} of torch.nn.Linear, nor a fused projection of a "
-            "known layout: prune it without uniform"
-        )
     width = site.head_dim
     # By projection: its parts, each as units of `width` outputs and the units that stay.
     queries, keys = (site.num_heads, heads), (groups, kept)
+    together = [queries, keys, keys]
     parts = (
-        dict(zip(SEPARATE, ([queries], [keys], [keys]), strict=True))
-        if fused is None
-        else {fused: [queries, keys, keys]}
+        {names[0]: together} if len(names) == 1 else dict(zip(names, ([of] for of in together), strict=True))
     )
     for name, of in parts.items():
         module: Any = attention._modules[name]
@@ -231,6 +222,25 @@ def _cut_site(model: nn.Module, site: HeadSite, kept: list[int], state: dict[str
     weight = state[f"{site.name}.weight"]
     index = torch.tensor([head * width + n for head in heads for n in range(width)], device=weight.device)
     state[f"{site.name}.weight"] = weight.index_select(1, index)
+
+
+def _projections(model: nn.Module, site: HeadSite) -> tuple[str, nn.Module, tuple[str, ...]]:
+    """Return the path and the module of the attention, and the names of its query, key and value projections.
+
+    Raises PruningError, naming the attention, if their layout is not known.
+    """
+    attention = attention_of(model, site)
+    kind = type(attention).__name__
+    path = next(name for name, module in model.named_modules() if module is attention)
+    fused = FUSED.get(kind)
+    names = SEPARATE if fused is None else (fused,)
+    missing = [name for name in names if not isinstance(attention._modules.get(name), nn.Linear)]
+    if missing or heads_per_unit(attention) > 1 or is_transposed(site.module):
+        raise PruningError(
+            f"uniform: {path} ({kind}) has no separate {', '.join(SEPARATE)} of torch.nn.Linear, nor a fused projection of a "
+            "known layout: prune it without uniform"
+        )
+    return path, attention, names
 
 
 # ---------------------------------------------------------------- the copy
