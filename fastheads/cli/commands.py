@@ -1,4 +1,4 @@
-"""The command line: `fastheads profile`, `prune`, `show`, `merge` and `doctor`.
+"""The command line: `fastheads profile`, `show`, `merge`, `ablate`, `prune` and `doctor`.
 
 Results go to stdout; progress and errors go to stderr, an error as one line. The heavy libraries are imported
 when a command runs, so that `--help` is quick.
@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from fastheads._version import __version__
+from fastheads.cli.ablate import ablate
 from fastheads.cli.checks import check_files as _check_files
 from fastheads.cli.checks import check_mode, check_stdin, parse_layers, parse_metrics, parse_shard
 from fastheads.cli.checks import check_options as _check_options
@@ -443,6 +444,9 @@ def merge(
     merged.save(output)
     _show(merged)
     typer.echo(f"\nmerged {len(files)} profiles into {output}; see it again with: fastheads show {output}")
+
+
+app.command()(ablate)
 
 
 @app.command()

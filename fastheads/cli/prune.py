@@ -92,7 +92,7 @@ def prune(
         str | None,
         typer.Option(
             help="A text on which the loss before and after is measured: its beginning.",
-            show_default="the end of the English text that comes with Python",
+            show_default="docstrings of Python's standard library",
         ),
     ] = None,
     sequences: Annotated[int, typer.Option(help="Sequences of the text.")] = 32,
@@ -133,6 +133,7 @@ def prune(
     terminal = Console(stderr=True, file=sys.stderr, highlight=False)
     # Only on a terminal: elsewhere a wrong option would print two lines instead of one.
     with doing("starting", terminal) if terminal.is_terminal else nullcontext():
+        from fastheads.corpus.docstrings import docstrings_text
         from fastheads.corpus.opening import open_source
         from fastheads.intervene.plan import PruningPlan, plan_pruning
         from fastheads.intervene.pruning import check_prunable
@@ -144,7 +145,7 @@ def prune(
         check_folder(output, force=force, source=found.folder if found.is_local else None)
         measured = None if profile is None else HeadProfile.load(profile)
         given = None if heads is None else _plan_of_file(PruningPlan.load(heads), mode.value, uniform)
-        text: Any = open_source(data)
+        text: Any = docstrings_text() if data is None else open_source(data)
     with doing(f"loading {found.name}", terminal):
         loaded = loading.load_model(found, dtype=_dtype(dtype, given, measured), device=device)
         check_prunable(loaded)
@@ -152,7 +153,7 @@ def prune(
         seq_len = _fitting(seq_len, loaded)
         blocks = None
         if tokenizer is not None:
-            blocks = text_sequences(text, tokenizer, number=sequences, seq_len=seq_len, from_end=data is None)
+            blocks = text_sequences(text, tokenizer, number=sequences, seq_len=seq_len)
     with doing("pruning", terminal):
         if given is None:
             assert measured is not None and fraction is not None

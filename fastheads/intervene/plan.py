@@ -21,6 +21,7 @@ from fastheads.results.files import UnreadableError, read_once, write_atomic
 from fastheads.results.head_profile import HeadProfile
 from fastheads.results.merge import difference_of_weights
 from fastheads.results.ranking import Mode, Ranking, ranking_of
+from fastheads.results.vectors import checked_sites
 from fastheads.stats.arrays import Array
 from fastheads.stats.names import KV_METRIC
 
@@ -175,8 +176,8 @@ def plan_pruning(
 
     Raises:
         OptionError: an option is unknown or out of range, or leaves nothing to remove, or no group in a layer.
-        PlanError: the profile is not of this model.
-        ResultsError: the profile does not hold what the ranking needs.
+        PlanError: a layer has several output projections.
+        ResultsError: the profile is not of this model, or does not hold what the ranking needs.
     """
     if not 0 < fraction < 1:
         raise OptionError(f"fraction must be between 0 and 1, not {fraction}")
@@ -307,27 +308,8 @@ def _values_of_groups(ranking: Ranking, row: int, groups: _KvGroups, group_by: G
 
 
 def _sites_of_profile(profile: HeadProfile, model: nn.Module) -> list[HeadSite]:
-    """Return the model's sites. Raises PlanError unless the profile is of this model and these weights."""
-    model = unwrapped(model)
-    sites = find_sites(model)
-    measured = [(s["name"], s["layer"], s["num_heads"], s["head_dim"]) for s in profile.metadata["sites"]]
-    if measured != [(s.name, s.layer, s.num_heads, s.head_dim) for s in sites]:
-        raise PlanError(
-            f"the profile is of another model than {type(model).__name__}: their output projections differ"
-        )
-    weights = profile.metadata.get("weights")
-    if not isinstance(weights, dict):
-        raise PlanError(
-            "the profile has no fingerprint of the model's weights, so that it may be of others: profile again"
-        )
-    difference = difference_of_weights(weights, fingerprint(model))
-    if difference is None:
-        raise PlanError(
-            "the fingerprints of the profile and of the model do not prove that their weights are the same: they are of "
-            "different versions, or leave some weights out"
-        )
-    if difference:
-        raise PlanError(f"the profile is not of this model's weights; they differ in {difference}")
+    """Return the model's sites. Raises ResultsError unless the profile is of this model, PlanError if a layer has several sites."""
+    sites = checked_sites(profile, unwrapped(model))
     for layer, among in _sites_by_layer(sites).items():
         if len(among) > 1:
             names = ", ".join(site.name for site in among)

@@ -1,7 +1,7 @@
 """Write a pruned model to a folder that transformers loads, load it again, and compare it with the model before.
 
 The folder appears whole or not at all: it is written beside its place, loaded from there, compared number for number with what
-was to be written and by its logits with the model whose heads are silenced by hand, and only then renamed.
+was to be written and by its logits with the model whose heads are ablated, and only then renamed.
 """
 
 import os
@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from fastheads.corpus.sources import Source
 from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError, OptionError, PruningError, one_line
+from fastheads.intervene.ablation import ablate
 from fastheads.intervene.plan import PruningPlan
 from fastheads.intervene.pruning import pruned_copy
-from fastheads.models.sites import HeadSite
 from fastheads.results.files import check_writable
 from fastheads.results.head_profile import HeadProfile
 
@@ -178,14 +178,11 @@ def _equal(one: Tensor, two: Tensor) -> bool:
 def _check_logits(
     model: Any, reloaded: Any, plan: PruningPlan, profile: HeadProfile | None, folder: Path
 ) -> None:
-    """Raise PruningError unless the reloaded model computes what `model` does with the plan's heads silenced by hooks."""
+    """Raise PruningError unless the reloaded model computes what `model` does with the plan's heads ablated."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, vocabulary, (1, CHECKED_TOKENS), generator=generator).to(model.device)
-    biases = {} if plan.mode == "zero" or profile is None else profile.mean_bias(model, plan.heads)
-    with ExitStack() as silenced:
-        for layer, site in plan.sites_of(model).items():
-            silenced.enter_context(_silenced(site, plan.by_layer[layer], biases.get(layer)))
+    with ablate(model, plan.heads, plan.mode, means=profile if plan.mode == "mean" else None):
         expected = model(input_ids=ids, use_cache=False).logits.double()
     found = reloaded(input_ids=ids, use_cache=False).logits.double()
     # Of most tokens: rounding may send one to another expert.
@@ -196,26 +193,6 @@ def _check_logits(
             f"{folder} is not written: the pruned {type(model).__name__} computes something else than the model without these "
             f"heads (its logits differ by {error:.2g} of the largest, where {allowed:g} is rounding)"
         )
-
-
-@contextmanager
-def _silenced(site: HeadSite, heads: list[int], bias: Tensor | None) -> Iterator[None]:
-    """Zero the heads' part of the projection's input, and add `bias` to its output."""
-
-    def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x = args[0].unflatten(-1, (site.num_heads, site.head_dim)).clone()
-        x[..., heads, :] = 0
-        return (x.flatten(-2), *args[1:])
-
-    def after(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        return output if bias is None else output + bias.to(output.device, output.dtype)
-
-    handles = (site.module.register_forward_pre_hook(before), site.module.register_forward_hook(after))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _put(temporary: Path, folder: Path) -> None:
@@ -306,10 +283,8 @@ def compare_models(before: Any, after: Any, sequences: list[Tensor], *, rounds: 
     )
 
 
-def text_sequences(
-    source: Source, tokenizer: Any, *, number: int, seq_len: int, from_end: bool = False
-) -> list[Tensor]:
-    """Return the first `number` blocks of `seq_len` tokens of the text, or the last; fewer if it is shorter.
+def text_sequences(source: Source, tokenizer: Any, *, number: int, seq_len: int) -> list[Tensor]:
+    """Return the first `number` blocks of `seq_len` tokens of the text; fewer if it is shorter.
 
     Raises:
         DataError: the text cannot be read, or is shorter than one block.
@@ -322,9 +297,7 @@ def text_sequences(
     with closing(corpus.windows()) as windows:
         for window in windows:
             found += [ids for ids in window.sequences if len(ids) == seq_len]
-            if from_end:
-                found = found[-number:]
-            elif len(found) >= number:
+            if len(found) >= number:
                 break
     if not found:
         raise DataError(f"{source.name} has fewer than {seq_len} tokens, one sequence")
