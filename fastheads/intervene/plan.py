@@ -308,7 +308,7 @@ def _values_of_groups(ranking: Ranking, row: int, groups: _KvGroups, group_by: G
 
 
 def _sites_of_profile(profile: HeadProfile, model: nn.Module) -> list[HeadSite]:
-    """Return the model's sites. Raises ResultsError unless the profile is of this model, PlanError if a layer has several sites."""
+    """Return the sites. Raises ResultsError unless the profile is of this model, PlanError if a layer has several sites."""
     sites = checked_sites(profile, unwrapped(model))
     for layer, among in _sites_by_layer(sites).items():
         if len(among) > 1:
