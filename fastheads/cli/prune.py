@@ -167,7 +167,7 @@ def prune(
                 group_by=group_by.value,
             )
         else:
-            plan = given
+            plan = given.filled_in(loaded)
         after = write_pruned(
             loaded,
             plan,

@@ -6,7 +6,7 @@ A plan holds no weights. It names the model by the fingerprint of its weights, a
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -121,6 +121,12 @@ class PruningPlan:
         if missing:
             raise PlanError(f"it lacks {', '.join(missing)}")
         return cls(**{name: document[name] for name in names})
+
+    def filled_in(self, model: nn.Module) -> Self:
+        """Return the plan with the KV groups and the weights of `model`, which a list of heads lacks. Raises as `sites_of`."""
+        groups = whole_groups(model, self.sites_of(model).values(), self.heads)
+        weights = fingerprint(unwrapped(model)) if self.weights is None else self.weights
+        return replace(self, kv_groups=tuple(groups), weights=weights)
 
     def sites_of(self, model: nn.Module) -> dict[int, HeadSite]:
         """Return the sites of the layers with heads to remove, by layer, once the plan is found to be of this model.

@@ -91,6 +91,7 @@ def test_a_plan_or_a_list_of_heads(run, here, model, profiled):
     assert "2 heads of 2 layers zeroed\n" in out and "text.txt" in out
     code, _, err = run("prune", model, "--heads", "a/pruning_plan.json", "-o", "b", *QUICK)
     assert code == 0, err
+    assert json.loads(Path("a/pruning_plan.json").read_text())["weights"]["dtypes"] == ["float32"]
     one, two = (loaded(folder)[0].state_dict() for folder in "ab")
     assert all(torch.equal(one[name], two[name]) for name in one)
     code, _, err = run("prune", model, "--heads", "heads.json", "-o", "a", *QUICK)

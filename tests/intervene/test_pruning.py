@@ -12,6 +12,7 @@ from torch import nn
 
 from fastheads import HeadProfile, find_sites
 from fastheads.errors import OptionError, PlanError, PruningError, ResultsError
+from fastheads.intervene import pruning
 from fastheads.intervene.plan import PruningPlan, plan_pruning
 from fastheads.intervene.pruning import pruned_copy
 from fastheads.models.fingerprint import fingerprint
@@ -352,6 +353,14 @@ def test_a_plan_survives_its_file(tmp_path):
     assert PruningPlan.load(tmp_path / "list.json") == PruningPlan([(0, 3), (2, 1)])
 
 
+def test_a_list_of_heads_is_filled_in():
+    model = build("llama")
+    plan = PruningPlan([(0, 0), (0, 1), (2, 1)]).filled_in(model)
+    assert (plan.kv_groups, plan.weights) == (((0, 0),), fingerprint(model))
+    with pytest.raises(PlanError, match="the numbers are not"):
+        plan.filled_in(build("llama", seed=1))
+
+
 def lies():
     good = json.loads(PruningPlan(HEADS).to_json())
     yield "[]", "names no heads"
@@ -489,6 +498,13 @@ def test_foreign_weights_are_refused_by_name():
     own.__class__ = type("Mine", (type(model),), {})
     with pytest.raises(PruningError, match="Mine of .* is no model of transformers"):
         pruned_copy(own, PruningPlan(HEADS))
+
+
+def test_models_that_are_split_over_ranks_are_refused(monkeypatch):
+    model = build("llama")
+    monkeypatch.setattr(pruning, "is_dtensor", lambda tensor: tensor.dim() == 2)
+    with pytest.raises(PruningError, match="embed_tokens.weight is split over ranks"):
+        pruned_copy(model, PruningPlan(HEADS))
 
 
 def test_adapters_are_refused():
