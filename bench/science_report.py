@@ -111,9 +111,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
         plot.set(
             xlabel="heads zeroed, lowest first, %",
             ylabel="rise in loss, nats per token",
-            yscale="log",
             title=f"{text}: {report['model']}",
         )
+        plot.set_yscale("symlog", linthresh=0.05)  # linear near 0, since some rises are negative
     axes[0].legend(fontsize=6.5)
     names = sorted(report["correlations"], key=lambda name: report["correlations"][name]["zero_kl"]["rho"])
     for offset, truth, color in ((0.2, "zero_kl", "tab:blue"), (-0.2, "mean_kl", "tab:orange")):
