@@ -216,7 +216,7 @@ def scores_of(
 ) -> tuple[dict[str, Array], dict[str, str]]:
     """Return each score `[rows, heads]`, and why others are left out."""
     measured = {"vectors": True} if "vectors" in inspect.signature(HookManager).parameters else {}
-    with HookManager(model, token_agg="all", **measured) as hooks, torch.inference_mode():  # type: ignore[arg-type]
+    with HookManager(model, token_agg="all", backend="factored", **measured) as hooks, torch.inference_mode():  # type: ignore[arg-type]
         for ids in batches:
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
         profile = hooks.to_profile()
