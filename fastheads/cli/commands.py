@@ -1,4 +1,4 @@
-"""The command line: `fastheads profile`, `show`, `merge`, `ablate` and `doctor`.
+"""The command line: `fastheads profile`, `show`, `merge`, `ablate`, `prune` and `doctor`.
 
 Results go to stdout; progress and errors go to stderr, an error as one line. The heavy libraries are imported
 when a command runs, so that `--help` is quick.
@@ -34,6 +34,8 @@ from fastheads.cli.options import (
     TrustRemoteCode,
     number_or_all,
 )
+from fastheads.cli.prune import EXAMPLE as PRUNE_EXAMPLE
+from fastheads.cli.prune import prune
 from fastheads.errors import OptionError
 
 if TYPE_CHECKING:
@@ -360,6 +362,9 @@ def profile(
         interrupted = interrupted or (f"interrupted; the profile is saved in {output}", INTERRUPTED)
     if interrupted is not None:
         raise typer.Exit(fail(*interrupted))
+
+
+app.command(epilog=PRUNE_EXAMPLE)(prune)
 
 
 @app.command()

@@ -66,6 +66,11 @@ class Mode(StrEnum):
     mean = "mean"
 
 
+class GroupBy(StrEnum):
+    sum = "sum"
+    max = "max"
+
+
 class TokenAgg(StrEnum):
     last = "last"
     all = "all"

@@ -1,1 +1,1 @@
-"""Acting on heads: ablation."""
+"""Act on heads: silence them while a model runs, and prune them for good."""
