@@ -1,5 +1,6 @@
 """Colours for the values of a metric: limits that suit its scale, and palettes that colour-blind people can read."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +35,16 @@ class Colours:
     high: float
     centre: float | None = None
 
+    def position(self, value: float) -> float:
+        """Return the place of `value` on the palette: 0 to 1, beyond the limits that of the nearer one."""
+        low, high = self.low, self.high
+        if self.kind == "log":
+            value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
+        if self.kind == "diverging" and self.centre is not None:
+            # Each side reaches as far as its own limit.
+            low, high = (2 * self.centre - high, high) if value > self.centre else (low, 2 * self.centre - low)
+        return min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0)
+
 
 def colours_of(metric: str, values: Array, *, of_means: bool = True) -> Colours:
     """Return the colours for `values` of a metric, float64 of any shape; NaN and infinite values do not count.
@@ -44,7 +55,9 @@ def colours_of(metric: str, values: Array, *, of_means: bool = True) -> Colours:
     found = values[np.isfinite(values)]
     if not found.size:
         return Colours("linear", 0.0, 1.0)
-    low, high = (float(limit) for limit in np.quantile(found, ROBUST))
+    # Among the values themselves, so that of a few none lies beyond.
+    low = float(np.quantile(found, ROBUST[0], method="lower"))
+    high = float(np.quantile(found, ROBUST[1], method="higher"))
     scale = scale_of(metric)
     if of_means and scale.centre is not None:
         room = 1e-6 * abs(scale.centre)  # on both sides

@@ -46,18 +46,23 @@ def wide() -> HeadProfile:
 
 
 def test_the_heatmap_shows_the_means_by_layer_and_head(profile):
-    figure = profile.plot()
-    axes, bar = figure.axes
+    drawn = profile.plot()
+    axes, bar = drawn.figure.axes
+    assert drawn is axes
     shown = np.ma.filled(axes.images[0].get_array(), np.nan)
     np.testing.assert_array_equal(shown, [[1, 2, 3], [0.5, 4, np.nan]])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "7"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")
     assert bar.get_ylabel().startswith(f"mean of {RANKING_METRIC}")
-    assert "tiny" in axes.get_title(loc="left")
+    assert axes.get_title(loc="left").split("\n") == [
+        "tiny",
+        f"mean of {RANKING_METRIC}",
+        "2 sequences a head, token_agg all",
+    ]
 
 
 def test_any_metric_and_stat_can_be_drawn(profile):
-    figure = profile.plot(OTHER, "std")
+    figure = profile.plot(OTHER, "std").figure
     shown = figure.axes[0].images[0].get_array()
     assert shown[1, 1] == pytest.approx(math.sqrt(2), rel=1e-12)  # of 3 and 5
     assert figure.axes[1].get_ylabel() == f"std of {OTHER}"
@@ -68,7 +73,7 @@ def test_any_metric_and_stat_can_be_drawn(profile):
 
 
 def test_the_highest_and_the_lowest_are_marked(wide):
-    marked = {c.get_label(): c.get_offsets().tolist() for c in wide.plot().axes[0].collections}
+    marked = {c.get_label(): c.get_offsets().tolist() for c in wide.plot().collections}
     lowest = [[head, row] for row, head in wide.ranked_cells()[:10]]
     highest = [[head, row] for row, head in wide.ranked_cells()[-10:]]
     assert marked == {"the 10 lowest": lowest, "the 10 highest": highest}
@@ -226,23 +231,23 @@ def test_what_is_shown_where_the_ratio_is_not_measured():
         out = " ".join(printed(profile, console(), None).split())
         assert f"metric {shown} ({note})" in out
         assert (line in out) == (shown != RATIO_METRIC)
-        label = profile.plot().axes[1].get_ylabel()
+        label = profile.plot().figure.axes[1].get_ylabel()
         assert f"mean of {shown}\n({note})" in label
         assert (line in label) == (shown != RATIO_METRIC)
         asked = printed(profile, console(), OTHER) if OTHER in profile.metrics else ""
-        assert line not in asked and line not in profile.plot(OTHER).axes[1].get_ylabel()
+        assert line not in asked and line not in profile.plot(OTHER).figure.axes[1].get_ylabel()
 
 
 def test_relative_means_have_colours_that_diverge_from_one():
     means = [[0.5, 1.0, 4.0]]
     profile = HeadProfile({METRICS[3]: make(means).moments[OTHER]}, make(means).metadata)
-    image = profile.plot().axes[0].images[0]
+    image = profile.plot().images[0]
     np.testing.assert_allclose(image.norm(np.array([0.5, 1.0, 4.0])), [0, 0.5, 1])
-    assert image.cmap.name != make(means).plot().axes[0].images[0].cmap.name == "viridis"
-    assert profile.plot(stat="std").axes[0].images[0].cmap.name == "viridis"
+    assert image.cmap.name != make(means).plot().images[0].cmap.name == "viridis"
+    assert profile.plot(stat="std").images[0].cmap.name == "viridis"
     for same in (1.0, 2.0, 0.5, math.nan):
         one = HeadProfile({METRICS[3]: make([[same] * 3]).moments[OTHER]}, make(means).metadata)
-        one.plot().savefig(io.BytesIO(), format="png")
+        one.plot().figure.savefig(io.BytesIO(), format="png")
 
 
 def test_without_colour_the_heatmap_has_shades(profile):

@@ -20,7 +20,7 @@ from fastheads.results.colours import PUOR, VIRIDIS, colours_of
 from fastheads.results.kv_groups import kv_heads
 from fastheads.results.protocol import Profile
 from fastheads.results.ranking import TIE, by_metric, displayed_metric, missing_ratio
-from fastheads.results.text import clean
+from fastheads.results.text import about_samples, clean
 from fastheads.stats.arrays import Array
 from fastheads.stats.names import KV_METRIC
 from fastheads.stats.scales import scale_of
@@ -71,7 +71,7 @@ def _described(named: Named, planes: list[Array]) -> dict[str, Any]:
     return {
         "name": clean(named.name),
         "model": clean(profile.metadata.get("model", "?")),
-        "summary": summary(profile),
+        "summary": clean(about_samples(profile, start)),
         "rows": rows,
         "heads": heads,
         "layers": profile.layers,
@@ -84,23 +84,6 @@ def _described(named: Named, planes: list[Array]) -> dict[str, Any]:
         "metrics": [_metric(profile, metric, planes) for metric in profile.metrics],
         "about": _about(profile.metadata, named.about),
     }
-
-
-def summary(profile: Profile) -> str:
-    """Return what was measured, in one line: samples, aggregation, tokens."""
-    metadata = profile.metadata
-    data = metadata.get("data", {})
-    parts = []
-    if "tokens" in data:
-        parts.append(f"{data['tokens']:,} tokens" + ("" if data.get("complete", True) else " (incomplete)"))
-    samples = max(int(moments.count.max()) for moments in profile.arrays.values())
-    unit = "tokens" if metadata.get("token_agg") == "token" else "sequences"
-    parts.append(f"{samples:,} {unit} a head")
-    if "token_agg" in metadata:
-        parts.append(f"token_agg {clean(metadata['token_agg'])}")
-    if metadata.get("skip_first"):
-        parts.append(f"skip_first {metadata['skip_first']}")
-    return ", ".join(parts)
 
 
 def _metric(profile: Profile, metric: str, planes: list[Array]) -> dict[str, Any]:
