@@ -42,7 +42,9 @@ class Colours:
             value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
         if self.kind == "diverging" and self.centre is not None:
             # Each side reaches as far as its own limit.
-            low, high = (2 * self.centre - high, high) if value > self.centre else (low, 2 * self.centre - low)
+            low, high = (
+                (2 * self.centre - high, high) if value > self.centre else (low, 2 * self.centre - low)
+            )
         return min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0)
 
 

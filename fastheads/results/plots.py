@@ -144,9 +144,7 @@ def _axes(figure: Any, profile: Profile) -> "Axes":
     return axes
 
 
-def _norm(
-    colours: Colours, values: Array, vmin: float | None, vmax: float | None
-) -> tuple["Normalize", str]:
+def _norm(colours: Colours, values: Array, vmin: float | None, vmax: float | None) -> tuple["Normalize", str]:
     """Return matplotlib's norm for `colours`, with limits that are given in place of its own, and where values lie beyond."""
     from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
 
@@ -199,10 +197,14 @@ def _mark(ax: "Axes", cells: list[tuple[int, int]], means: Array, marked: int) -
     ):
         y, x = zip(*chosen, strict=True)
         # Black with a white edge, and white, are seen on all colours that either kind has.
-        edge = {"edgecolors": "white"} if marker == "o" else {}
-        ax.scatter(x, y, marker=marker, s=size**2, c=colour, linewidths=1, label=f"the {marked} {name}", **edge)
+        edge: dict[str, Any] = {"edgecolors": "white"} if marker == "o" else {}
+        ax.scatter(
+            x, y, marker=marker, s=size**2, c=colour, linewidths=1, label=f"the {marked} {name}", **edge
+        )
         low, high = (means[cell] for cell in (chosen[0], chosen[-1]))
-        said.append(f"{'circles' if marker == 'o' else 'crosses'}: the {marked} {name}, {low:.4g} to {high:.4g}")
+        said.append(
+            f"{'circles' if marker == 'o' else 'crosses'}: the {marked} {name}, {low:.4g} to {high:.4g}"
+        )
     return said
 
 

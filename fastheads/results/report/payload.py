@@ -20,7 +20,7 @@ from fastheads.results.colours import PUOR, VIRIDIS, colours_of
 from fastheads.results.kv_groups import kv_heads
 from fastheads.results.protocol import Profile
 from fastheads.results.ranking import TIE, by_metric, displayed_metric, missing_ratio
-from fastheads.results.text import about_samples, clean
+from fastheads.results.text import about_samples, clean, decimals
 from fastheads.stats.arrays import Array
 from fastheads.stats.names import KV_METRIC
 from fastheads.stats.scales import scale_of
@@ -105,11 +105,13 @@ def _metric(profile: Profile, metric: str, planes: list[Array]) -> dict[str, Any
     }
     planes += here.values()
     colours = colours_of(metric, mean)
+    places = decimals(mean[ranking.measured], ranking.sem[ranking.measured])
     return {
         "name": clean(metric),
         "note": scale_of(metric).note,
         "unit": "KV head" if metric == KV_METRIC else "head",
         "ranked": len(cells),
+        "digits": -1 if places is None else places,  # decimals of the table's columns
         "nonfinite": int(moments.nonfinite.sum()),
         "colours": asdict(colours),
         "planes": [[name, plane.dtype.str[1:]] for name, plane in here.items()],

@@ -31,17 +31,8 @@
       metric.order = new Int32Array(metric.ranked);  // heads by rank
       for (let i = 0; i < n; i++) if (metric.rank[i]) metric.order[metric.rank[i] - 1] = i;
       metric.ranks = metric.order.length;
-      metric.digits = digits(metric);
     }
     return header;
-  }
-
-  /** Decimals for a column of means: four digits for all but the smallest tenth; -1: powers of ten. */
-  function digits(metric) {
-    const sizes = Array.from(metric.order, (i) => Math.abs(metric.mean[i])).filter((x) => x > 0 && x < Infinity).sort((a, b) => a - b);
-    if (!sizes.length) return 0;
-    const wanted = Math.max(0, 3 - Math.floor(Math.log10(sizes[Math.floor(sizes.length / 10)])));
-    return wanted > 8 || sizes[sizes.length - 1] >= 1e7 ? -1 : wanted;
   }
 
   const number = (x, d) => !Number.isFinite(x) ? (Number.isNaN(x) ? "–" : String(x)) : d < 0 ? x.toExponential(3) : x.toFixed(d);
