@@ -170,7 +170,9 @@ def test_the_tables_need_no_torch(files, tmp_path):
 
 def test_the_picture_needs_no_torch(files, tmp_path):
     pytest.importorskip("matplotlib")
-    program = "from fastheads import HeadProfile\nHeadProfile.load(sys.argv[1]).plot().figure.savefig('p.png')\n"
+    program = (
+        "from fastheads import HeadProfile\nHeadProfile.load(sys.argv[1]).plot().figure.savefig('p.png')\n"
+    )
     python(program, files[0], cwd=tmp_path)
     assert (tmp_path / "p.png").stat().st_size > 1000
 

@@ -237,8 +237,8 @@ def _tables(
     tables = []
     for name, wished, cells in (("highest", top, highest), ("lowest", bottom, lowest)):
         if wished is not None:
-            number = min(wished, len(cells))
-            tables.append(table(f"{number:,} {name} head{'' if number == 1 else 's'}", cells[:wished]))
+            title = f"{len(cells[:wished]):,} {name} head{'' if wished == 1 else 's'}"
+            tables.append(table(title, cells[:wished]))
     both = Table.grid(padding=(0, GAP))
     both.add_row(*tables)
     wanted = sum(Measurement.get(console, console.options, table).maximum + GAP for table in tables) - GAP
@@ -358,8 +358,8 @@ def _painter(console: Console, colours: Colours) -> Callable[[float, int, str], 
 
         def colored(place: float, cell: int, mark: str) -> Text:
             color = _color(palette, place)
-            light = sum(color.get_truecolor()) > 384
-            return Text(mark.center(cell), style=Style(bgcolor=color, color="black" if light else "white"))
+            ink = ("black" if sum(color.get_truecolor()) > 384 else "white") if mark else None
+            return Text(mark.center(cell), style=Style(bgcolor=color, color=ink))
 
         return colored
     shades = ASCII_SHADES if console.options.ascii_only else SHADES

@@ -140,11 +140,11 @@ def rows_of_tables(out: str, cells: int) -> list[list[str]]:
 
 
 HIGHEST_FIRST = [
-    ["7", "1", "4", "±1", "~"],
-    ["0", "2", "3", "±0.75", "~"],
-    ["0", "1", "2", "±0.5", "~"],
-    ["0", "0", "1", "±0.25", "~"],
-    ["7", "0", "0.5", "±0.12", "~"],
+    ["7", "1", "4.0000", "±1.0000", "~"],
+    ["0", "2", "3.0000", "±0.7500", "~"],
+    ["0", "1", "2.0000", "±0.5000", "~"],
+    ["0", "0", "1.0000", "±0.2500", "~"],
+    ["7", "0", "0.5000", "±0.1250", "~"],
 ]
 
 
@@ -176,8 +176,8 @@ def with_spread(means: list[float], spread: float, squares: bool = False) -> Hea
 def test_heads_that_the_samples_do_not_tell_apart_are_marked_as_ties():
     # 1.96 √2 0.1 = 0.277
     out = printed(with_spread([1.0, 1.27, 5.0, 1.56], 0.1), console())
-    assert rows_of_tables(out, 4) == [["3", "2", "5", "±0.1"], ["3", "3", "1.56", "±0.1"]]
-    assert rows_of_tables(out, 5) == [["3", "1", "1.27", "±0.1", "~"], ["3", "0", "1", "±0.1", "~"]]
+    assert rows_of_tables(out, 4) == [["3", "2", "5.000", "±0.100"], ["3", "3", "1.560", "±0.100"]]
+    assert rows_of_tables(out, 5) == [["3", "1", "1.270", "±0.100", "~"], ["3", "0", "1.000", "±0.100", "~"]]
     line = "~ a tie: within 1.96 √(sem_a² + sem_b²) of a neighbour in the ranking"
     assert line in out and "independent" not in out
     out = printed(with_spread([1.0, 2.0], 0.1), console())
@@ -189,21 +189,24 @@ def test_heads_that_the_samples_do_not_tell_apart_are_marked_as_ties():
 
 def test_a_tie_beyond_the_listed_heads_is_marked_too():
     out = printed(with_spread([1.0, 1.1, 3.0, 4.0, 5.0], 0.1), console(), listed=1)
-    assert rows_of_tables(out, 9) == [["3", "4", "5", "±0.1", "3", "0", "1", "±0.1", "~"]]
+    assert rows_of_tables(out, 9) == [["3", "4", "5.000", "±0.100", "3", "0", "1.000", "±0.100", "~"]]
 
 
 def test_of_one_sample_no_uncertainty_is_known():
     one = with_spread([1.0, 2.0], 0.0)
     one.moments = {RATIO_METRIC: Moments.of(torch.tensor([[[1.0, 2.0]]], dtype=torch.float64))}
     assert rows_of_tables(printed(one, console()), 5) == [
-        ["3", "1", "2", "-", "~"],
-        ["3", "0", "1", "-", "~"],
+        ["3", "1", "2.000", "-", "~"],
+        ["3", "0", "1.000", "-", "~"],
     ]
 
 
 def test_the_ratio_has_its_root_mean_square_beside_it():
     out = printed(with_spread([1.0, 3.0], 0.5, squares=True), console(), RATIO_METRIC)
-    assert rows_of_tables(out, 5) == [["3", "1", "3", "±0.5", "3.041"], ["3", "0", "1", "±0.5", "1.118"]]
+    assert rows_of_tables(out, 5) == [
+        ["3", "1", "3.000", "±0.500", "3.041"],
+        ["3", "0", "1.000", "±0.500", "1.118"],
+    ]
     assert "rms: the root of the mean of the squared ratio" in out
     assert "rms" not in printed(with_spread([1.0, 3.0], 0.5), console(), RATIO_METRIC)
 
@@ -253,9 +256,9 @@ def test_relative_means_have_colours_that_diverge_from_one():
 def test_without_colour_the_heatmap_has_shades(profile):
     lines = printed(profile, console()).splitlines()
     start = next(i for i, line in enumerate(lines) if line.split() == ["head", "0", "1", "2"])
-    assert lines[start + 1].rstrip() == "    0     ▒▒▒▒▓▓▓▓"  # fifths of 0.5 to 4
+    assert lines[start + 1].rstrip() == "    0 ░░░░▒▒▒▒▓▓▓▓"  # fifths of 0 to 4
     assert lines[start + 2].rstrip() == "    7     ████ ·"
-    assert lines[start + 4].split()[0] == "0.5"
+    assert lines[start + 4].split()[0] == "0"
     assert lines[start + 4].split()[-1] == "4"
 
 
@@ -269,7 +272,7 @@ def test_a_colour_terminal_gets_viridis(profile):
     options = {"force_terminal": True, "color_system": "truecolor", "_environ": {}}
     out = printed(profile, console(**options))
     assert "\x1b[48;2;253;231;37m    \x1b[0m" in out  # the highest
-    assert "\x1b[48;2;68;1;84m    \x1b[0m" in out  # the lowest
+    assert "\x1b[48;2;68;1;84m \x1b[0m" in out  # zero, in the legend
     assert "█" not in out
     assert "█" in printed(profile, console(**options, no_color=True))
     assert "█" in printed(profile, console(**{**options, "color_system": "standard"}))
@@ -282,6 +285,8 @@ def test_every_line_fits_and_every_head_is_there(wide, width):
     heatmap = out[out.index(" head 0") :].splitlines()
     second_row = "".join(line[6:] for line in heatmap if line[:6].strip() == "1")
     assert len(second_row) == 40 * min(max((width - 6) // 40, 1), 4)
+    assert (second_row.count("▲"), second_row.count("▼")) == (3, 3)  # of the ten highest and lowest
+    second_row = second_row.replace("▲", "█").replace("▼", " ")
     assert second_row == "".join(
         sorted(second_row, key=terminal.SHADES.index)
     )  # its means grow with the head
