@@ -114,7 +114,7 @@ def test_the_lines_fit_the_terminal(saved, columns, color):
     out = subprocess.run(command, env=environment, capture_output=True, check=True).stdout.decode()
     assert max(map(len, out.splitlines())) <= int(columns)
     assert "\x1b" not in out and (out.isascii() or "NO_COLOR" in color)
-    assert ("▲" in out or "^" in out) and "±" in out or "+-" in out
+    assert (("▲" in out or "^" in out) and "±" in out) or "+-" in out
 
 
 def test_a_report_is_written(run, here, saved):
