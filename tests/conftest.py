@@ -27,7 +27,7 @@ SUPPORT = Path(__file__).parent / "support"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked `thorough` or `browser`, unless `-m` speaks of it; keep a file in one process, for its fixtures."""
+    """Leave out what is marked `thorough` or `browser` unless `-m` speaks of it; keep a file in one process, for its fixtures."""
     # Those of the whole checkout first: they install, which takes long, and the other process would wait for them at the end.
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     for item in items:

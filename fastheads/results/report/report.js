@@ -107,6 +107,7 @@
     const h = Math.max(4, Math.min(22, Math.floor(660 / p.rows)));
     const context = surface($("map"), left + w * p.heads + 4, top + h * p.rows + 4);
     grid = { left, top, w, h };
+    $("map").dataset.grid = [left, top, w, h];
     const gap = w >= 5 && h >= 5 ? 1 : 0;
     for (let r = 0; r < p.rows; r++) for (let c = 0; c < p.heads; c++) {
       const i = r * p.heads + c, measured = m.rank[i] > 0 && !Number.isNaN(m.mean[i]);
@@ -356,7 +357,7 @@
     if (i >= 0) {
       $("head-text").textContent = describe(i).join(" · ");
       const measured = p.metrics.filter((m) => m.rank[i]);
-      if (measured.length) table($("head-table"), ["metric", "mean ± sem", "rank", ""], measured.map((m) => [m.name, meanAndSem(m, i), `${count(m.rank[i])} of ${count(m.ranked)}`, m.tied[i] ? "tie" : ""]));
+      if (measured.length) table($("head-table"), ["metric", "mean ± sem", "rank", "tie"], measured.map((m) => [m.name, meanAndSem(m, i), `${count(m.rank[i])} of ${count(m.ranked)}`, m.tied[i] ? "~" : ""]));
       else $("head-table").replaceChildren();
     }
     drawMap(); drawScatter();
