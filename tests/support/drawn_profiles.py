@@ -27,13 +27,16 @@ def made_up(rows, heads, *, kv=1, widths=None, layers=None, metrics=ALL, nan=Fal
             mean /= np.where(there, mean, 0).sum(1, keepdims=True) / there.sum(1, keepdims=True)
         else:
             mean *= np.linspace(1, 60, rows)[:, None]
+        spread = mean * rng.uniform(
+            0.1, 0.6, (rows, heads)
+        )  # half of the samples are that much below, half above
         moments[metric] = MomentArrays(
             count=np.where(some, 40, 0),
             nonfinite=np.where(there & nan, 40, 0),
             mean=np.where(some, mean, 0.0),
-            m2=np.where(some, (mean * rng.uniform(0.1, 0.6, (rows, heads))) ** 2 * 39, 0.0),
-            min=np.where(some, mean * 0.3, np.inf),
-            max=np.where(some, mean * 2, -np.inf),
+            m2=np.where(some, 40 * spread**2, 0.0),
+            min=np.where(some, mean - spread, np.inf),
+            max=np.where(some, mean + spread, -np.inf),
         )
     sites = [
         {"name": f"model.layers.{layer}.self_attn.o_proj", "layer": layer, "num_heads": width, "head_dim": 64}
