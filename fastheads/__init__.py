@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fastheads.backends.registry import register_backend
     from fastheads.capture.manager import HookManager
     from fastheads.errors import FastheadsError, NoSitesError, StaleFactorError, UnsupportedWeightError
+    from fastheads.intervene.ablation import ablate
     from fastheads.models.families import Family, register_family
     from fastheads.models.sites import HeadSite, find_sites
     from fastheads.results.head_profile import HeadProfile
@@ -28,6 +29,7 @@ __all__ = [
     "StaleFactorError",
     "UnsupportedWeightError",
     "__version__",
+    "ablate",
     "find_sites",
     "profile",
     "register_backend",
@@ -44,6 +46,7 @@ _HOMES = {
     "NoSitesError": "errors",
     "StaleFactorError": "errors",
     "UnsupportedWeightError": "errors",
+    "ablate": "intervene.ablation",
     "find_sites": "models.sites",
     "profile": "run.api",
     "register_backend": "backends.registry",

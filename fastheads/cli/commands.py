@@ -1,4 +1,4 @@
-"""The command line: `fastheads profile`, `show`, `report`, `merge` and `doctor`.
+"""The command line: `fastheads profile`, `show`, `report`, `merge`, `ablate` and `doctor`.
 
 Results go to stdout; progress and errors go to stderr, an error as one line. The heavy libraries are imported
 when a command runs, so that `--help` is quick.
@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from fastheads._version import __version__
+from fastheads.cli.ablate import ablate
 from fastheads.cli.checks import check_files as _check_files
 from fastheads.cli.checks import check_options as _check_options
 from fastheads.cli.checks import check_stdin, parse_layers, parse_metrics, parse_shard
@@ -180,6 +181,12 @@ def profile(
             "--kv-groups", help="Also measure the summed contributions of heads that share keys and values."
         ),
     ] = False,
+    vectors: Annotated[
+        bool,
+        typer.Option(
+            "--vectors", help="Also measure each head's mean output, for mean ablation and projections."
+        ),
+    ] = False,
     backend: Backend = "auto",
     precision: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
     dtype: Dtype = "auto",
@@ -315,6 +322,7 @@ def profile(
                 max_tokens=max_tokens,
                 layers=chosen_layers,
                 kv_groups=kv_groups,
+                vectors=vectors,
                 metrics=chosen_metrics,
                 include=include or (),
                 backend=backend,
@@ -388,6 +396,9 @@ def merge(
     merged.save(output)
     show_profile(merged)
     typer.echo(f"\nmerged {len(files)} profiles into {output}; see it again with: fastheads show {output}")
+
+
+app.command()(ablate)
 
 
 @app.command()

@@ -28,15 +28,16 @@ def report(
 
     It shows a heatmap and a ranking of any metric, two metrics against each other, and where the numbers come from.
     """
+    from fastheads.results.ablation import AblationResult
     from fastheads.results.files import check_writable
     from fastheads.results.head_profile import HeadProfile
-    from fastheads.results.report.ablation import load_curves
+    from fastheads.results.report.ablation import curves_of
     from fastheads.results.report.page import check_name, save_page
     from fastheads.results.report.payload import Named
 
     check_name(output)
     check_writable(output)
-    curves = None if ablation is None else load_curves(ablation)
+    curves = None if ablation is None else curves_of(AblationResult.load(ablation))
     profiles = []
     for file in files:
         profile = HeadProfile.load(file)

@@ -47,7 +47,6 @@ def show(
         Mode,
         typer.Option(
             metavar="MODE",
-            hidden=True,  # no run measures mean vectors yet
             help="What heads are to be replaced with. zero: rank by --metric. mean: by the error of replacing a head with its "
             "mean, which needs --model.",
         ),
@@ -57,7 +56,6 @@ def show(
         typer.Option(
             help="For --mode mean: the model that was profiled, a local folder, a GGUF file or a Hub id.",
             show_default=False,
-            hidden=True,
         ),
     ] = None,
     dtype: Dtype = "auto",

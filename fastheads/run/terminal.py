@@ -69,6 +69,52 @@ def progress_bar(console: Console | None = None) -> Iterator[Callable[[Status], 
         yield report
 
 
+@contextmanager
+def evaluations_bar(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that shows how many evaluations of a total are done: a bar on a terminal, else a line a minute."""
+    if not console.is_terminal:
+        yield _PlainCount(console)
+        return
+    count = TextColumn("{task.completed:,.0f}/{task.total:,.0f} evaluations")
+    with Progress(
+        BarColumn(bar_width=None), count, TimeRemainingColumn(), console=console, expand=True
+    ) as bar:
+        task = bar.add_task("evaluations", total=None)
+        begun = False
+
+        def report(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:
+                bar.reset(
+                    task, completed=done, total=total
+                )  # work of an earlier run has no part in the speed
+                begun = True
+            bar.update(task, completed=done, total=total)
+
+        yield report
+
+
+class _PlainCount:
+    """Print a line soon after the start, and then one a minute."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.start: float | None = None  # time of the first report
+        self.before = 0  # done by then
+        self.next = SOON
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.start is None:
+            self.start, self.before = now, done
+        elapsed = now - self.start
+        if elapsed < self.next or done <= self.before:
+            return
+        self.next = elapsed + A_MINUTE
+        left = (total - done) * elapsed / (done - self.before)
+        self.console.print(f"{done:,} of {total:,} evaluations, {left:,.0f} s left", soft_wrap=True)
+
+
 class _PlainProgress:
     """Print a line soon after the start, and then one a minute."""
 

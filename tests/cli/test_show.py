@@ -132,7 +132,7 @@ def test_a_report_is_written(run, here, saved):
         ([FILE, "-o", "r.pdf"], 2, "a report's name must end in .html or .htm, not 'r.pdf'"),
         (["none", "-o", "r.html"], 1, "none: No such file or directory"),
         ([FILE, "text.txt"], 1, "text.txt is not a head profile"),
-        ([FILE, "--ablation", "text.txt"], 1, "text.txt is not the result of an ablation: "),
+        ([FILE, "--ablation", "text.txt"], 1, "text.txt: no JSON: "),
         ([FILE, "-o", "text.txt/r.html"], 1, "cannot write to the folder text.txt: it is a file"),
         (["-o", "r.html"], 2, "Missing argument"),
     ],

@@ -14,8 +14,9 @@ import pytest
 from drawn_profiles import HOSTILE, made_up, shapes
 
 from fastheads import HeadProfile
-from fastheads.errors import OptionError, ProfileFileError
-from fastheads.results.report.ablation import load_curves
+from fastheads.errors import OptionError
+from fastheads.results.ablation import AblationResult, Curve, Draws
+from fastheads.results.report.ablation import curves_of
 from fastheads.results.report.page import page
 from fastheads.results.report.payload import Named
 from fastheads.stats.names import KV_METRIC, METRICS, RATIO_METRIC
@@ -202,43 +203,21 @@ def test_a_notebook_gets_the_page_in_a_frame_of_its_own():
     assert data_of(attributes["srcdoc"])["profiles"][0]["rows"] == 4
 
 
-class TestCurves:
-    def write(self, path, **more):
-        curve = {
-            "metric": "head_residual_ratio",
-            "fractions": [0.1, 0.2],
-            "heads": [],
-            "rise": [[0.0, 0.2], [1.0, 3.0]],
-        }
-        document = {"format": 1, "mode": "zero", "base": 2.9, "curves": [curve]} | more
-        path.write_text(json.dumps(document))
-        return path
-
-    def test_a_point_is_the_mean_of_the_sequences(self, tmp_path):
-        random = {"fractions": [0.1], "rise": [[[1.0, 2.0], [3.0, 6.0]]]}
-        found = load_curves(self.write(tmp_path / "a.json", random=random, matched=None))
-        assert found["lines"][0] == {
-            "name": "head_residual_ratio",
-            "points": [[0.1, 0.1, 0.0, 0.2], [0.2, 2.0, 1.0, 3.0]],
-        }
-        assert found["lines"][1]["points"][0][:2] == [0.1, 3.0]
-        header = data_of(made(SHAPES["one"], curves=found))
-        assert header["ablation"] == found
-
-    @pytest.mark.parametrize(
-        "content",
-        [
-            b"",
-            b"[]",
-            b"{}",
-            b'{"curves": []}',
-            b'{"curves": [{"fractions": [1], "rise": []}]}',
-            b'{"curves": [{"fractions": [1], "rise": [NaN]}]}',
-            b'{"curves": [{"fractions": ["a"], "rise": [1]}]}',
-            b"[" * 10000,
-        ],
+def test_the_curves_of_an_ablation_are_means_with_intervals():
+    rise = np.array([[0.0, 0.2], [1.0, 3.0]])  # fractions, sequences
+    drawn = np.array([[[0.0, 2.0], [3.0, 5.0]], [[2.0, 2.0], [4.0, 4.0]]])  # fractions, draws, sequences
+    fractions, none = [0.1, 0.2], [[], []]
+    result = AblationResult(
+        mode="zero",
+        base=np.array([2.0, 4.0]),
+        curves=[Curve(HOSTILE, fractions, none, rise, rise)],
+        random=Draws(None, fractions, [none, none], drawn, drawn),
     )
-    def test_other_files_are_refused(self, tmp_path, content):
-        (tmp_path / "a.json").write_bytes(content)
-        with pytest.raises(ProfileFileError, match="a.json is not the result of an ablation: "):
-            load_curves(tmp_path / "a.json")
+    found = curves_of(result)
+    line, random = found["lines"]
+    assert [point[:2] for point in line["points"]] == [[0.1, 0.1], [0.2, 2.0]]
+    assert all(0 <= low <= mean <= high <= 3 for _, mean, low, high in line["points"])
+    assert random == {"name": "random: 2 draws", "points": [[0.1, 2.5, 1.0, 4.0], [0.2, 3.0, 2.0, 4.0]]}
+    assert "replaced by zero, on 2 sequences; the intact model's loss is 3." in found["text"]
+    assert "\x1b" not in line["name"]
+    assert data_of(made(SHAPES["one"], curves=found))["ablation"] == found
