@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/fastheads profile --output demo/smollm2.safetensors --plot demo/smollm2.png
+	$(BIN)/fastheads report demo/smollm2.safetensors --output demo/report.html
 
 # A process for each core, one thread each: the models are tiny. A file stays in one process, for its fixtures, as a group of
 # tests/conftest.py; those with few tests are often the long ones, and must not come last.

@@ -19,7 +19,7 @@ def curves_of(result: AblationResult) -> dict[str, Any]:
         points = zip(curve.fractions, curve.rise.mean(-1), low, high, strict=True)
         lines.append(_line(f"lowest by {curve.metric}", points))
         if (draws := matched.get(curve.metric)) is not None:
-            lines.append(_of_draws("random, as many in each layer", draws))
+            lines.append(_of_draws(f"random, as many in each layer as by {curve.metric}", draws))
     if result.random is not None:
         lines.append(_of_draws("random", result.random))
     done = {"zero": "zero", "mean": "their mean"}[result.mode]
