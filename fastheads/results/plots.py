@@ -215,10 +215,11 @@ def _explain(ax: "Axes", caption: list[str]) -> None:
     text = "\n".join(textwrap.wrap("; ".join(caption), 76))
     style: dict[str, Any] = {"ncols": 2, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
     style |= {"facecolor": "0.6", "framealpha": 1, "title": text[0].upper() + text[1:]}
+    named = ax.get_legend_handles_labels()
     if ax.figure.get_layout_engine() is not None and len(ax.figure.axes) == 2:  # the heatmap and its scale
-        ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", **style)
+        ax.figure.legend(*named, loc="outside lower left", **style)
     else:
-        ax.legend(loc="upper left", bbox_to_anchor=(0, -0.12), borderaxespad=0, **style)
+        ax.legend(*named, loc="upper left", bbox_to_anchor=(0, -0.12), borderaxespad=0, **style)
 
 
 def _title(profile: Profile, metric: str, stat: str) -> str:

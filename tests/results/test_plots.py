@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from drawn_profiles import made_up
 from rich.console import Console
 
 from fastheads.errors import MissingExtraError
@@ -16,9 +17,19 @@ from fastheads.results.head_profile import RANKING_METRIC, HeadProfile
 from fastheads.run import terminal
 from fastheads.run.progress import Status
 from fastheads.stats.moments import Moments
-from fastheads.stats.names import METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC
+from fastheads.stats.names import KV_METRIC, METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC
 
 OTHER = "head_output_norm"
+
+
+@pytest.fixture(autouse=True)
+def no_window(monkeypatch):
+    """Draw without a display, and close what was drawn."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    yield
+    plt.close("all")
 
 
 def make(means: list[list[float]], layers: list[int] | None = None, **metadata) -> HeadProfile:
@@ -341,3 +352,86 @@ def test_an_unknown_total_is_no_error():
         with terminal.progress_bar(console(**options)) as report:
             report(Status())
             report(Status(10, 10))
+
+
+def caption(axes) -> str:
+    (legend,) = axes.figure.legends
+    return " ".join(legend.get_title().get_text().split())
+
+
+def test_the_caption_says_what_is_drawn_as_highest_and_lowest():
+    profile = made_up(80, 64, kv=8)
+    stats, ranked = profile[RATIO_METRIC], profile.ranked_cells(RATIO_METRIC)
+    low, high = (
+        [f"{stats['mean'][cell]:.4g}" for cell in ends]
+        for ends in ((ranked[0], ranked[9]), (ranked[-10], ranked[-1]))
+    )
+    axes = profile.plot(RATIO_METRIC)
+    assert caption(axes).startswith(
+        f"Circles: the 10 highest, {high[0]} to {high[1]}; crosses: the 10 lowest, {low[0]} to {low[1]}; colours end at 0 and "
+    )
+    assert caption(axes).endswith("lines separate KV groups")
+    assert [text.get_text() for text in axes.figure.legends[0].get_texts()] == [
+        "the 10 highest",
+        "the 10 lowest",
+    ]
+    assert "the 3 highest" in caption(profile.plot(RATIO_METRIC, marked=3))
+    assert "highest" not in caption(profile.plot(RATIO_METRIC, marked=0))
+
+
+def test_ticks_of_a_large_model_are_multiples():
+    axes = made_up(80, 64).plot()
+    assert axes.get_xticks().tolist() == list(range(0, 64, 4))
+    assert axes.get_yticks().tolist() == list(range(0, 80, 4))
+    layers = [3 * n for n in range(80)]
+    assert [t.get_text() for t in made_up(80, 64, layers=layers).plot().get_yticklabels()][:3] == [
+        "0",
+        "12",
+        "24",
+    ]
+
+
+def test_lines_stand_between_kv_groups_of_each_row():
+    profile = made_up(3, 8, kv=2, widths=[8, 4, 6])
+    (lines,) = [c for c in profile.plot(OTHER).collections if hasattr(c, "get_segments")]
+    assert [segment.tolist() for segment in lines.get_segments()] == [
+        [[3.5, -0.5], [3.5, 0.5]],
+        [[1.5, 0.5], [1.5, 1.5]],
+        [[2.5, 1.5], [2.5, 2.5]],
+    ]
+    for metric, kv in ((OTHER, 1), (KV_METRIC, 2)):
+        assert not [c for c in made_up(3, 8, kv=kv).plot(metric).collections if hasattr(c, "get_segments")]
+
+
+def test_axes_colours_and_limits_can_be_given(profile):
+    import matplotlib.pyplot as plt
+
+    figure, (one, two) = plt.subplots(1, 2)
+    assert profile.plot(ax=two, cmap="magma", vmin=1, vmax=2) is two
+    image = two.images[0]
+    assert (image.cmap.name, image.norm.vmin, image.norm.vmax) == ("magma", 1, 2)
+    assert not one.images and "colours end at 1 and 2" in two.get_legend().get_title().get_text().lower()
+    with pytest.raises(ValueError, match="vmin must be below vmax, not 3 and 2"):
+        profile.plot(vmin=3, vmax=2)
+    figure.savefig(io.BytesIO(), format="png")
+    plt.close("all")
+
+
+def test_a_saved_picture_leaves_no_figure_behind(profile, tmp_path):
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+    plots.save_heatmap(profile, tmp_path / "p.png")
+    assert plt.get_fignums() == []
+    profile.plot()
+    assert len(plt.get_fignums()) == 1
+    plt.close("all")
+
+
+def test_relative_means_in_a_terminal_have_colours_that_diverge_from_one():
+    profile = HeadProfile(
+        {METRICS[3]: make([[0.5, 1.0, 4.0]]).moments[OTHER]}, make([[0.5, 1.0, 4.0]]).metadata
+    )
+    out = printed(profile, console(force_terminal=True, color_system="truecolor", _environ={}), METRICS[3])
+    assert "\x1b[48;2;247;247;247m    \x1b[0m" in out and "\x1b[48;2;45;0;75m    \x1b[0m" in out
+    assert "in the middle: 1" in out
