@@ -23,6 +23,7 @@ from fastheads.results.report.payload import Named, payload
 from fastheads.results.text import clean
 
 SUFFIXES = (".html", ".htm")
+SCRIPTS = ("data.js", "pictures.js", "page.js")  # parts of one script, in the scope of one function
 FRAME_HEIGHT = 760  # pixels, of the page in a notebook
 
 
@@ -37,7 +38,8 @@ def page(profiles: Sequence[Named], curves: Mapping[str, Any] | None = None) -> 
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     # mtime 0: the same profiles give the same bytes
     data = gzip.compress(payload(profiles, curves, created, __version__), 9, mtime=0)
-    style, script = _part("report.css"), _part("report.js")
+    style = _part("report.css")
+    script = '"use strict";\n(() => {\n' + "\n".join(map(_part, SCRIPTS)) + "})();\n"
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
         "base-uri 'none'; form-action 'none'"
