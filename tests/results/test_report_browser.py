@@ -109,6 +109,13 @@ def test_the_heatmap_has_the_colours_of_the_ranks(opened):
     assert colours == [[253, 231, 37], [68, 1, 84]]
 
 
+def test_no_mean_is_beyond_a_limit_by_rounding(opened):
+    window = opened(of(made_up(1, 1, metrics=[RATIO_METRIC])))
+    window.select_option("#colours", "auto")
+    assert "≥" not in window.get_attribute("#legend", "aria-label")
+    assert window.text_content("#summary").startswith("1 layer of 1 head; ")
+
+
 def test_a_head_is_described_where_the_mouse_is(opened):
     profile = SHAPES["30x9"]
     window = opened(of(profile))

@@ -33,6 +33,7 @@ async function decode(text) {
 const row = (i) => Math.floor(i / chosen.profile.heads);
 const column = (i) => i % chosen.profile.heads;
 const count = (n) => n.toLocaleString("en");
+const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 
 /** Format a number with `digits` decimals; -1: as a power of ten. */
 function number(x, digits) {
@@ -70,7 +71,7 @@ function describe(i) {
   const lines = [title, `${meanAndSem(metric, i)}  (${metric.name})`];
   lines.push(`rank ${count(metric.rank[i])} of ${count(metric.ranked)}, 1 is the highest${tie}`);
   if (group) lines.push(`KV group ${group[0]}: ` + (group[1] === group[2] ? "this head" : `heads ${group[1]} to ${group[2]}`));
-  lines.push(`${count(metric.count[i])} samples; ${profile.sites[row(i)]}`);
+  lines.push(`${plural(metric.count[i], "sample")}; ${profile.sites[row(i)]}`);
   return lines;
 }
 

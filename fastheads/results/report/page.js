@@ -79,7 +79,8 @@ function tableRow(i, index) {
   line.dataset.head = i;
   line.setAttribute("aria-rowindex", index);
   if (i === chosen.head) line.className = "chosen";
-  const cells = [metric.rank[i], profile.layers[row(i)], column(i), shown(mean), `±${shown(sem)}`, metric.tied[i] ? "~" : ""];
+  const place = [profile.layers[row(i)], column(i)];
+  const cells = [metric.rank[i], ...place, shown(mean), `±${shown(sem)}`, metric.tied[i] ? "~" : ""];
   if (hasGroups()) cells.push(groupOf(i)?.[0] ?? "–");
   cells.push(reach >= 0 ? `${shown(mean - reach)} – ${shown(mean + reach)}` : "–");
   for (const cell of cells) line.insertCell().textContent = cell;
@@ -106,7 +107,8 @@ function choose(i, { keep = false, scroll = true } = {}) {
   chosen.kept = keep;
   $("head-text").textContent = i < 0 ? NO_HEAD : describe(i).join(" · ");
   const measured = i < 0 ? [] : chosen.profile.metrics.filter((metric) => metric.rank[i]);
-  const lines = measured.map((m) => [m.name, meanAndSem(m, i), `${count(m.rank[i])} of ${count(m.ranked)}`, m.tied[i] ? "~" : ""]);
+  const rankIn = (metric) => `${count(metric.rank[i])} of ${count(metric.ranked)}`;
+  const lines = measured.map((metric) => [metric.name, meanAndSem(metric, i), rankIn(metric), metric.tied[i] ? "~" : ""]);
   if (lines.length) fillSmall($("head-table"), ["metric", "mean ± sem", "rank", "tie"], lines);
   else $("head-table").replaceChildren();
   outline();
@@ -127,7 +129,8 @@ function showTip(event, i) {
 }
 function cellAt(event) {
   const box = $("map").getBoundingClientRect(), { profile, metric } = chosen;
-  const c = Math.floor((event.clientX - box.left - grid.left) / grid.w), r = Math.floor((event.clientY - box.top - grid.top) / grid.h);
+  const c = Math.floor((event.clientX - box.left - grid.left) / grid.w);
+  const r = Math.floor((event.clientY - box.top - grid.top) / grid.h);
   if (r < 0 || r >= profile.rows || c < 0 || c >= profile.widths[r]) return -1;
   const i = r * profile.heads + c;
   return metric.unit === "head" || metric.rank[i] ? i : -1;
@@ -171,7 +174,9 @@ function onKey(event, move) {
 }
 function moveInMap(key) {
   const { rows, heads, widths } = chosen.profile;
-  const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -heads], End: [0, heads] };
+  const moves = {
+    ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Home: [0, -heads], End: [0, heads],
+  };
   if (!moves[key]) return undefined;
   const from = Math.max(chosen.head, 0), r = Math.max(0, Math.min(rows - 1, row(from) + moves[key][0]));
   return r * heads + Math.max(0, Math.min(widths[r] - 1, column(from) + moves[key][1]));
@@ -204,7 +209,8 @@ function showProfile() {
   chosen.head = metrics[start].order[0] ?? -1;
   chosen.kept = false;
   $("model").textContent = profile.model;
-  $("summary").textContent = `${profile.rows} layers of ${Math.max(...profile.widths)} heads; ${profile.summary}`;
+  const heads = plural(Math.max(...profile.widths), "head");
+  $("summary").textContent = `${plural(profile.rows, "layer")} of ${heads}; ${profile.summary}`;
   $("metric").replaceChildren(...metrics.map((metric, j) => new Option(metric.name, j)));
   $("metric").value = start;
   // The other axis: the metric after the ratio by which heads of all layers can be compared.
@@ -223,7 +229,8 @@ function showProfile() {
 }
 function showMetric() {
   const { profile } = chosen, metric = (chosen.metric = profile.metrics[+$("metric").value]);
-  const notes = [metric.note, metric.ranked ? "" : "no head has samples", metric === profile.metrics[profile.start] ? profile.note : ""];
+  const first = metric === profile.metrics[profile.start];
+  const notes = [metric.note, metric.ranked ? "" : "no head has samples", first ? profile.note : ""];
   if (metric.nonfinite) notes.push(`${count(metric.nonfinite)} samples were NaN or infinite and are left out`);
   $("note").textContent = notes.filter(Boolean).join("; ");
   const tokens = profile.tokens ? " Tokens of one text are not independent: the errors are too small." : "";

@@ -60,7 +60,7 @@ function palette(stops) {
   });
 }
 
-/** How the means of a metric become places on a palette: at(head) is 0 to 1; low, high: the ends, and whether means lie beyond. */
+/** How means become places on a palette: at(head) is 0 to 1; low, high: its ends; below, above: whether means lie beyond. */
 function scaleOf(metric) {
   const { colours, order } = metric, wanted = $("colours").value, kind = wanted === "auto" ? colours.kind : wanted;
   const [least, most] = order.length ? [metric.mean[order[order.length - 1]], metric.mean[order[0]]] : [0, 1];
@@ -76,7 +76,8 @@ function scaleOf(metric) {
   let at = (i) => within(place(metric.mean[i]));
   if (kind === "rank") at = (i) => (metric.ranked > 1 ? 1 - (metric.rank[i] - 1) / (metric.ranked - 1) : 1);
   const stops = kind === "diverging" ? report.puor : report.viridis;
-  return { kind, low, high, at, stops, below: least < low, above: most > high };
+  const room = 1e-6 * Math.max(Math.abs(low), Math.abs(high)); // the means are rounded to single precision, the ends are not
+  return { kind, low, high, at, stops, below: least < low - room, above: most > high + room };
 }
 const step = (n, room) => STEPS.find((s) => n / s <= room) ?? n; // of ticks: a multiple that leaves them legible
 
@@ -86,7 +87,7 @@ function drawMap() {
   const left = 28 + 8 * String(Math.max(...layers)).length, top = 34;
   const w = Math.max(3, Math.min(46, Math.floor((box - left - 4) / heads)));
   const h = Math.max(4, Math.min(22, Math.floor(HIGH / rows)));
-  const context = surface(canvas, left + w * heads + 4, top + h * rows + 4);
+  const context = surface(canvas, left + Math.max(w * heads, 50) + 4, top + Math.max(h * rows, 44) + 4);
   grid = { left, top, w, h };
   canvas.dataset.grid = [left, top, w, h];
   const gap = w >= 5 && h >= 5 ? 1 : 0, empty = style("--empty");
@@ -112,8 +113,8 @@ function drawMap() {
     mark(context, metric.order[k], true);
     mark(context, metric.order[metric.ranked - 1 - k], false);
   }
-  const said = [marked ? `Circles: the ${marked} highest; crosses: the ${marked} lowest.` : "", grouped ? "Lines: between KV groups." : ""];
-  $("marks").textContent = said.join(" ");
+  const marks = marked ? `Circles: the ${marked} highest; crosses: the ${marked} lowest.` : "";
+  $("marks").textContent = `${marks} ${grouped ? "Lines: between KV groups." : ""}`;
   canvas.setAttribute("aria-label", `Heatmap of the means of ${metric.name}, ${rows} layers by ${heads} heads`);
   $("legend").hidden = !metric.ranked;
   if (metric.ranked) drawLegend(scale, Math.min(420, box));
@@ -165,11 +166,12 @@ function drawLegend(scale, width) {
     context.fillRect(x, 0, 1.5, 12);
   }
   context.fillStyle = style("--ink");
-  text(context, (scale.below ? "≤ " : "") + short(scale.low), 0, 16, "left", "top");
-  text(context, (scale.above ? "≥ " : "") + short(scale.high), bar, 16, "right", "top");
+  const low = (scale.below ? "≤ " : "") + short(scale.low), high = (scale.above ? "≥ " : "") + short(scale.high);
+  text(context, low, 0, 16, "left", "top");
+  text(context, high, bar, 16, "right", "top");
   const middle = { diverging: `${chosen.metric.colours.centre}, an average head`, log: "logarithmic", rank: "by rank" };
   text(context, middle[scale.kind] ?? "", bar / 2, 16, "center", "top");
-  $("legend").setAttribute("aria-label", `Colours from ${short(scale.low)} to ${short(scale.high)}, ${scale.kind}`);
+  $("legend").setAttribute("aria-label", `Colours from ${low} to ${high}, ${scale.kind}`);
 }
 
 /** The axis of some values: at(value) is 0 to 1; ticks. */
@@ -237,7 +239,8 @@ function drawScatter() {
   context.globalAlpha = 1;
   const rho = heads.length > 2 ? spearman(xs, ys) : NaN;
   const correlation = Number.isFinite(rho) ? `; Spearman's correlation ${rho.toFixed(2)}` : "";
-  $("scatter-note").textContent = `${count(heads.length)} heads${correlation}. Dark points are of the first layers, light ones of the last.`;
+  $("scatter-note").textContent = `${plural(heads.length, "head")}${correlation}. `
+    + "Dark points are of the first layers, light ones of the last.";
   keepDrawn($("scatter"));
   ring();
 }
@@ -266,7 +269,8 @@ function drawCurves() {
   const curves = report.ablation;
   if (!curves) return;
   const all = curves.lines.flatMap((curve) => curve.points);
-  const x = axis(all.map(([share]) => share), false), y = axis([0, ...all.flatMap(([, ...rises]) => rises)].filter(Number.isFinite), false);
+  const rises = all.flatMap(([, ...of]) => of).filter(Number.isFinite);
+  const x = axis(all.map(([share]) => share), false), y = axis([0, ...rises], false);
   const { context, px, py } = axes("curve", x, y, ["share of the heads", curves.unit], 380);
   curves.lines.forEach((curve, k) => {
     pen(context, k);
