@@ -54,10 +54,15 @@ def ablate(
     ] = Mode.zero,
     random: Annotated[
         int,
-        typer.Option(
-            help="Random draws of as many heads: over the model, and as many again within the same layers."
-        ),
+        typer.Option(help="Random draws of as many heads."),
     ] = 20,
+    matched: Annotated[
+        bool,
+        typer.Option(
+            "--matched/--no-matched",
+            help="Also score as many draws that take as many heads of each layer as the ranking does.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Of the random draws.")] = 0,
     data: Annotated[
         list[str] | None,
@@ -175,6 +180,7 @@ def ablate(
                     mode=mode.value,
                     draws=random,
                     seed=seed,
+                    matched=matched,
                     sequences=sequences,
                     seq_len=seq_len,
                     each_head=each_head,

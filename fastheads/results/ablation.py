@@ -275,7 +275,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise AblationFileError(f"{name} is no number")
 
 
 def _part(document: Any, key: str, kind: type) -> Any:

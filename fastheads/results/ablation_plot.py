@@ -4,7 +4,6 @@ import io
 import os
 from typing import TYPE_CHECKING, Any
 
-from fastheads.results.ablation import AblationResult, Draws
 from fastheads.results.files import write_atomic
 from fastheads.results.plots import check_installed, picture_format
 from fastheads.stats.intervals import bootstrap_interval
@@ -15,8 +14,8 @@ if TYPE_CHECKING:
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
-def draw(result: AblationResult, ax: "Axes | None" = None) -> "Axes":
-    """Draw each metric's curve with its interval, and the band from the least to the greatest draw."""
+def draw(result: Any, ax: "Axes | None" = None) -> "Axes":
+    """As `AblationResult.plot`: draw each metric's curve with its interval, and the band from the least to the greatest draw."""
     check_installed()
     if ax is None:
         from matplotlib.figure import Figure
@@ -47,11 +46,12 @@ def draw(result: AblationResult, ax: "Axes | None" = None) -> "Axes":
     what = {"zero": "replaced by zero", "mean": "replaced by their mean"}[result.mode]
     part = "" if result.complete else ", incomplete"
     ax.set_title(f"heads {what}; {result.sequences} sequences{part}", fontsize="medium", loc="left")
-    ax.legend(fontsize="small")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize="small")
     return ax
 
 
-def _band(ax: Any, draws: Draws, colour: str, label: str) -> None:
+def _band(ax: Any, draws: Any, colour: str, label: str) -> None:
     percent, means = (
         [100 * fraction for fraction in draws.fractions],
         draws.rise.mean(-1),
@@ -60,8 +60,8 @@ def _band(ax: Any, draws: Draws, colour: str, label: str) -> None:
     ax.plot(percent, means.mean(-1), color=colour, linestyle="--", label=label)
 
 
-def save_plot(result: AblationResult, path: str | os.PathLike[str]) -> None:
-    """Plot the result and write it to `path`, atomically.
+def save_plot(result: Any, path: str | os.PathLike[str]) -> None:
+    """Plot an AblationResult and write it to `path`, atomically.
 
     Raises:
         OptionError: the suffix of `path` is not that of a picture.
@@ -70,5 +70,6 @@ def save_plot(result: AblationResult, path: str | os.PathLike[str]) -> None:
     """
     kind = picture_format(path)
     buffer = io.BytesIO()
-    draw(result).figure.savefig(buffer, format=kind, dpi=150)  # type: ignore[union-attr]
+    figure: Any = draw(result).figure
+    figure.savefig(buffer, format=kind, dpi=150)
     write_atomic(path, buffer.getvalue())

@@ -65,6 +65,7 @@ def ablation(
     mode: Mode = "zero",
     draws: int = DRAWS,
     seed: int = 0,
+    matched: bool = True,
     sequences: int = SEQUENCES,
     seq_len: int = SEQ_LEN,
     each_head: bool = False,
@@ -90,8 +91,9 @@ def ablation(
             `head_residual_ratio`; for "mean" `mean_ablation_error_ratio`, or the ratio where that is unknown.
         fractions: of the heads.
         mode: "zero" or "mean".
-        draws: random draws of as many heads, over the whole model, and as many again with the same numbers in each layer.
+        draws: random draws of as many heads, over the whole model.
         seed: of the draws.
+        matched: score as many draws again that take as many heads of each layer as the ranking does.
         sequences: number of sequences to score.
         seq_len: tokens of each; there is no padding.
         each_head: score each head alone, too.
@@ -134,7 +136,12 @@ def ablation(
         include=[site.name for site in sites_of(profile, model)],
     )
     sets = head_sets(
-        rankings(profile, model, mode, metrics), fractions, draws=draws, seed=seed, each_head=each_head
+        rankings(profile, model, mode, metrics),
+        fractions,
+        draws=draws,
+        seed=seed,
+        matched=matched,
+        each_head=each_head,
     )
     corpus = Corpus(source_of(data, field), tokenizer, cut="stream", seq_len=seq_len)
     seen = seen_by(profile, corpus.identity)
@@ -216,6 +223,7 @@ class _Run:
             "fractions": self.sets.fractions,
             "draws": self.about["draws"],
             "seed": self.about["seed"],
+            "matched": bool(self.sets.matched),
             "each head": bool(self.sets.each_head),
             "heads": hashlib.sha256(json.dumps(self.sets.sets).encode()).hexdigest(),
             **{f"data {key}": value for key, value in data.items()},

@@ -10,6 +10,8 @@ from rich.text import Text
 from fastheads.results.ablation import AblationResult
 from fastheads.run.terminal import clean
 
+DRAWS = {"random": "of as many heads", "matched": "of as many heads in each layer"}
+
 
 def show(result: AblationResult, console: Console, *, listed: int) -> None:
     """Print the curves beside the random draws, and of single heads the `listed` with the largest and the smallest effect."""
@@ -23,13 +25,20 @@ def show(result: AblationResult, console: Console, *, listed: int) -> None:
         Text(
             f"heads {what}: rise in loss, nats per token, on {result.sequences} sequences of {length} tokens{part} of {source}; "
             f"intact {loss:.4f}"
-        )
+        ),
+        soft_wrap=True,
     )
     rows = result.table()
     for metric in dict.fromkeys(row["metric"] for row in rows):
         console.print()
         console.print(Text(f"lowest by {clean(metric)}"))
-        console.print(_curve([row for row in rows if row["metric"] == metric]))
+        own = [row for row in rows if row["metric"] == metric]
+        console.print(_curve(own))
+        for name, title in DRAWS.items():
+            if own[0][f"{name}_mean"] is not None:
+                console.print()
+                console.print(Text(f"{own[0]['draws']} random draws {title}"))
+                console.print(_draws(own, name))
     each = result.each_head_table()
     if each:
         console.print()
@@ -47,31 +56,28 @@ def _table(*names: str) -> Table:
 
 
 def _curve(rows: list[dict[str, Any]]) -> Table:
-    drawn = rows[0]["draws"] is not None
-    random = ("random", "least", "below", "same layers", "least", "below") if drawn else ()
-    table = _table("heads", "rise", "median", "95 % interval", "KL", *random)
+    table = _table("heads", "rise", "median", "95 % interval", "KL")
     for row in rows:
-        cells = [
-            f"{row['heads']} ({row['fraction']:.0%})"
-            if _is_whole(row)
-            else f"{row['heads']} ({row['fraction']:.1%})"
-        ]
-        cells += [
-            f"{row['rise']:.4f}",
-            f"{row['median']:.4f}",
-            _interval(row["low"], row["high"]),
-            f"{row['kl']:.4f}",
-        ]
-        if drawn:
-            for name in ("random", "matched"):
-                below = f"{row[f'{name}_below']} of {row['draws']}"
-                cells += [f"{row[f'{name}_mean']:.4f}", f"{row[f'{name}_least']:.4f}", below]
-        table.add_row(*cells)
+        interval = _interval(row["low"], row["high"])
+        table.add_row(_share(row), f"{row['rise']:.4f}", f"{row['median']:.4f}", interval, f"{row['kl']:.4f}")
     return table
 
 
-def _is_whole(row: dict[str, Any]) -> bool:
-    return abs(row["fraction"] * 100 - round(row["fraction"] * 100)) < 1e-6
+def _draws(rows: list[dict[str, Any]], name: str) -> Table:
+    table = _table("heads", "mean rise", "least", "below the ranking's")
+    for row in rows:
+        below = f"{row[f'{name}_below']} of {row['draws']}"
+        table.add_row(_share(row), f"{row[f'{name}_mean']:.4f}", f"{row[f'{name}_least']:.4f}", below)
+    return table
+
+
+def _share(row: dict[str, Any]) -> str:
+    percent = 100 * row["fraction"]
+    return (
+        f"{row['heads']} ({percent:.0f} %)"
+        if abs(percent - round(percent)) < 1e-6
+        else f"{row['heads']} ({percent:.1f} %)"
+    )
 
 
 def _each_head(rows: list[dict[str, Any]], listed: int) -> Table:

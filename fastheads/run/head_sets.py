@@ -41,6 +41,7 @@ def head_sets(
     *,
     draws: int,
     seed: int,
+    matched: bool = True,
     each_head: bool = False,
 ) -> HeadSets:
     """Choose the lowest heads by each ranking, as many at random, and as many in the same layers at random.
@@ -52,6 +53,7 @@ def head_sets(
         fractions: of the heads, each rounded to a whole number of them.
         draws: random draws of each kind; 0 for none.
         seed: of the draws.
+        matched: draw within the layers, too.
         each_head: add each head alone.
 
     Raises:
@@ -76,7 +78,7 @@ def head_sets(
     by_layer: dict[int, list[Pair]] = {}
     for pair in heads:
         by_layer.setdefault(pair[0], []).append(pair)
-    for index, (metric, ranked) in enumerate(rankings.items() if draws else ()):
+    for index, (metric, ranked) in enumerate(rankings.items() if draws and matched else ()):
         shuffled = []
         for draw in range(draws):
             generator = np.random.default_rng([seed, 1 + index, draw])

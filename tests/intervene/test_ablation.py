@@ -354,6 +354,25 @@ def test_means_are_what_is_measured():
         np.testing.assert_allclose([norms[s][pair] for s in ("mean", "min", "max")], want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["plain", "gemma2", "gpt2"])
+def test_the_means_of_a_run_are_what_replaces(how):
+    """Means of a real run, on the run's own data: the mean of the projection's input stays what it is."""
+    model = families.build("gpt2") if how == "gpt2" else build("gemma2" if how == "gemma2" else "llama")
+    modules = [site.module for site in fastheads.find_sites(model)]
+    batches = [dict(input_ids=tokens(2, 6, seed=n), attention_mask=LEFT) for n in range(2)]
+    with captured_inputs(modules) as inputs, fastheads.HookManager(model, "all", vectors=True) as hooks:
+        for batch in batches:
+            logits(model, batch)
+        profile = hooks.to_profile()
+    valid = torch.cat([LEFT.bool()] * 2)
+    with fastheads.ablate(model, HEADS, "mean", means=profile), captured_inputs(modules) as ablated:
+        logits(model, batches[0])
+    for row, head in HEADS:
+        width = columns(fastheads.find_sites(model)[row], head)
+        mean = torch.cat(inputs[row])[..., width][valid].mean(0)
+        torch.testing.assert_close(ablated[row][0][..., width], mean.expand(2, 6, -1), rtol=0, atol=1e-6)
+
+
 def test_profile_runs_inside():
     model = build()
     batches = [{"input_ids": tokens(2, 6, seed=n)} for n in range(3)]
