@@ -9,28 +9,39 @@ see W = window − 1 + Q keys besides the sink's.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastheads.models.attention import AttentionCall
+from fastheads.errors import ForwardError, OptionError
+from fastheads.models.attention import AttentionCall, of_layer
 from fastheads.stats.token_layout import TokenLayout
 
 # Queries in a block: as many as the window, within these limits. More make more scores that are masked, fewer more copies of keys.
 LEAST_BLOCK, MOST_BLOCK = 64, 256
 # Elements that a step may allocate for copies of keys and for scores: 128 MiB of float32.
 SCRATCH_ELEMENTS = 2**25
+TINY = 1e-5  # of the norm: not worth telling apart
 ALIGNED = 16  # keys: torch pads other masks, at each call
 
 
 @dataclass(frozen=True)
 class Window:
-    """What a streaming head sees: the first `sink` tokens of the sequence, and the last `window`, its own included."""
+    """What a streaming head sees: the first `sink` tokens of the sequence, and the last `window`, its own included.
+
+    Raises OptionError for numbers that are none of tokens.
+    """
 
     sink: int
     window: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("sink", 0), ("window", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise OptionError(f"{name} must be a whole number of tokens, {least} or more, not {value!r}")
 
     @property
     def reach(self) -> int:
@@ -51,8 +62,9 @@ class TokenPlaces:
     valid: Tensor | None  # bool [B, S], None: all
     sequence: Tensor | None  # int64 [B, S]: the number of the sequence, None: one in each row
     start: Tensor | None  # int64 [B, S]: the index of the sequence's first token
-    # bool [B, S], in the order of the model's tokens: tokens that do not see all before them
+    # bool [B, S], in the order of the model's tokens: valid tokens that do not see all before them; those that do
     beyond: Tensor
+    early: Tensor
     # By the id of a model's mask, which is kept alive: the masks of the blocks, as made for the layer before.
     masks: dict[Any, Any] = field(default_factory=dict)
 
@@ -89,18 +101,56 @@ def places_of(layout: TokenLayout, shape: tuple[int, int], window: Window, devic
         start = torch.where(is_first, token, 0).cummax(dim=1).values
         position = token - start
     beyond = position >= window.reach
+    early = ~beyond
     if mask is not None:
-        beyond = beyond & mask
+        beyond, early = beyond & mask, early & mask
     if order is not None:
-        beyond = torch.zeros_like(beyond).scatter(1, order, beyond)
-    return TokenPlaces(shape, order, mask, sequence, start, beyond)
+        beyond, early = (torch.zeros_like(x).scatter(1, order, x) for x in (beyond, early))
+    return TokenPlaces(shape, order, mask, sequence, start, beyond, early)
 
 
-def streamed(call: AttentionCall, output: Tensor, places: TokenPlaces, window: Window) -> Tensor:
-    """Return `output` `[B, S, H, Dv]` of an attention, with that of the streaming attention at tokens beyond sink + window."""
+def streamed(
+    call: AttentionCall, output: Tensor, places: TokenPlaces, window: Window, *, check: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return `output` `[B, S, H, Dv]` of an attention, with that of the streaming attention at tokens beyond sink + window.
+
+    At the tokens before, the two are the same if the attention is computed as it says. With `check` return the distance of the
+    two there too, over the norm of `output` (one number on the device); compare it with `tolerance`.
+    """
     if places.shape[1] <= window.reach:
-        return output
-    return torch.where(places.beyond[:, :, None, None], streaming_attention(call, places, window), output)
+        return output, None
+    z = streaming_attention(call, places, window)
+    distance = None
+    if check:
+        early = places.early[:, :, None, None]
+        apart, size = (torch.where(early, x, 0.0).detach().float().norm() for x in (z - output, output))
+        distance = apart / size.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(places.beyond[:, :, None, None], z, output), distance
+
+
+def check_distance(module: nn.Module, distance: Tensor, dtype: torch.dtype) -> None:
+    """Raise ForwardError if an attention is not what its arguments say, by what `streamed` found. Waits for the device.
+
+    Two ways to compute the same attention differ by a few roundings of its dtype; in float32 exponentials add more.
+    """
+    apart = float(distance)
+    if not apart <= 16 * max(torch.finfo(dtype).eps, TINY):
+        raise ForwardError(
+            f"the attention{of_layer(module)} computes something else than softmax(q k^T) v of its arguments (off by "
+            f"{apart:.2g} of its norm): it cannot be streamed"
+        )
+
+
+def of_groups(call: AttentionCall, groups: Tensor) -> tuple[AttentionCall, Tensor]:
+    """Return the part of a call that these KV groups (int64) are, and the indices of their query heads."""
+    size = call.query.shape[1] // call.key.shape[1]
+    heads = (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
+    mask = call.mask
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
+        mask = mask[:, heads]
+    parts = {"query": call.query[:, heads], "key": call.key[:, groups], "value": call.value[:, groups]}
+    sinks = None if call.sinks is None else call.sinks[heads]
+    return replace(call, mask=mask, sinks=sinks, **parts), heads
 
 
 def streaming_attention(call: AttentionCall, places: TokenPlaces, window: Window) -> Tensor:

@@ -144,6 +144,11 @@ def tap_attention(taps: Mapping[nn.Module, AttentionTap]) -> TapHandle:
     return TapHandle(taps)
 
 
+def cannot_stream(owner: nn.Module) -> str | None:
+    """Return why the attention of a module cannot be computed again with a window; None if it seems that it can."""
+    return interface_missing(owner) or window_of(owner)
+
+
 def interface_missing(owner: nn.Module) -> str | None:
     """Return why the attention function of a module cannot be seen; None if it can."""
     kind = type(owner)
@@ -205,6 +210,10 @@ def _call_of(module: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: d
 
 
 def _refuse(module: nn.Module, why: str) -> None:
+    raise ForwardError(f"the attention{of_layer(module)} {why}: it cannot be streamed")
+
+
+def of_layer(module: nn.Module) -> str:
+    """Describe an attention module, for messages."""
     layer = getattr(module, "layer_idx", None)
-    where = "" if layer is None else f" of layer {layer}"
-    raise ForwardError(f"the attention{where} ({type(module).__name__}) {why}: it cannot be streamed")
+    return ("" if layer is None else f" of layer {layer}") + f" ({type(module).__name__})"

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from fastheads.backends.streaming_attention import (
     Window,
     attention_beyond,
+    check_distance,
     places_of,
     streamed,
     streaming_attention,
@@ -123,7 +125,8 @@ def check(call, layout, window):
     full, share = dense(call, allowed(known))
     near = allowed(known, window)
     want = torch.where(beyond[..., None, None], dense(call, near)[0], full)
-    got = streamed(call, full.to(call.value.dtype), places, window)
+    got, distance = streamed(call, full.to(call.value.dtype), places, window, check=True)
+    check_distance(call.module, distance, torch.float32)
     real = torch.tensor([[p is not None for p in row] for row in known])
     assert torch.allclose(got.double()[real], want[real], rtol=1e-5, atol=1e-5)
     # Before that, the streaming attention is the whole one.
@@ -165,6 +168,23 @@ def test_the_mask_of_the_model_is_kept(form, layout):
     check(call(mask=mask, softcap=3.0), layout, Window(4, 20))
 
 
+def test_a_block_mask_of_flex_attention_is_kept():
+    """It is asked in single places; the same mask as a tensor says what is right."""
+    torch.manual_seed(1)
+    dense_mask = (torch.rand(BATCH, SEQ, SEQ) < 0.8) | torch.eye(SEQ, dtype=torch.bool)
+    asked = create_block_mask(
+        lambda b, h, q, k: dense_mask[b, q, k], B=BATCH, H=None, Q_LEN=SEQ, KV_LEN=SEQ, device="cpu"
+    )
+    for layout in ("whole", "holes"):
+        valid, _ = LAYOUTS[layout]
+        places = places_of(TokenLayout(valid), (BATCH, SEQ), Window(4, 20), CPU)
+        got, want = (
+            streaming_attention(call(mask=mask), places, Window(4, 20))
+            for mask in (asked, dense_mask[:, None])
+        )
+        assert torch.equal(got[places.beyond], want[places.beyond])
+
+
 def test_few_blocks_at_once_give_the_same(monkeypatch):
     monkeypatch.setattr("fastheads.backends.streaming_attention.SCRATCH_ELEMENTS", 1)
     for kind in ("gqa", "softcap"):
@@ -178,7 +198,7 @@ def test_a_window_as_long_as_the_sequence_changes_nothing():
         window = Window(0, SEQ) if layout == "whole" else Window(4, SEQ - 4)
         places = places_of(TokenLayout(valid, cu_seqlens=cu_seqlens), (BATCH, SEQ), window, CPU)
         assert not places.beyond.any()
-        assert torch.equal(streamed(given, output, places, window), output)
+        assert torch.equal(streamed(given, output, places, window)[0], output)
 
 
 def test_bfloat16_sums_in_float32():
