@@ -16,7 +16,8 @@ from fastheads.errors import StaleFactorError
 from fastheads.models.residual import Update
 from fastheads.models.sites import HeadSite
 from fastheads.models.weights import dense_weight
-from fastheads.stats.metrics import ContributionNorms, packed_samples, samples, with_ratio
+from fastheads.stats.mean_vectors import RunningMeanVectors
+from fastheads.stats.metrics import ContributionNorms, TokenReader, packed_samples, samples, with_ratio
 from fastheads.stats.moments import RunningMoments
 from fastheads.stats.numerics import exact_arithmetic
 from fastheads.stats.token_layout import TokenLayout, last_tokens
@@ -25,6 +26,7 @@ from fastheads.stats.token_layout import TokenLayout, last_tokens
 LATE_ELEMENTS = 2**12
 # Launches that are kept to be made again: one for each group of layers, shape and presence of a mask or scale.
 MOST_LAUNCHES = 256
+ALL_METRICS = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +61,11 @@ class Accumulator:
         *,
         updates: dict[int, Update] | None = None,
         ranks: Ranks | None = None,
+        metrics: slice = ALL_METRICS,
     ) -> None:
         """`sites` by row: with tensor parallelism, as this rank serves them, and the `ranks` that serve the others. With
-        `updates`, by row, the weight of a site is diag(g) W, g the gain of its norm. It can be used after
-        `read_weights`.
+        `updates`, by row, the weight of a site is diag(g) W, g the gain of its norm. Only samples of `metrics` are kept, in the
+        order of METRICS; not for fused backends. It can be used after `read_weights`.
 
         Raises as `check_backend` and `backend_for` do, for the weights as they are.
         """
@@ -84,7 +87,8 @@ class Accumulator:
         # By GPU: the stream of the last launch of a fused backend.
         self._streams: dict[int, tuple[int, torch.cuda.Stream]] = {}
         self.generation = 0  # how often factors followed a weight that had changed
-        self._ranks = ranks
+        self.changed: set[str] = set()  # the names of the sites with such weights since `rebuild`
+        self._ranks, self._metrics = ranks, metrics
         # row -> (its bank, its place in it, its view of it)
         self._places: dict[int, tuple[Tensor, int, Tensor]] = {}
 
@@ -117,8 +121,8 @@ class Accumulator:
     ) -> bool:
         """Merge the samples of a group: inputs `[B, S, H·D]` of one shape, dtype and device, of sites of one geometry, all
         different; `scale` `[len(inputs), B, S]` multiplies the norms of the contributions; with `ratio`, of the same shape, 1/‖r‖
-        of each token, the ratio to the residual stream is measured too. Never waits for the device. Returns True if an earlier
-        launch was made again.
+        of each token, the ratio to the residual stream is measured too; and so are the mean vectors, if there are
+        `moments.vectors`. Never waits for the device. Returns True if an earlier launch was made again.
         """
         x, site = inputs[0], self._sites[rows[0]]
         backend = self._choice(x.device, x.dtype, site.head_dim)
@@ -134,6 +138,12 @@ class Accumulator:
             if layout.cu_seqlens is not None and token_agg == "all":
                 # It adds up rows, not segments of them. So it gives the norms of the tokens, and torch adds those up.
                 norms = rearrange(backend.token_norms(inputs, forms, scale=scale), "g k h n -> k g n h")
+                if moments.vectors is not None:
+                    tokens = torch.stack([each.flatten(0, 1) for each in inputs])
+                    valid = layout.mask(x)
+                    self._vector_reader(rows, moments.vectors)(
+                        tokens, norms[1], None if valid is None else valid.flatten()
+                    )
                 norms = with_ratio(norms, None if ratio is None else ratio.flatten(1))
                 packed = packed_samples(norms, *layout.packed(x))
                 self._merge_later(_Samples(moments, list(rows), *packed))
@@ -143,7 +153,7 @@ class Accumulator:
                 forms,
                 rows,
                 inputs,
-                moments.buffer,
+                moments,
                 layout=layout,
                 token_agg=token_agg,
                 scale=scale,
@@ -165,8 +175,11 @@ class Accumulator:
                     scale=None if scale is None else scale[part],
                     ratio=None if ratio is None else ratio[part],
                     cu_seqlens=cu_seqlens,
+                    read_tokens=None
+                    if moments.vectors is None
+                    else self._vector_reader(rows[part], moments.vectors),
                 )
-                taken = _Samples(moments, list(rows[part]), values, present)
+                taken = _Samples(moments, list(rows[part]), values[:, self._metrics], present)
                 if self._ranks is None:
                     self._merge_later(taken)
                 else:  # one sum at the end serves all
@@ -179,7 +192,7 @@ class Accumulator:
         forms: tuple[Any, ...],
         rows: Sequence[int],
         inputs: Sequence[Tensor],
-        state: Tensor,
+        moments: RunningMoments,
         *,
         layout: TokenLayout,
         token_agg: str,
@@ -194,18 +207,21 @@ class Accumulator:
             addresses = launch.matches(
                 inputs, valid, layout.skip_first, is_scaled=scale is not None, has_ratio=ratio is not None
             )
-            if addresses is not None and launch.run(addresses, state, valid, scale=scale, ratio=ratio):
+            if addresses is not None and run_again(
+                launch, addresses, moments, valid, scale=scale, ratio=ratio
+            ):
                 return True
         launch = backend.record(
             inputs,
             forms,
-            state,
+            moments.buffer,
             rows,
             token_agg=token_agg,
             valid=valid,
             skip_first=layout.skip_first,
             scale=scale,
             ratio=ratio,
+            vectors=None if moments.vectors is None else moments.vectors.buffer,
         )
         self._launches.pop(key, None)
         if launch is not None:
@@ -213,6 +229,15 @@ class Accumulator:
                 del self._launches[next(iter(self._launches))]
             self._launches[key] = launch
         return False
+
+    def _vector_reader(self, rows: Sequence[int], vectors: RunningMeanVectors) -> TokenReader:
+        """Return a function that merges tokens into the mean vectors of these rows."""
+
+        def read(x: Tensor, norms: Tensor, present: Tensor | None) -> None:
+            z = x.unflatten(-1, (norms.shape[-1], -1))
+            vectors.update(_as_slice(rows), z, norms.double().square(), present)
+
+        return read
 
     def follow_stream(self, index: int) -> None:
         """Let the current stream of the GPU `index` (-1: none) wait for the launches of these factors on another one: launches
@@ -335,14 +360,17 @@ class Accumulator:
         if self._watch.moved():
             if before is not None:
                 before()
-            if any(weight.moved() and not weight.moves_itself for weight in self._weights):
+            moved = [w.site.name for w in self._weights if w.moved() and not w.moves_itself]
+            if moved:
                 self.generation += 1
+                self.changed.update(moved)
             self._watch.refresh()
             self._forget_forms()
 
     def rebuild(self) -> None:
         """Make every factor anew of the weight as it is now."""
         self._forget_forms()
+        self.changed.clear()
         for factor in self.factors.values():
             factor.rebuild()
 
@@ -373,6 +401,21 @@ class Accumulator:
         if key not in self._choices:
             self._choices[key] = backend_for(self.backend, device, dtype, head_dim)
         return self._choices[key]
+
+
+def run_again(
+    launch: Launch,
+    addresses: Sequence[int],
+    moments: RunningMoments,
+    valid: Tensor | None,
+    *,
+    scale: Tensor | None = None,
+    ratio: Tensor | None = None,
+    scratch: Tensor | None = None,
+) -> bool:
+    """Run an earlier launch for `moments`, with the mean vectors if they are measured; as `Launch.run`."""
+    extra = {} if moments.vectors is None else {"vectors": moments.vectors.buffer}
+    return launch.run(addresses, moments.buffer, valid, scale=scale, ratio=ratio, scratch=scratch, **extra)
 
 
 def _launch_key(

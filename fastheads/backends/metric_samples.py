@@ -15,7 +15,7 @@ from fastheads.stats.token_layout import TokenLayout
 
 
 class MetricAccumulator(Accumulator):
-    """Takes inputs to one registered metric. Its samples are in plane 0 of the moments that it is given."""
+    """Takes inputs to one registered metric."""
 
     def __init__(self, sites: dict[int, HeadSite], metric: Metric, token_agg: str) -> None:
         """`sites` by row. Raises UnsupportedWeightError where a dense weight cannot be had."""
@@ -38,7 +38,6 @@ class MetricAccumulator(Accumulator):
         whose values are not `[B, S, H]`.
         """
         self.used.add(self._metric.name)
-        plane = RunningMoments.over(moments.buffer[:, :1])
         for row, x in zip(rows, inputs, strict=True):
             site = self._sites[row]
             z = x.detach().unflatten(-1, (site.num_heads, site.head_dim))
@@ -53,5 +52,5 @@ class MetricAccumulator(Accumulator):
                     f"metric {self._metric.name!r} must give values {list(z.shape[:3])} [batch, seq, heads], not {given}"
                 )
             samples, present = token_samples(values.double(), layout, self.token_agg)
-            plane.update([row], samples[:, None, None], present)
+            moments.update([row], samples[:, None, None], present)
         return False

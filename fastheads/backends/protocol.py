@@ -59,9 +59,10 @@ class FusedBackend(Backend, Protocol):
         skip_first: int,
         scale: Tensor | None,
         ratio: Tensor | None,
+        vectors: Tensor | None,
     ) -> "Launch | None":
-        """Merge the samples of `inputs` `[B, S, width]` into `state`, as `fastheads.kernels.head_stats` does. Returns the launch,
-        if it can be made again.
+        """Merge the samples of `inputs` `[B, S, width]` into `state`, and their tokens into `vectors`, as
+        `fastheads.kernels.head_stats` does. Returns the launch, if it can be made again.
         """
 
     def token_norms(self, inputs: Sequence[Tensor], forms: Sequence[Any], *, scale: Tensor | None) -> Tensor:
@@ -94,6 +95,7 @@ class Launch(Protocol):
         scale: Tensor | None = None,
         ratio: Tensor | None = None,
         scratch: Tensor | None = None,
+        vectors: Tensor | None = None,
     ) -> bool:
         """Launch at these addresses. Returns False, and does nothing, if one of the tensors cannot be read."""
 

@@ -116,16 +116,17 @@ class Ranks:
                 values[:, :NUM_NORMS], mean.unsqueeze(-1)
             )
 
-    def whole(self, measured: Callable[[], Moments]) -> Moments:
-        """Collective: the moments of the whole model `[metrics, rows, heads]`, the same bits on every rank, from the ones that
-        `measured` gives here, this rank's heads first in each row; those of `METRICS` come first. CPU tensors.
+    def whole(self, measured: Callable[[], tuple[Moments, Tensor | None]]) -> tuple[Moments, Tensor | None]:
+        """Collective: the moments of the whole model `[metrics, rows, heads]`, and its mean vectors `[rows, heads, 4 + head_dim]`
+        if they are measured, the same bits on every rank, from the ones that `measured` gives here, this rank's heads first in
+        each row; those of `METRICS` come first. CPU tensors.
 
         Raises ResultsError, on every rank, where `measured` raised on another one (here its own error is raised), or where
         the ranks did not count the same samples.
         """
         failure: Exception | None = None
         try:
-            here = measured()
+            here, vectors = measured()
         except Exception as error:  # the others wait for this rank
             failure = error
         failed = [bool(flag) for flag in self._gathered(torch.tensor([failure is not None]))]
@@ -142,17 +143,30 @@ class Ranks:
         by_rank = [answers[self._order.index(rank)] for rank in range(self._size)]
         _, metrics, rows, heads = bits.shape
         everyone = RunningMoments(metrics, rows, heads, torch.device("cpu"))
-        target = everyone.buffer.view(torch.int64)
-        for row in range(rows):
+        # [rows, heads, planes, metrics], of this rank's heads and of all
+        self._place_heads(
+            [part.permute(2, 3, 0, 1) for part in by_rank],
+            everyone.buffer.view(torch.int64).permute(2, 3, 0, 1),
+        )
+        self._check_same_forwards(by_rank, everyone.views())
+        if vectors is None:
+            return everyone.views(), None
+        answers = self._gathered(vectors.view(torch.int64))
+        whole = torch.zeros_like(vectors)
+        by_rank = [answers[self._order.index(rank)] for rank in range(self._size)]
+        self._place_heads(by_rank, whole.view(torch.int64))
+        return everyone.views(), whole
+
+    def _place_heads(self, by_rank: list[Tensor], target: Tensor) -> None:
+        """Put the heads of each rank `[rows, heads, ...]` in their place among all."""
+        for row in range(target.shape[0]):
             shard = self.shards.get(row)
             if shard is None:
-                target[:, :, row] = by_rank[0][:, :, row]  # the same on every rank: counted once
+                target[row] = by_rank[0][row]  # the same on every rank: counted once
                 continue
             n = shard.num_heads
             for rank, part in enumerate(by_rank):
-                target[:, :, row, rank * n : (rank + 1) * n] = part[:, :, row, :n]
-        self._check_same_forwards(by_rank, everyone.views())
-        return everyone.views()
+                target[row, rank * n : (rank + 1) * n] = part[row, :n]
 
     def _check_same_forwards(self, by_rank: list[Tensor], everyone: Moments) -> None:
         """Raises ResultsError where the ranks have samples of different forwards."""

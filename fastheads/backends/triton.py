@@ -56,8 +56,11 @@ class Triton:
         skip_first: int,
         scale: Tensor | None,
         ratio: Tensor | None,
+        vectors: Tensor | None,
     ) -> Launch | None:
-        """Launch the kernel: merge the samples of `inputs` into `state`. Returns the launch, if it can be made again."""
+        """Launch the kernel: merge the samples of `inputs` into `state`, and their tokens into `vectors`. Returns the launch, if
+        it can be made again.
+        """
         launch: Launch | None = kernels().head_stats(
             inputs,
             forms,
@@ -68,6 +71,7 @@ class Triton:
             skip_first=skip_first,
             scale=scale,
             ratio=ratio,
+            **({} if vectors is None else {"vectors": vectors}),
         )
         return launch
 

@@ -28,11 +28,12 @@ CONTRIBUTION = METRICS.index("head_residual_contribution_norm")
 
 @dataclass(frozen=True, eq=False)
 class Channel:
-    """An accumulator, the index of its moments in a device's buffer, and the plane of each of its metrics by name."""
+    """An accumulator, the index of its moments in a device's state, and the plane of each of its metrics by name."""
 
     index: int
     accumulator: Accumulator
     metrics: dict[str, int]
+    is_single: bool = False  # one metric alone has moments, in plane 0
 
     def ratio(self, inverse_norms: Tensor | None) -> Tensor | None:
         """Return 1/‖r‖ if this channel measures the ratio with the projection's input alone: that of the heads does."""
@@ -169,13 +170,14 @@ def channel_of_kv_groups(
         width = site.num_heads * site.head_dim // kv_heads
         groups[row] = dataclasses.replace(site, num_heads=kv_heads, head_dim=width)
     # Wide heads may be more than the kernel takes, whatever it is asked for by name.
-    accumulator = Accumulator(groups, without_fused(backend), precision, token_agg)
-    return Channel(index, accumulator, {KV_METRIC: CONTRIBUTION})
+    metrics = slice(CONTRIBUTION, CONTRIBUTION + 1)
+    accumulator = Accumulator(groups, without_fused(backend), precision, token_agg, metrics=metrics)
+    return Channel(index, accumulator, {KV_METRIC: 0}, is_single=True)
 
 
 def channel_of_function(index: int, sites: dict[int, HeadSite], metric: Metric, token_agg: str) -> Channel:
     """A registered metric, which reads the input once more."""
-    return Channel(index, MetricAccumulator(sites, metric, token_agg), {metric.name: 0})
+    return Channel(index, MetricAccumulator(sites, metric, token_agg), {metric.name: 0}, is_single=True)
 
 
 def num_kv_heads(model: nn.Module, site: HeadSite) -> int:

@@ -5,13 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastheads.capture.channels import Channel
 from fastheads.capture.coverage import samples_of_rows
 from fastheads.capture.recorder import Recorder
 from fastheads.errors import CheckpointError, ForwardError, ResultsError, StaleFactorError
+from fastheads.models.fingerprint import fingerprint
 from fastheads.models.metadata import describe
 from fastheads.results.head_profile import HeadProfile
+from fastheads.results.mean_vectors import MeanVectors
+from fastheads.results.merge import difference_of_weights
 from fastheads.results.possible import least_of
+from fastheads.stats.mean_vectors import RunningMeanVectors
 from fastheads.stats.metric import UPDATE
 from fastheads.stats.metrics import UPDATE_METRIC
 from fastheads.stats.moments import Moments
@@ -27,14 +30,21 @@ def collect(recorder: Recorder, weights: dict[str, Any] | None) -> tuple[HeadPro
     """
     scope = recorder.scope
 
-    def measured() -> Moments:
-        """Return the moments `[channels * metrics, rows, heads]` of the heads that this rank measures, on the CPU."""
+    def measured() -> tuple[Moments, Tensor | None]:
+        """Return the moments `[all channels' metrics, rows, heads]` of the heads that this rank measures, and the buffer of
+        their mean vectors, on the CPU.
+        """
         check_fresh(recorder)
-        totals = [_total(recorder, channel) for channel in scope.channels]
-        return Moments(*(torch.cat(planes) for planes in zip(*totals, strict=True)))
+        if scope.layout.head_dim is not None:
+            _check_one_weight(recorder, weights)
+        state = _total(recorder)
+        totals = [moments.views() for moments in scope.layout.moments(state)]
+        vectors = scope.layout.vectors(state)
+        together = Moments(*(torch.cat(planes) for planes in zip(*totals, strict=True)))
+        return together, None if vectors is None else vectors.buffer
 
-    whole = measured() if scope.ranks is None else scope.ranks.whole(measured)
-    by_channel = zip(*(plane.split(scope.shape[0]) for plane in whole), strict=True)
+    whole, vectors = measured() if scope.ranks is None else scope.ranks.whole(measured)
+    by_channel = zip(*(plane.split(scope.layout.metrics) for plane in whole), strict=True)
     totals = [Moments(*planes) for planes in by_channel]
     recorder.settle_whole()
     recorder.coverage.check(totals[0])
@@ -57,7 +67,8 @@ def collect(recorder: Recorder, weights: dict[str, Any] | None) -> tuple[HeadPro
             raise ResultsError(
                 f"metric {name!r} has negative values: register it under a name that does not end in _norm, _ratio or _square"
             )
-    return HeadProfile(by_metric, _metadata(recorder, weights)), nonfinite
+    found = None if vectors is None else MeanVectors.of(RunningMeanVectors.over(vectors).views())
+    return HeadProfile(by_metric, _metadata(recorder, weights), found), nonfinite
 
 
 def check_fresh(recorder: Recorder) -> None:
@@ -79,51 +90,77 @@ def check_fresh(recorder: Recorder) -> None:
         )
 
 
-def state(recorder: Recorder) -> tuple[list[Tensor], dict[str, Any]]:
-    """Copy the committed moments to the CPU, bit for bit: float64 `[channels, 6, metrics, rows, heads]` for each device, and
-    notes that belong to them (JSON). `load_state` takes both, in a manager on the same model with the same options. Raises
-    StaleFactorError and ResultsError as `check_fresh` does.
+def state(recorder: Recorder) -> tuple[list[list[Tensor]], dict[str, Any]]:
+    """Copy the committed samples to the CPU, bit for bit: for each device the parts of its state (`StateLayout.parts`), and notes
+    that belong to them (JSON). `load_state` takes both, in a manager on the same model with the same options. Raises
+    StaleFactorError and ResultsError as `check_fresh` does, and with mean vectors if a weight has changed.
     """
     with recorder.lock:
         check_fresh(recorder)
+        if recorder.scope.layout.head_dim is not None:
+            _check_followed_none(recorder)
         recorder.settle_whole()
-        buffers = []
+        devices = []
         for queue in recorder.queues:
             with queue.on_its_stream():
-                buffers.append(queue.moments.committed_buffer.cpu().clone())
+                devices.append(queue.state.layout.parts(queue.state.committed_buffer.cpu().clone()))
         used = [sorted(channel.accumulator.used) for channel in recorder.scope.channels]
-        return buffers, {"used": used, "missed": sorted(recorder.coverage.missed)}
+        return devices, {"used": used, "missed": sorted(recorder.coverage.missed)}
 
 
-def load_state(recorder: Recorder, buffers: list[Tensor], notes: dict[str, Any]) -> None:
+def load_state(recorder: Recorder, devices: list[list[Tensor]], notes: dict[str, Any]) -> None:
     """Restore what `state` returned. Raises CheckpointError if it does not fit this recorder."""
     with recorder.lock:
         recorder.check_no_whole(ForwardError)
         recorder.forwards.forget_all()
         channels, queues = recorder.scope.channels, list(recorder.queues)
-        here = [queue.moments.committed_buffer for queue in queues]
+        layout = recorder.scope.layout
+        here = [layout.parts(queue.state.committed_buffer) for queue in queues]
         used, missed = notes.get("used"), notes.get("missed")
         if not (isinstance(used, list) and len(used) == len(channels) and isinstance(missed, list)):
             raise CheckpointError("the moments come without what belongs to them")
-        if [(b.shape, b.dtype) for b in buffers] != [(b.shape, b.dtype) for b in here]:
+        if [[(part.shape, part.dtype) for part in parts] for parts in devices] != [
+            [(part.shape, part.dtype) for part in parts] for parts in here
+        ]:
             raise CheckpointError("the moments are those of another model or other options")
-        for queue, buffer in zip(queues, buffers, strict=True):
+        for queue, parts in zip(queues, devices, strict=True):
             queue.deferred.clear()
             with queue.on_its_stream():
-                for own in queue.moments.buffers():
-                    own.copy_(buffer)
+                for buffer in queue.state.buffers():
+                    for own, part in zip(layout.parts(buffer), parts, strict=True):
+                        own.copy_(part)
         for channel, names in zip(channels, used, strict=True):
             channel.accumulator.used.update(map(str, names))
         recorder.coverage.missed.update(row for row in missed if type(row) is int)
 
 
-def _total(recorder: Recorder, channel: Channel) -> Moments:
-    """Merge the committed moments of a channel over all devices, on the CPU."""
-    total: Moments | None = None
+def _check_followed_none(recorder: Recorder) -> None:
+    """Raise StaleFactorError if a weight is another one than at first: mean vectors are of one weight."""
+    if changed := recorder.scope.accumulator.changed:
+        raise StaleFactorError(
+            f"the weight of {', '.join(sorted(changed))} changed while mean vectors were measured, which are of one weight: call "
+            "reset() after such a change, or leave out vectors=True"
+        )
+
+
+def _check_one_weight(recorder: Recorder, weights: dict[str, Any] | None) -> None:
+    """As `_check_followed_none`, also for changes that only the bits show, where no factor is verified."""
+    _check_followed_none(recorder)
+    has_factors = bool(recorder.scope.accumulator.factors)
+    if not has_factors and difference_of_weights(weights, fingerprint(recorder.scope.model)):
+        raise StaleFactorError(
+            "weights changed while mean vectors were measured, which are of one weight: call reset() after such a change, or "
+            "leave out vectors=True"
+        )
+
+
+def _total(recorder: Recorder) -> Tensor:
+    """Merge the committed state of all devices, on the CPU."""
+    total: Tensor | None = None
     for queue in recorder.queues:  # a layer that moved between devices has samples on both
         with queue.on_its_stream():
-            here = Moments(*(plane.cpu() for plane in queue.moments.committed[channel.index].views()))
-        total = here if total is None else total.merged(here)
+            here = queue.state.committed_buffer.cpu()
+        total = here if total is None else queue.state.layout.merged(total, here)
     assert total is not None  # there is a queue for each weight's device
     return total
 

@@ -96,7 +96,7 @@ class EagerSink(Sink):
             self._flush(forward, queue, may_defer=may_defer)
             queue.close()
             for channel in self._scope.channels:
-                channel.accumulator.finish(queue.moments.pending[channel.index])
+                channel.accumulator.finish(queue.state.pending[channel.index])
 
     def _flush(self, forward: Forward, queue: DeviceQueue, may_defer: bool = False) -> None:
         kept, scaled = queue.take()
@@ -167,8 +167,8 @@ class EagerSink(Sink):
             return False
         if not queue.off_stream():
             addresses = kept_launch.addresses_of(kept, layout)
-            state = queue.moments.pending[0].buffer
-            if addresses is not None and kept_launch.run(addresses, kept, state, layout.valid):
+            moments = queue.state.pending[0]
+            if addresses is not None and kept_launch.run(addresses, kept, moments, layout.valid):
                 forward.ran |= kept_launch.rows
                 queue.recorded = True
                 self._counter.count(repeated=True)
@@ -246,7 +246,7 @@ class EagerSink(Sink):
             given = [residual for residual in residuals if residual is not None]
             inverse = inverse_norms(given) if given else None
             for channel in self._scope.at_input:
-                pending = queue.moments.pending[channel.index]
+                pending = queue.state.pending[channel.index]
                 ratio = channel.ratio(inverse)
                 repeated = channel.accumulator.record(rows, inputs, forward.layout, pending, ratio=ratio)
                 self._counter.count(repeated=repeated)
@@ -255,7 +255,7 @@ class EagerSink(Sink):
         assert forward.layout is not None  # within a decoder's call
         channel = self._scope.channels[-1]
         queue.recorded = True
-        pending = queue.moments.pending[channel.index]
+        pending = queue.state.pending[channel.index]
         with torch.no_grad(), queue.on_its_stream():
             for group in grouped(scaled):
                 scale, ratio = factors_of(group.extras)

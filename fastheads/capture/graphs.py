@@ -20,7 +20,6 @@ from fastheads.capture.residual_stream import missing
 from fastheads.capture.sink import Sink, SinkParts
 from fastheads.errors import ForwardError
 from fastheads.models.residual import OutputNorms
-from fastheads.stats.moments import RunningMoments
 from fastheads.stats.token_layout import TokenLayout
 
 # What a CUDA graph captured is read and written by each replay, whenever that is: it lives until the process ends.
@@ -130,7 +129,7 @@ class GraphSink(Sink):
         assert forward.layout is not None  # within a decoder's call
         torch.ops.fastheads.record(
             inputs,
-            queue.moments.pending_buffer,
+            queue.state.pending_buffer,
             rows,
             channel.index,
             self._handle,
@@ -145,9 +144,7 @@ class GraphSink(Sink):
         forward = self._forwards.whole
         forward.module = module
         for queue in self._queues.by_device.values():
-            torch.ops.fastheads.begin(
-                queue.moments.pending_buffer, queue.moments.committed_buffer, self._handle
-            )
+            torch.ops.fastheads.begin(queue.state.pending_buffer, queue.state.committed_buffer, self._handle)
         return forward
 
     def end_whole(self) -> None:
@@ -155,7 +152,7 @@ class GraphSink(Sink):
         whole = self._forwards.whole
         whole.module = whole.frame = None
         for queue in self._queues.by_device.values():
-            queue.moments.committed_buffer.copy_(queue.moments.pending_buffer)
+            queue.state.committed_buffer.copy_(queue.state.pending_buffer)
 
     # ------------------------------------------------------------------ while a graph runs
 
@@ -197,7 +194,7 @@ class GraphSink(Sink):
         if (forward is None or forward is whole) and not capturing:
             accumulator.refresh(before=self._deferred.weights_changed_in_graph)
         check_addresses([self._scope.sites[row].name for row in rows], inputs)
-        moments = RunningMoments.over(state[channel])
+        moments = self._scope.layout.channel(state, channel)
         self._counter.count(
             repeated=accumulator.record(rows, inputs, layout, moments, scale=scale, ratio=ratio)
         )
@@ -207,7 +204,7 @@ class GraphSink(Sink):
         """Keep everything alive that replays of the CUDA graph being captured read and write."""
         if not any(kept is self._scope.channels for kept in _captured):
             _captured.append(self._scope.channels)
-            _captured.extend(queue.moments.buffers() for queue in self._queues)
+            _captured.extend(queue.state.buffers() for queue in self._queues)
 
     def release(self) -> None:
         """Make the ops of all graphs do nothing from now on."""

@@ -54,6 +54,8 @@ class HookManager:
             tensor-parallel models.
         metrics: names of the metrics that the results hold, `register_metric`'s among them (None: the library's own, but
             `head_residual_contribution_power`, which is optional, and that of `kv_groups`).
+        vectors: measure each head's mean output z̄ and E‖W_h z_h‖² too, over the same tokens (`HeadProfile.vectors`), for mean
+            ablation and projections. They are of one weight: where it changes, results are refused until `reset()`.
 
     Raises:
         NoSitesError: the model has nothing to profile.
@@ -77,6 +79,7 @@ class HookManager:
         include: str | Iterable[str] = (),
         verify: bool = False,
         metrics: Iterable[str] | None = None,
+        vectors: bool = False,
     ) -> None:
         self._model = unwrapped(model)
         self._options = MeasureOptions.of(
@@ -91,6 +94,7 @@ class HookManager:
             include=include,
             verify=verify,
             metrics=metrics,
+            vectors=vectors,
         )
         scope = scope_of(self._model, self._options)
         self._recorder = Recorder(scope)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastheads.backends.accumulator import Accumulator
+from fastheads.backends.accumulator import Accumulator, run_again
 from fastheads.backends.protocol import Launch
 from fastheads.backends.residual_norms import inverse_norms
 from fastheads.models.sites import HeadSite
+from fastheads.stats.moments import RunningMoments
 from fastheads.stats.token_layout import TokenLayout
 
 
@@ -109,13 +110,17 @@ class KeptLaunch:
             for place, start in enumerate(addresses)
         ]
 
-    def run(self, addresses: list[int], kept: list[Kept], state: Tensor, valid: Tensor | None) -> bool:
-        """Measure what `addresses_of` gave; False, and nothing was done, where the state or the mask cannot be read."""
+    def run(
+        self, addresses: list[int], kept: list[Kept], moments: RunningMoments, valid: Tensor | None
+    ) -> bool:
+        """Measure what `addresses_of` gave; False, and nothing was done, where the moments or the mask cannot be read."""
         self._accumulator.follow_stream(self._index)
         ratio = None
         if self._has_residuals:
             ratio = inverse_norms([x for profiled, x, _ in kept if profiled.is_residual])
-        return self._launch.run(addresses[: self._count], state, valid, ratio=ratio, scratch=self._scratch)
+        return run_again(
+            self._launch, addresses[: self._count], moments, valid, ratio=ratio, scratch=self._scratch
+        )
 
 
 def _form(x: Tensor) -> tuple[Any, ...]:

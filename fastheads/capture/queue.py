@@ -1,4 +1,4 @@
-"""The queue of one device: the moments there, and the inputs that wait to be measured.
+"""The queue of one device: the state of the measurement there, and the inputs that wait to be measured.
 
 With small batches the time goes to launches, not to the GPU. So the hook of a small input only keeps a reference to it, and one
 launch at the end of the decoder's call serves all layers; the smallest wait until several forwards have ended. A byte budget
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastheads.capture.deferral.backlog import DeferredForwards
 from fastheads.capture.profiled import Kept, KeptLaunch, Profiled, TracedSite
 from fastheads.models.residual import OutputNorms, scales
-from fastheads.stats.moments import CommittedMoments, PendingMoments
+from fastheads.stats.state import CommittedState, PendingState, StateLayout
 
 # On a CPU a product over a few tokens costs less than its call; a larger one would only push the model's data out of the cache.
 CPU_KEEP_BYTES = 256 * 2**10
@@ -41,15 +41,15 @@ class Group:
     extras: list[Any] = field(default_factory=list)
 
 
-M = TypeVar("M", bound=PendingMoments)
+S = TypeVar("S", bound=PendingState)
 
 
 @dataclass(eq=False)
-class DeviceQueue(Generic[M]):
-    """The moments on one device, and the inputs kept there for the launch to come."""
+class DeviceQueue(Generic[S]):
+    """The state of the measurement on one device, and the inputs kept there for the launch to come."""
 
     device: torch.device
-    moments: M
+    state: S
     budget: int  # bytes; an input that does not fit is not kept
     largest: int  # bytes of the largest input worth keeping
     kept: list[Kept] = field(default_factory=list)
@@ -137,34 +137,32 @@ class DeviceQueue(Generic[M]):
 
 
 # The manager's own queues: those of a forward beside others hold its samples alone.
-ManagerQueue = DeviceQueue[CommittedMoments]
+ManagerQueue = DeviceQueue[CommittedState]
 
 
 class DeviceQueues:
     """The manager's own queues, one for each device, made when the device is first needed."""
 
-    def __init__(self, shape: tuple[int, int, int], channels: int, *, largest: int, budget: int) -> None:
-        """`shape`: (metrics, rows, heads) of the moments of a channel; `largest`: bytes of an input that may be kept, `budget`:
-        of all on a device.
-        """
+    def __init__(self, layout: StateLayout, *, largest: int, budget: int) -> None:
+        """`layout`: of the state of each device; `largest`: bytes of an input that may be kept, `budget`: of all on a device."""
         self.by_device: dict[torch.device, ManagerQueue] = {}
-        self._shape, self._channels, self._largest, self._budget = shape, channels, largest, budget
+        self._layout, self._largest, self._budget = layout, largest, budget
         self.in_use = False  # a forward is under way on these queues
 
     def on(self, device: torch.device) -> ManagerQueue:
         """Return the device's queue; makes it if there is none."""
         queue = self.by_device.get(device)
         if queue is None:
-            moments = CommittedMoments(*self._shape, device, channels=self._channels)
+            state = CommittedState(self._layout, device)
             if self.in_use:  # if the forward under way fails, what it leaves here must go
-                moments.begin(always=False)
-            queue = self.by_device[device] = DeviceQueue(device, moments, self._budget, self._largest)
+                state.begin(always=False)
+            queue = self.by_device[device] = DeviceQueue(device, state, self._budget, self._largest)
             queue.follow_stream()
         return queue
 
-    def beside(self, device: torch.device) -> DeviceQueue[PendingMoments]:
+    def beside(self, device: torch.device) -> DeviceQueue[PendingState]:
         """Make a queue on the device for a forward that runs beside the one on these queues."""
-        queue = DeviceQueue(device, self.on(device).moments.like(), self._budget, self._largest)
+        queue = DeviceQueue(device, self.on(device).state.like(), self._budget, self._largest)
         queue.follow_stream()
         return queue
 

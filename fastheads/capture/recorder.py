@@ -46,9 +46,7 @@ class Recorder:
         """Puts no hook on the model (`attach` does)."""
         self.scope, self.engine = scope, scope.engine
         self.lock = threading.RLock()
-        self.queues = DeviceQueues(
-            scope.shape, len(scope.channels), largest=scope.group_bytes, budget=scope.kept_bytes
-        )
+        self.queues = DeviceQueues(scope.layout, largest=scope.group_bytes, budget=scope.kept_bytes)
         self.forwards = Forwards(self.queues.by_device, self._main_ended, self._main_failed)
         weights = scope.accumulator.weights
         self.profiled = [
@@ -181,7 +179,7 @@ class Recorder:
             if queue.deferred.forwards and queue.off_stream() and not capturing:
                 self.deferred.catch_up(queue)
             queue.follow_stream()
-            for moments in queue.moments.pending:
+            for moments in queue.state.pending:
                 moments.batches.clear()
         self._follow_weights()
         if capturing:
@@ -192,7 +190,7 @@ class Recorder:
         if self.check is not None:
             self.check.watch()
         for queue in self.queues:
-            queue.moments.begin(always=capturing)
+            queue.state.begin(always=capturing)
 
     def _follow_weights(self) -> None:
         for channel in self.scope.channels:
@@ -300,9 +298,9 @@ class Recorder:
             waits = own.deferred.confirm()
             any_waits = any_waits or waits
             if waits and not own.recorded:
-                own.moments.leave()
+                own.state.leave()
             else:
-                own.moments.commit()
+                own.state.commit()
         self.counter.deferred += any_waits
         for own in self.queues:
             if own.deferred.is_full(own.budget):
@@ -312,7 +310,7 @@ class Recorder:
         own = self.queues.on(device)
         if queue.recorded:
             with queue.as_current_device(), queue.on_its_stream(), own.on_its_stream():
-                own.moments.add(queue.moments.pending_buffer)
+                own.state.add(queue.state.pending_buffer)
 
     def end_forward(self) -> None:
         """End the decoder's call under way in this thread as if it returned now, for a caller who leaves it by an exception."""
@@ -333,7 +331,7 @@ class Recorder:
         for queue in self.queues:
             self.deferred.withdraw(queue)
             queue.close()
-            for moments in queue.moments.pending:
+            for moments in queue.state.pending:
                 moments.batches.clear()
 
     def _main_ended(self) -> None:
@@ -408,9 +406,9 @@ class Recorder:
             capturing = pending.is_cuda and torch.cuda.is_current_stream_capturing()
             for queue in self.queues:
                 if capturing:
-                    queue.moments.begun_in_graph()
+                    queue.state.begun_in_graph()
                 else:
-                    queue.moments.distrust()  # what a graph that fails leaves there
+                    queue.state.distrust()  # what a graph that fails leaves there
             pending.copy_(committed)
 
     def record_in_graph(
@@ -451,7 +449,7 @@ class Recorder:
         for queue in self.queues:
             queue.close()
             with queue.on_its_stream():
-                queue.moments.clear()
+                queue.state.clear()
         self.deferred.clear()
         self.counter.clear()
         self.coverage.clear()
@@ -478,7 +476,7 @@ class Recorder:
             self.forwards.drop_all()
             for queue in self.queues:
                 queue.kept_launch = None
-                queue.moments.freeze()
+                queue.state.freeze()
             self.deferred.clear_backlogs()
 
 

@@ -1,6 +1,7 @@
 """The scope of a manager: the model, the sites that are measured, and their channels of metrics."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -22,6 +23,7 @@ from fastheads.models.residual import Update
 from fastheads.models.sites import HeadSite, find_sites, sites_of_layers
 from fastheads.stats.metric import HEAD_METRICS, KV_GROUP, RATIOS, UPDATE
 from fastheads.stats.options import MeasureOptions
+from fastheads.stats.state import StateLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +58,16 @@ class Scope:
         """Bytes of all that is kept on each device: residual streams are allowed as many as inputs."""
         return self.group_bytes if self.residuals is None else 2 * self.group_bytes
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(metrics, rows, heads) of a channel's moments."""
-        metrics = len(HEAD_METRICS) + (0 if self.residuals is None else len(RATIOS))
-        return metrics, len(self.sites), max(site.num_heads for site in self.sites)
+    @cached_property
+    def layout(self) -> StateLayout:
+        """The layout of what is measured on each device."""
+        all_metrics = len(HEAD_METRICS) + (0 if self.residuals is None else len(RATIOS))
+        return StateLayout(
+            metrics=tuple(1 if channel.is_single else all_metrics for channel in self.channels),
+            rows=len(self.sites),
+            heads=max(site.num_heads for site in self.sites),
+            head_dim=max(site.head_dim for site in self.sites) if self.options.vectors else None,
+        )
 
     @property
     def normed(self) -> dict[int, Update]:

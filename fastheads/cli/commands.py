@@ -182,6 +182,12 @@ def profile(
             "--kv-groups", help="Also measure the summed contributions of heads that share keys and values."
         ),
     ] = False,
+    vectors: Annotated[
+        bool,
+        typer.Option(
+            "--vectors", help="Also measure each head's mean output, for mean ablation and projections."
+        ),
+    ] = False,
     backend: Backend = "auto",
     precision: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
     dtype: Dtype = "auto",
@@ -317,6 +323,7 @@ def profile(
                 max_tokens=max_tokens,
                 layers=chosen_layers,
                 kv_groups=kv_groups,
+                vectors=vectors,
                 metrics=chosen_metrics,
                 include=include or (),
                 backend=backend,
@@ -366,7 +373,6 @@ def show(
         Mode,
         typer.Option(
             metavar="MODE",
-            hidden=True,  # no run measures mean vectors yet
             help="What heads are to be replaced with. zero: rank by --metric. mean: by the error of replacing a head with its "
             "mean, which needs --model.",
         ),
@@ -376,7 +382,6 @@ def show(
         typer.Option(
             help="For --mode mean: the model that was profiled, a local folder, a GGUF file or a Hub id.",
             show_default=False,
-            hidden=True,
         ),
     ] = None,
     dtype: Dtype = "auto",

@@ -107,7 +107,7 @@ def project(
 def _vectors(profile: Profile) -> MeanVectors:
     if profile.vectors is None:
         raise ResultsError(
-            "this profile has no mean vectors, which this release reads and merges but does not measure"
+            "this profile has no mean vectors: profile with vectors=True (on the command line --vectors)"
         )
     return profile.vectors
 

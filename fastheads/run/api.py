@@ -51,6 +51,7 @@ def profile(
     skip_first: int = 0,
     allow_skipped: bool = False,
     kv_groups: bool = False,
+    vectors: bool = False,
     metrics: Iterable[str] | None = None,
     include: str | Iterable[str] = (),
     field: str | None = None,
@@ -114,6 +115,7 @@ def profile(
         skip_first: leave out the first valid tokens of each sequence (1: the attention sink).
         allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
         kv_groups: also measure the contributions of KV groups (`HookManager`).
+        vectors: also measure the mean vectors (`HookManager`).
         metrics: names of the metrics to measure (`HookManager`).
         include: patterns for names of attention modules to profile that are left out by default (`find_sites`).
         field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
@@ -218,6 +220,7 @@ def profile(
         skip_first=skip_first,
         allow_skipped=allow_skipped,
         kv_groups=kv_groups,
+        vectors=vectors,
         layers=layers,
         include=include,
         metrics=metrics,

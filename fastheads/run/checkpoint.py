@@ -1,8 +1,8 @@
 """Checkpoints: the state from which a run resumes, in one safetensors file for each process.
 
-The file holds the moments bit for bit, and as JSON the position in the data, the counts so far and the configuration, with a
-digest of everything (`results.container`). It may come from anywhere, so all of it is checked; a run resumes only with the same
-configuration.
+The file holds the moments and mean vectors bit for bit, and as JSON the position in the data, the counts so far and the
+configuration, with a digest of everything (`results.container`). It may come from anywhere, so all of it is checked; a run
+resumes only with the same configuration.
 """
 
 import glob
@@ -19,12 +19,13 @@ from torch import Tensor
 from fastheads.errors import CheckpointError
 from fastheads.results.container import ContainerError, pack, unpack
 from fastheads.results.files import UnreadableError, read_once, write_atomic
-from fastheads.results.possible import impossible
+from fastheads.results.possible import MOST_SAMPLES, ROUNDING, TINY, impossible
+from fastheads.stats.mean_vectors import MEAN, MeanVectorPlanes, RunningMeanVectors
 from fastheads.stats.metric import HEAD_METRICS
 from fastheads.stats.moments import PLANES, RunningMoments
 
 FILE_KEY = "fastheads_checkpoint"
-FORMAT_VERSION = 3  # no other is read: a run is resumed by the version that began it
+FORMAT_VERSION = 4  # no other is read: a run is resumed by the version that began it
 LARGEST = 2**30  # bytes; more than any run writes
 LARGEST_HEADER = 100_000_000  # the limit of safetensors
 COUNTS = ("tokens", "sequences", "area", "batches", "looks")
@@ -125,8 +126,26 @@ class Checkpoint:
                 )
 
 
-def check_state(path: Path, buffers: list[Tensor], notes: dict[str, Any]) -> None:
-    """Raise CheckpointError for moments and notes that no run can have written (`HookManager.state`)."""
+def names_of(devices: list[list[Tensor]]) -> dict[str, Tensor]:
+    """Name the parts of the state of each device (`capture.collect.state`)."""
+    return {f"state/{n}/{i}": part for n, parts in enumerate(devices) for i, part in enumerate(parts)}
+
+
+def devices_of(path: Path, tensors: dict[str, Tensor]) -> list[list[Tensor]]:
+    """Return what `names_of` named. Raises CheckpointError for other names."""
+    devices: list[list[Tensor]] = []
+    while f"state/{len(devices)}/0" in tensors:
+        parts: list[Tensor] = []
+        while (name := f"state/{len(devices)}/{len(parts)}") in tensors:
+            parts.append(tensors[name])
+        devices.append(parts)
+    if set(names_of(devices)) != set(tensors):
+        raise CheckpointError(f"{path} is not a checkpoint: it has no moments")
+    return devices
+
+
+def check_state(path: Path, devices: list[list[Tensor]], notes: dict[str, Any]) -> None:
+    """Raise CheckpointError for samples and notes that no run can have written (`capture.collect.state`)."""
     used, missed = notes.get("used"), notes.get("missed")
     names = used if isinstance(used, list) and all(isinstance(some, list) for some in used) else [[None]]
     if not (
@@ -135,18 +154,35 @@ def check_state(path: Path, buffers: list[Tensor], notes: dict[str, Any]) -> Non
         and all(type(row) is int and row >= 0 for row in missed)
     ):
         raise CheckpointError(f"{path} is not a checkpoint: its notes are not those of moments")
-    for buffer in buffers:
-        if buffer.dtype != torch.float64 or buffer.dim() != 5 or buffer.shape[1] != PLANES:
-            raise CheckpointError(f"{path} is not a checkpoint: its moments have another shape or type")
-        for channel in buffer:
-            m = (
-                RunningMoments.over(channel.contiguous()).views()
-            )  # [metrics, rows, heads], every metric with the same samples; the ratios with these or none
-            totals = m.count + m.nonfinite
-            fits = totals == totals[:1]
-            fits[len(HEAD_METRICS) :] |= totals[len(HEAD_METRICS) :] == 0
-            if bool(impossible(m, least=0.0).any()) or not bool(fits.all()):
-                raise CheckpointError(f"{path} is not a checkpoint: its moments contradict each other")
+    for parts in devices:
+        for part in parts:
+            if part.dtype != torch.float64 or not part.is_contiguous():
+                raise CheckpointError(f"{path} is not a checkpoint: its moments have another shape or type")
+            if part.dim() == 3 and part.shape[-1] > MEAN:
+                if not _are_possible(RunningMeanVectors.over(part).views()):
+                    raise CheckpointError(
+                        f"{path} is not a checkpoint: its mean vectors contradict each other"
+                    )
+            elif part.dim() != 4 or part.shape[0] != PLANES:
+                raise CheckpointError(f"{path} is not a checkpoint: its moments have another shape or type")
+            else:
+                # [metrics, rows, heads], every metric with the same samples; the ratios with these or none
+                m = RunningMoments.over(part).views()
+                totals = m.count + m.nonfinite
+                fits = totals == totals[:1]
+                fits[len(HEAD_METRICS) :] |= totals[len(HEAD_METRICS) :] == 0
+                if bool(impossible(m, least=0.0).any()) or not bool(fits.all()):
+                    raise CheckpointError(f"{path} is not a checkpoint: its moments contradict each other")
+
+
+def _are_possible(vectors: MeanVectorPlanes) -> bool:
+    """True if tokens can have these mean vectors."""
+    counts = torch.stack([vectors.count, vectors.nonfinite])
+    constant = vectors.mean.square().sum(-1)
+    fits = (constant <= vectors.output_power * (1 + ROUNDING) + TINY) & (vectors.power >= 0)
+    fits &= (vectors.count > 0) | ((vectors.output_power == 0) & (vectors.power == 0))
+    fits &= vectors.power.isfinite() & vectors.output_power.isfinite() & (counts >= 0).all(0)
+    return bool((fits & (counts <= MOST_SAMPLES).all(0)).all())
 
 
 def _check_counts(document: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from fastheads.models.batch_sharing import RotaryState, Sharing, sharing_of
 from fastheads.models.fingerprint import fingerprint
 from fastheads.results.head_profile import HeadProfile
 from fastheads.run.batches import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
-from fastheads.run.checkpoint import Checkpoint, check_state
+from fastheads.run.checkpoint import Checkpoint, check_state, devices_of, names_of
 from fastheads.run.early_exit import EarlyExit
 from fastheads.run.job import Job
 from fastheads.run.model_state import (
@@ -164,13 +164,10 @@ class Run:
             raise CheckpointError(
                 f"{self.checkpoint.path} is not a checkpoint: its counts or its position are missing"
             )
-        names = [f"moments/{n}" for n in range(len(tensors))]
-        if set(names) != set(tensors):
-            raise CheckpointError(f"{self.checkpoint.path} is not a checkpoint: it has no moments")
-        buffers = [tensors[name] for name in names]
-        check_state(self.checkpoint.path, buffers, notes)
+        devices = devices_of(self.checkpoint.path, tensors)
+        check_state(self.checkpoint.path, devices, notes)
         try:
-            load_state(recorder_of(self.hooks), buffers, notes)
+            load_state(recorder_of(self.hooks), devices, notes)
         except ValueError as error:
             raise CheckpointError(f"cannot resume from {self.checkpoint.path}: {error}") from error
         self.tokens, self.sequences, self.area, self.batches, self.stability.checks = counts  # type: ignore[assignment]
@@ -206,7 +203,7 @@ class Run:
         """Write the checkpoint; False if there is none or writing failed."""
         if self.checkpoint is None or self.feed is None:
             return False
-        buffers, notes = state(recorder_of(self.hooks))
+        devices, notes = state(recorder_of(self.hooks))
         document = {
             "configuration": self.configuration,
             "position": self.feed.position(),
@@ -221,7 +218,7 @@ class Run:
             "settled": self.stability.settled,
             "complete": self.complete,
         }
-        written = self.checkpoint.save({f"moments/{n}": buffer for n, buffer in enumerate(buffers)}, document)
+        written = self.checkpoint.save(names_of(devices), document)
         self._due = time.monotonic() + self.settings.every
         return written
 

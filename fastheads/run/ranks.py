@@ -1,9 +1,13 @@
 """Across the ranks of a job: check that all have the same configuration, and merge their profiles."""
 
+from functools import reduce
 from typing import Any
+
+import torch
 
 from fastheads.errors import OptionError
 from fastheads.results.head_profile import HeadProfile
+from fastheads.results.mean_vectors import MeanVectors
 from fastheads.run.checkpoint import shown
 from fastheads.run.job import Job
 
@@ -39,6 +43,13 @@ def merge_profiles(job: Job, profile: HeadProfile, shard: tuple[int, int]) -> No
     data = job.all_gather_object(metadata["data"])
     backends = job.all_gather_object(metadata["backend"])
     profile.moments = job.merged(profile.moments)
+    if profile.vectors is not None:
+        gathered = {n: job.all_gather(torch.from_numpy(a)) for n, a in profile.vectors.arrays().items()}
+        parts = [
+            MeanVectors.of_arrays(dict(zip(gathered, (part.numpy() for part in arrays), strict=True)))
+            for arrays in zip(*gathered.values(), strict=True)
+        ]
+        profile.vectors = reduce(MeanVectors.merged, parts)
     total = {key: sum(part[key] for part in data) for key in ("tokens", "sequences")}
     area = sum(part["tokens"] / (1 - part["padding"]) for part in data)
     metadata["data"] = data[0] | {

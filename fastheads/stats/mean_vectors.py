@@ -9,8 +9,6 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from fastheads.stats.token_layout import take_last
-
 COUNT, NONFINITE, POWER, OUTPUT_POWER, MEAN = range(
     5
 )  # places in the buffer's last dimension; from MEAN on the vector
@@ -49,26 +47,6 @@ class RunningMeanVectors:
         vectors.buffer = buffer
         return vectors
 
-    def like(self) -> Self:
-        """Make an empty state of the same shape on the same device."""
-        rows, heads, width = self.buffer.shape
-        return type(self)(rows, heads, width - MEAN, self.buffer.device)
-
-    def clear(self) -> None:
-        """Forget every token, in place (addresses do not change)."""
-        self.buffer.zero_()
-
-    def copy_(self, other: "RunningMeanVectors") -> None:
-        """Take the state of `other`, in place: one copy on the device, which a CUDA graph can capture.
-
-        A forward begins with `pending.copy_(committed)` and is committed with `committed.copy_(pending)`.
-        """
-        self.buffer.copy_(other.buffer)
-
-    def merge_(self, other: Tensor) -> None:
-        """Merge a buffer of the same shape, in place; on another device it is copied first."""
-        self.buffer.copy_(merged_buffers(self.buffer, other.to(self.buffer.device)))
-
     def views(self) -> MeanVectorPlanes:
         """Return the planes `[rows, heads]`, the mean `[rows, heads, head_dim]`; they share the buffer's memory."""
         counts = self.buffer[..., :POWER].view(torch.int64)
@@ -81,33 +59,18 @@ class RunningMeanVectors:
         )
 
     def update(
-        self,
-        rows: slice | list[int],
-        z: Tensor,
-        power: Tensor,
-        valid: Tensor | None = None,
-        *,
-        last: bool = False,
+        self, rows: slice | list[int], z: Tensor, power: Tensor, present: Tensor | None = None
     ) -> None:
-        """Merge the tokens of G rows: `z` `[G, B, S, h ≤ heads, d ≤ head_dim]` and ‖W z‖² as `power` `[G, B, S, h]`.
+        """Merge N tokens of G rows: `z` `[G, N, h ≤ heads, d ≤ head_dim]` and ‖W z‖² as `power` `[G, N, h]`, without those where
+        `present`, bool `[N]`, is False.
 
-        `valid` is bool `[B, S]` (or `[1, S]`); None: every token counts. With `last`, only the last valid token of each of the B
-        sequences does (for packed sequences, pass those that `token_layout.last_tokens` takes, without `last`). Where z or
-        its power is not finite the token is left out for that head and counted in `nonfinite`. Never waits for the device.
+        Where z or its power is not finite the token is left out for that head and counted in `nonfinite`. Never waits for the
+        device.
         """
-        _, batch, seq, heads, head_dim = z.shape
-        if batch * seq == 0:
+        _, tokens, heads, head_dim = z.shape
+        if tokens == 0:
             return
         with torch.no_grad():
-            if valid is not None:
-                valid = valid.expand(batch, seq)
-            if last:
-                z, _ = take_last(z.flatten(3), valid)  # [G, B, h·d]
-                z = z.unflatten(-1, (heads, head_dim))
-                power, present = take_last(power, valid)
-            else:
-                z, power = z.flatten(1, 2), power.flatten(1, 2)  # [G, N, h, d], [G, N, h]
-                present = None if valid is None else valid.flatten()
             new = self._of_tokens(z, power, present)
             place = (rows, slice(heads), slice(MEAN + head_dim))
             self.buffer[place] = merged_buffers(self.buffer[place], new)

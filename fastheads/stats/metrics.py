@@ -28,6 +28,8 @@ from fastheads.stats.token_layout import (
 
 # (z [G, N, H, D]) -> contribution norms [G, N, H], for a group of G layers of one shape
 ContributionNorms = Callable[[Tensor], Tensor]
+# (x [G, N, H·D], contribution norms [G, N, H], present bool [N] or None) of the tokens that samples are made of
+TokenReader = Callable[[Tensor, Tensor, Tensor | None], None]
 
 # Elements that one step of a torch path may allocate: 16 MiB of float32. Because of this limit the factored path's memory does
 # not grow with tokens × hidden_size.
@@ -70,6 +72,7 @@ def samples(
     scale: Tensor | None = None,
     ratio: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    read_tokens: TokenReader | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the samples of one call of G projections with inputs `x` `[G, B, S, H·D]`.
 
@@ -79,6 +82,7 @@ def samples(
     Returns values, float64 `[n, 4, G, H]` in the order of METRICS, and bool `[n]`, True for those that count (None: all); n is B
     for "last" and "all", B·S for "token". With `ratio` there are two more, `[n, 6, G, H]`: the contribution norm (scaled) times
     `ratio`, and the square of that. With `cu_seqlens` `[N + 1]` of packed sequences n is N for "all"; "last" takes none.
+    `read_tokens` is given the tokens with the norms of their contributions.
     """
     present: Tensor | None
     if token_agg == "last":
@@ -87,12 +91,14 @@ def samples(
             None if each is None else take_last(each.unsqueeze(-1), mask)[0].squeeze(-1)
             for each in (scale, ratio)
         )
-        norms = with_ratio(token_norms(last, num_heads, contribution, scale), ratio)  # [2 or 4, G, B, H]
+        tokens = last
     else:
         scale, ratio = (None if each is None else each.flatten(1, 2) for each in (scale, ratio))
-        norms = token_norms(x.flatten(1, 2), num_heads, contribution, scale)
-        norms = with_ratio(norms, ratio)  # [2 or 4, G, B·S, H]
-        present = None if mask is None else mask.flatten()
+        tokens, present = x.flatten(1, 2), None if mask is None else mask.flatten()
+    norms = token_norms(tokens, num_heads, contribution, scale)
+    if read_tokens is not None:
+        read_tokens(tokens, norms[1], present)
+    norms = with_ratio(norms, ratio)  # [2 or 4, G, B or B·S, H]
     if token_agg == "all" and cu_seqlens is not None:
         assert mask is not None
         return packed_samples(norms, mask, cu_seqlens)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from fastheads.stats.mean_vectors import RunningMeanVectors
+
 COUNT, NONFINITE, MEAN, M2, MIN, MAX = range(6)
 PLANES = 6
 
@@ -94,18 +96,19 @@ class RunningMoments:
 
     def __init__(self, metrics: int, rows: int, heads: int, device: torch.device) -> None:
         self.buffer = torch.empty(PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
+        self.vectors: RunningMeanVectors | None = None  # the mean vectors that are measured with them
         self.batches: list[Any] = []  # samples not merged yet; used by the accumulator
         self.clear()
 
     @classmethod
-    def over(cls, buffer: Tensor) -> Self:
+    def over(cls, buffer: Tensor, vectors: RunningMeanVectors | None = None) -> Self:
         """Wrap an existing `buffer`, sharing its memory."""
         moments = cls.__new__(cls)
-        moments.buffer, moments.batches = buffer, []
+        moments.buffer, moments.vectors, moments.batches = buffer, vectors, []
         return moments
 
     def clear(self) -> None:
-        """Forget every sample, in place (addresses do not change)."""
+        """Forget every sample, in place (addresses do not change); `vectors` are left as they are."""
         self.buffer.zero_()
         self.buffer[MIN].fill_(torch.inf)
         self.buffer[MAX].fill_(-torch.inf)
@@ -125,132 +128,3 @@ class RunningMoments:
         merged = state.merged(Moments.of(values.to(self.buffer.device), present))
         for plane, new in zip(planes, merged, strict=True):
             plane[:, rows, :heads] = new
-
-
-def _buffer(metrics: int, rows: int, heads: int, device: torch.device, channels: int) -> Tensor:
-    """Allocate memory for moments, float64 `[channels, 6, metrics, rows, heads]`."""
-    device = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
-    with torch.inference_mode(False):  # an inference tensor could not be updated outside inference mode
-        return torch.empty(channels, PLANES, metrics, rows, heads, dtype=torch.float64, device=device)
-
-
-def merged_buffers(one: Tensor, other: Tensor) -> Tensor:
-    """Merge two buffers of moments into a new one, `[channels, 6, metrics, rows, heads]`."""
-    merged = torch.empty_like(one)
-    for target, left, right in zip(merged, one, other, strict=True):
-        planes = RunningMoments.over(left).views().merged(RunningMoments.over(right).views())
-        for plane, new in zip(RunningMoments.over(target).views(), planes, strict=True):
-            plane.copy_(new)
-    return merged
-
-
-def _read_here(buffer: Tensor) -> None:
-    """Keep the memory of `buffer`, which another stream allocated, from reuse until the current stream has read it."""
-    if buffer.is_cuda:
-        buffer.record_stream(torch.cuda.current_stream(buffer.device))
-
-
-class PendingMoments:
-    """The samples, by channel, of a forward that runs beside another; merged into the committed moments when it ends."""
-
-    def __init__(self, metrics: int, rows: int, heads: int, device: torch.device, channels: int = 1) -> None:
-        self.pending_buffer = _buffer(metrics, rows, heads, device, channels)
-        self.pending = [RunningMoments.over(channel) for channel in self.pending_buffer]
-        for moments in self.pending:
-            moments.clear()
-
-    def like(self) -> "PendingMoments":
-        """Make empty moments of the same shape on the same device."""
-        channels, _, metrics, rows, heads = self.pending_buffer.shape
-        return PendingMoments(metrics, rows, heads, self.pending_buffer.device, channels)
-
-
-class CommittedMoments(PendingMoments):
-    """Running moments in two copies: `pending` takes a forward's samples, `committed` holds those of completed forwards.
-
-    Both are lists by channel (`capture.channels`). Begin and commit are one device copy each, which a CUDA graph can capture.
-    Forwards that run beside the one that uses `pending` (in other threads, or nested in it) have `PendingMoments` of their own,
-    which `add` merges.
-    """
-
-    def __init__(self, metrics: int, rows: int, heads: int, device: torch.device, channels: int = 1) -> None:
-        super().__init__(metrics, rows, heads, device, channels)
-        # A separate tensor, since compilers copy tensors that share memory.
-        self.committed_buffer = _buffer(metrics, rows, heads, device, channels)
-        self._begun = (
-            False  # True: a forward has begun since the last commit, so pending may differ from committed
-        )
-        # True: CUDA graphs begin forwards too, and Python does not know what they leave pending.
-        self._begun_in_graph = False
-        self._added: Tensor | None = None  # samples that other forwards committed since this one began
-        self.clear()
-
-    @property
-    def committed(self) -> list[RunningMoments]:
-        return [RunningMoments.over(channel) for channel in self.committed_buffer]
-
-    def begin(self, always: bool) -> None:
-        """Start a forward: overwrite what an exception may have left in `pending`.
-
-        `always`: also if, as far as Python knows, no forward has begun since the last commit; a CUDA graph may have.
-        """
-        if always or self._begun or self._begun_in_graph:
-            self.pending_buffer.copy_(self.committed_buffer)
-        self._added = None
-        self._begun = True
-
-    def is_even(self) -> bool:
-        """True if pending is known to equal committed."""
-        return not (self._begun or self._begun_in_graph)
-
-    def commit(self) -> None:
-        """End a forward normally: its samples count."""
-        if self._added is not None:
-            self.pending_buffer.copy_(merged_buffers(self.pending_buffer, self._added))
-            _read_here(self._added)
-            self._added = None
-        self.committed_buffer.copy_(self.pending_buffer)
-        self._begun = False
-
-    def leave(self) -> None:
-        """End a forward that added no samples here."""
-        if self._added is None:
-            self._begun = False
-        self._added = None
-
-    def add(self, samples: Tensor) -> None:
-        """Commit `samples` `[channels, 6, metrics, rows, heads]` of a forward other than the running one, if there is one."""
-        total = merged_buffers(self.committed_buffer, samples)
-        _read_here(samples)
-        if self._added is not None:
-            _read_here(self._added)
-        # An interrupt may come after any of these lines, so first record the samples for the running forward, whose commit
-        # overwrites committed; and if there is none, that the next one has to begin with a copy.
-        is_under_way, self._begun = self._begun, True
-        self._added = samples.clone() if self._added is None else merged_buffers(self._added, samples)
-        self.committed_buffer.copy_(total)
-        if not is_under_way:
-            self._added = None
-
-    def begun_in_graph(self) -> None:
-        """Note that a captured CUDA graph begins forwards by itself: from now on `begin` always copies."""
-        self._begun_in_graph = True
-
-    def distrust(self) -> None:
-        """Note that pending may differ from committed, also between forwards."""
-        self._begun = True
-
-    def clear(self) -> None:
-        """Forget every sample, in place."""
-        for moments in (*self.committed, *self.pending):
-            moments.clear()
-        self._added = None
-
-    def freeze(self) -> None:
-        """Move the committed moments to memory that no CUDA graph writes to."""
-        with torch.inference_mode(False):
-            self.committed_buffer = self.committed_buffer.clone()
-
-    def buffers(self) -> tuple[Tensor, Tensor]:
-        """Return the memory that a CUDA graph reads and writes."""
-        return self.committed_buffer, self.pending_buffer

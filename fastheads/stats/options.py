@@ -30,6 +30,7 @@ class MeasureOptions:
     include: tuple[str, ...] = ()
     verify: bool = False
     metrics: tuple[str, ...] | None = None  # those in the results; None: all that are not optional
+    vectors: bool = False
 
     def __post_init__(self) -> None:
         if self.token_agg not in TOKEN_AGGS:
@@ -78,6 +79,7 @@ class MeasureOptions:
             "layers": self.layer_list(),
             "include": list(self.include),
             **({} if self.metrics is None else {"metrics": list(self.metrics)}),
+            **({"vectors": True} if self.vectors else {}),
         }
 
     def agreed(self) -> dict[str, Any]:
@@ -87,6 +89,7 @@ class MeasureOptions:
             "skip_first": self.skip_first,
             "layers": self.layer_list(),
             "metrics": self.metrics,
+            "vectors": self.vectors,
         }
 
     def metadata(self, backend: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import fastheads
 from fastheads.capture.collect import load_state, state
 from fastheads.capture.manager import recorder_of
 from fastheads.errors import ForwardError
-from fastheads.stats.moments import CommittedMoments
+from fastheads.stats.state import CommittedState
 
 RTOL = 2e-5
 MASKS = [
@@ -640,4 +640,4 @@ def test_a_forward_that_a_graph_held_as_a_whole_uses_the_managers_own_queues_on_
         recorder = recorder_of(hooks)
         queue = recorder.sink.queue_of(recorder.forwards.whole, torch.device("meta"))
         assert queue is recorder.queues.on(torch.device("meta"))
-        assert isinstance(queue.moments, CommittedMoments)
+        assert isinstance(queue.state, CommittedState)

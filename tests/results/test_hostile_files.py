@@ -472,7 +472,7 @@ def test_what_is_no_file_or_too_large_is_refused(tmp_path):
 def test_what_was_loaded_stays_when_the_file_changes(good, checkpoint, tmp_path):
     for content, load in (
         (good, lambda path: HeadProfile.load(path).moments["head_output_norm"].mean),
-        (checkpoint, lambda path: Checkpoint(path).load()[0]["moments/0"]),
+        (checkpoint, lambda path: Checkpoint(path).load()[0]["state/0/0"]),
     ):
         path = tmp_path / "p"
         path.write_bytes(content)

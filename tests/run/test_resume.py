@@ -453,14 +453,14 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
         bad.append(edited(path, lambda document, k=keys, v=value: set_in(document, k, v)))
     HeadProfile.merge([profile(model, torch.ones(1, 4, dtype=torch.long))]).save(tmp_path / "p.safetensors")
     bad.append((tmp_path / "p.safetensors").read_bytes())
-    bad.append(good.replace(b"moments/0", b"moments/1"))
+    bad.append(good.replace(b"state/0/0", b"state/1/0"))
     bad.append(edited(path, lambda document: None).replace(b'"F64"', b'"I64"'))
     path.write_bytes(good)
-    buffer = torch.from_numpy(read(good, "fastheads_checkpoint")[0]["moments/0"])
+    buffer = torch.from_numpy(read(good, "fastheads_checkpoint")[0]["state/0/0"])
 
     def with_moments(changed):
         return resealed(
-            good, "fastheads_checkpoint", change=lambda arrays: arrays.update({"moments/0": changed.numpy()})
+            good, "fastheads_checkpoint", change=lambda arrays: arrays.update({"state/0/0": changed.numpy()})
         )
 
     for plane, value in (
@@ -475,13 +475,13 @@ def test_damaged_and_hostile_checkpoints_are_refused(model, tokenizer, tmp_path)
     ):
         changed = buffer.clone()
         if plane in (COUNT, NONFINITE):
-            changed.view(torch.int64)[0, plane, 0, 0, 0] = value
+            changed.view(torch.int64)[plane, 0, 0, 0] = value
         else:
-            changed[0, plane, 0, 0, 0] = value
+            changed[plane, 0, 0, 0] = value
         bad.append(with_moments(changed))
     changed = buffer.clone()  # without samples, but with a mean
-    changed.view(torch.int64)[0, COUNT, 0, 0, 0] = 0
-    changed[0, MEAN, 0, 0, 0] = math.nan
+    changed.view(torch.int64)[COUNT, 0, 0, 0] = 0
+    changed[MEAN, 0, 0, 0] = math.nan
     for shaped in (
         changed,
         buffer[0],

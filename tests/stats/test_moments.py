@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastheads.basic import Welford
-from fastheads.stats.moments import CommittedMoments, Moments, RunningMoments
+from fastheads.stats.moments import Moments, RunningMoments
 
 CPU = torch.device("cpu")
 
@@ -111,33 +111,3 @@ def test_empty_and_nonfinite():
     assert m.mean.tolist() == [[[2.0, 0.0]]] and m.m2.tolist() == [[[2.0, 0.0]]]
     assert m.min.tolist() == [[[1.0, inf]]] and m.max.tolist() == [[[3.0, -inf]]]
     assert m.var()[0, 0, 0] == 2 and m.var()[0, 0, 1].isnan()
-
-
-def test_state_keeps_its_address():
-    moments = CommittedMoments(4, 2, 3, CPU)
-    address = moments.committed_buffer.data_ptr(), moments.pending_buffer.data_ptr()
-    moments.begin(always=False)
-    moments.pending[0].update([1], torch.randn(5, 4, 1, 3, dtype=torch.float64))
-    assert moments.committed[0].views().count.sum() == 0
-    moments.commit()
-    assert (
-        moments.committed[0].views().count[:, 1].eq(5).all()
-        and moments.committed[0].views().count[:, 0].eq(0).all()
-    )
-    moments.clear()
-    assert (moments.committed_buffer.data_ptr(), moments.pending_buffer.data_ptr()) == address
-    assert moments.committed[0].views().max.eq(-math.inf).all()
-
-
-@pytest.mark.parametrize("always", [False, True])
-def test_what_was_begun_and_not_committed_is_overwritten(always):
-    moments = CommittedMoments(4, 1, 1, CPU)
-    one = torch.ones(1, 4, 1, 1, dtype=torch.float64)
-    for step in range(4):
-        moments.begin(always=always)
-        moments.pending[0].update([0], one)
-        if step % 2:
-            moments.commit()
-    assert moments.committed[0].views().count.eq(2).all()
-    moments.begin(always=always)
-    assert moments.pending[0].views().count.eq(2).all()

@@ -17,7 +17,7 @@ from fastheads.capture.profiled import Kept
 from fastheads.capture.queue import DeviceQueues, ManagerQueue
 from fastheads.capture.stats import LaunchCounter
 from fastheads.errors import ForwardError, ResultsError
-from fastheads.stats.moments import PendingMoments
+from fastheads.stats.state import PendingState
 from fastheads.stats.token_layout import TokenLayout
 
 
@@ -86,7 +86,7 @@ class DeferredLaunches:
         except BaseException as error:
             self._lost += len(forwards)
             queue.deferred.take()
-            queue.moments.distrust()
+            queue.state.distrust()
             if isinstance(error, torch.OutOfMemoryError):  # else a caller would run the last batch again
                 raise ForwardError(f"{len(forwards)} forwards could not be measured: {error}") from error
             raise
@@ -134,21 +134,21 @@ class DeferredLaunches:
                 raise ForwardError(REUSED)
         if overlap([span for ended in forwards for span in ended.spans()]):
             raise ForwardError(REUSED)
-        moments = queue.moments
+        state = queue.state
         with torch.no_grad(), queue.as_current_device(), queue.on_own_stream():
             # Most often nothing is pending that is not committed: then a copy does for the second time.
-            is_even = moments.is_even()
-            apart: PendingMoments | None = None
+            is_even = state.is_even()
+            apart: PendingState | None = None
             if is_even:
-                targets = moments.pending[:1]
+                targets = state.pending[:1]
             elif self._is_used_elsewhere():
-                apart = moments.like()
+                apart = state.like()
                 targets = apart.pending[:1]
             else:
-                targets = [moments.pending[0], moments.committed[0]]
+                targets = [state.pending[0], state.committed[0]]
             for target in targets:
                 for kept_launch, kept, addresses, layout in forwards:
-                    if kept_launch.run(addresses, kept, target.buffer, layout.valid):
+                    if kept_launch.run(addresses, kept, target, layout.valid):
                         self._counter.count(repeated=True)
                         continue
                     inputs = [entry for entry in kept if not entry[0].is_residual]
@@ -163,6 +163,6 @@ class DeferredLaunches:
                     self._counter.count(repeated=repeated)
                     self._accumulator.finish(target)
             if is_even:
-                moments.commit()
+                state.commit()
             elif apart is not None:
-                moments.add(apart.pending_buffer)
+                state.add(apart.pending_buffer)
