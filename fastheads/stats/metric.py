@@ -5,9 +5,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastheads.errors import OptionError
-from fastheads.stats.names import KV_METRIC, METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC, UPDATE_METRIC
+from fastheads.stats.names import (
+    KV_METRIC,
+    METRICS,
+    RATIO_METRIC,
+    RATIO_SQUARE_METRIC,
+    STREAMING_METRICS,
+    UPDATE_METRIC,
+)
 
-Source = Literal["output", "contribution", "update", "ratio", "kv_group", "function"]
+Source = Literal["output", "contribution", "update", "ratio", "kv_group", "streaming", "function"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,10 @@ KV_GROUP = Metric(KV_METRIC, "kv_group")
 # They come from one read, in planes behind those of HEAD_METRICS.
 RATIOS = (Metric(RATIO_METRIC, "ratio"), Metric(RATIO_SQUARE_METRIC, "ratio"))
 
+STREAMING = tuple(Metric(name, "streaming") for name in STREAMING_METRICS)
+
 _registered: dict[str, Metric] = {
-    metric.name: metric for metric in (*HEAD_METRICS, UPDATE, *RATIOS, KV_GROUP)
+    metric.name: metric for metric in (*HEAD_METRICS, UPDATE, *RATIOS, KV_GROUP, *STREAMING)
 }
 
 

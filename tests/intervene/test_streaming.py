@@ -1,72 +1,31 @@
 """KV groups that really see a window, against dense attention in float64 that is put into the model."""
 
-from functools import partial
-
 import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastheads.errors import ForwardError, OptionError
 from fastheads.intervene.streaming import Streamer, streaming
+from tests.support.dense_attention import attend, in_place_of_own, masks, places
 from tests.support.tiny_models import build, tokens
 
 SINK, WINDOW = 2, 7
 GROUPS = [(0, 1), (2, 0), (2, 1)]
 
 
-def places(attention_mask, position_ids, shape):
-    """(sequence, position) of each token, [B, S] each; padding has sequence -1."""
-    valid = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    starts = torch.zeros(shape, dtype=torch.long)
-    if position_ids is not None:
-        starts[:, 1:] = (position_ids.diff(dim=1) != 1).long()
-    sequence = torch.where(valid, starts.cumsum(1), -1)
-    position = torch.zeros(shape, dtype=torch.long)
-    for row in range(shape[0]):
-        for name in sequence[row].unique():
-            of = sequence[row] == name
-            position[row, of] = torch.arange(int(of.sum()))
-    return sequence, position
+def by_oracle(model, ids, groups=GROUPS, **kwargs):
+    """The logits of the model with dense float64 attention, in which the heads of `groups` see a window."""
+    where = places(ids.shape, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+    full, near = masks(where, SINK, WINDOW)
 
+    def attention(module, query, key, value, mask, scaling, softcap=None, s_aux=None, **_):
+        size = query.shape[1] // key.shape[1]
+        streams = [(module.layer_idx, head // size) in groups for head in range(query.shape[1])]
+        seen = torch.where(torch.tensor(streams)[:, None, None], near, full)
+        return attend(query, key, value, seen, scaling, softcap, s_aux)[0].to(value.dtype), None
 
-def dense_attention(module, query, key, value, mask, scaling, where, softcap=None, s_aux=None, **_):
-    """Dense float64 attention in which the heads of GROUPS see a window."""
-    sequence, position = where
-    token = torch.arange(query.shape[2])
-    causal = (token[:, None] >= token) & (sequence[:, :, None] == sequence[:, None])
-    near = (position[:, None] < SINK) | (position[:, :, None] - position[:, None] < WINDOW)
-    size = query.shape[1] // key.shape[1]
-    chosen = [(module.layer_idx, head // size) in GROUPS for head in range(query.shape[1])]
-    seen = torch.stack([causal & near if streams else causal for streams in chosen], dim=1)
-    q = query.double()
-    k, v = (x.double().repeat_interleave(size, dim=1) for x in (key, value))
-    scores = q @ k.transpose(-1, -2) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~(seen | torch.eye(len(token), dtype=torch.bool)), -torch.inf)
-    if s_aux is not None:
-        sinks = s_aux.double()[None, :, None, None].expand(*scores.shape[:3], 1)
-        share = torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1]
-    else:
-        share = scores.softmax(dim=-1)
-    return (share @ v).to(value.dtype).transpose(1, 2).contiguous(), None
-
-
-def by_oracle(model, ids, **kwargs):
-    """The logits of the model with dense_attention in the place of its own."""
-    where = places(kwargs.get("attention_mask"), kwargs.get("position_ids"), ids.shape)
-    ALL_ATTENTION_FUNCTIONS["oracle"] = partial(dense_attention, where=where)
-    own = model.config._attn_implementation
-    try:
-        for module in model.modules():
-            if hasattr(module, "config"):
-                module.config._attn_implementation_internal = "oracle"
+    with in_place_of_own(model, attention):
         return model(ids, use_cache=False, **kwargs).logits
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["oracle"]
-        for module in model.modules():
-            if hasattr(module, "config"):
-                module.config._attn_implementation_internal = own
 
 
 def layout(name, batch=2, seq=40):
@@ -134,16 +93,11 @@ def test_flex_attention():
 
 
 def test_multi_query_attention():
-    global GROUPS
-    model, ids, before = build("llama", num_key_value_heads=1), tokens(2, 40), GROUPS
-    try:
-        GROUPS = [(1, 0)]
-        with torch.no_grad():
-            want = by_oracle(model, ids)
-            with streaming(model, GROUPS, sink=SINK, window=WINDOW):
-                got = model(ids).logits
-    finally:
-        GROUPS = before
+    model, ids = build("llama", num_key_value_heads=1), tokens(2, 40)
+    with torch.no_grad():
+        want = by_oracle(model, ids, [(1, 0)])
+        with streaming(model, [(1, 0)], sink=SINK, window=WINDOW):
+            got = model(ids).logits
     assert torch.allclose(got, want, atol=1e-5)
 
 
