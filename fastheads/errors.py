@@ -10,6 +10,7 @@ missing, or cannot be written, raise the system's OSError.
                      KeyboardInterrupt alone
     of its results   ResultsError, StaleFactorError
     of profiles      ProfileError, with ProfileFileError; MergeError
+    of maps          KvMapError
 """
 
 import signal
@@ -75,6 +76,10 @@ class ProfileFileError(ProfileError):
 
 class MergeError(FastheadsError, ValueError):
     """Profiles must not be merged: they are of different models or settings, or of the same data."""
+
+
+class KvMapError(FastheadsError, ValueError):
+    """A file is no map of KV groups, or it is not of this model."""
 
 
 class OptionError(FastheadsError, ValueError):

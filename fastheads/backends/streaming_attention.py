@@ -69,7 +69,9 @@ class TokenPlaces:
     masks: dict[Any, Any] = field(default_factory=dict)
 
 
-def places_of(layout: TokenLayout, shape: tuple[int, int], window: Window, device: torch.device) -> TokenPlaces:
+def places_of(
+    layout: TokenLayout, shape: tuple[int, int], window: Window, device: torch.device
+) -> TokenPlaces:
     """Find the places of the tokens of a call with this layout (`skip_first` 0), for inputs `[B, S, ...]` on `device`.
 
     Waits for the device only if that is the CPU.
@@ -164,8 +166,12 @@ def streaming_attention(call: AttentionCall, places: TokenPlaces, window: Window
         if call.softcap is None and call.sinks is None and not blocks.own_sinks:
             z = _fused(q, k, v, mask, call.scaling)
         else:
-            z = _explicit(q, k, v, mask, call, None if not blocks.own_sinks else blocks.sinks(key, value, part))
-        z = z.unflatten(0, (-1, part.stop - part.start)).permute(0, 1, 3, 2, 4).flatten(1, 2)  # [B, n·Q, H, Dv]
+            z = _explicit(
+                q, k, v, mask, call, None if not blocks.own_sinks else blocks.sinks(key, value, part)
+            )
+        z = (
+            z.unflatten(0, (-1, part.stop - part.start)).permute(0, 1, 3, 2, 4).flatten(1, 2)
+        )  # [B, n·Q, H, Dv]
         first = part.start * blocks.size
         last = min(part.stop * blocks.size, out.shape[1])
         out[:, first:last] = z[:, : last - first].to(out.dtype)
@@ -189,7 +195,9 @@ def attention_beyond(call: AttentionCall, places: TokenPlaces, window: Window) -
     for first in range(0, seq, step):
         asks = token[first : first + step]
         q = query[:, :, asks].unflatten(1, (-1, groups)).float()  # [B, K, H / K, Q, D]
-        scores = _capped(torch.matmul(q, key.float().unsqueeze(2).transpose(-1, -2)) * call.scaling, call.softcap)
+        scores = _capped(
+            torch.matmul(q, key.float().unsqueeze(2).transpose(-1, -2)) * call.scaling, call.softcap
+        )
         index = (asks.expand(batch, -1)[:, :, None], token[None, None])
         seen, bias = _seen(places, *index), _model_mask(call, places, *index)
         scores = _masked(scores, seen, bias, groups)
@@ -269,7 +277,9 @@ class _Blocks:
         places, window = self._places, self._window
         device, blocks = self._device, torch.arange(part.start, part.stop, device=self._device)
         asks = (blocks * self.size)[:, None] + torch.arange(self.size, device=device)  # [n, Q]
-        near = (blocks * self.size - self.before)[:, None] + torch.arange(self.before + self.size, device=device)
+        near = (blocks * self.size - self.before)[:, None] + torch.arange(
+            self.before + self.size, device=device
+        )
         sinks = torch.arange(self._shared, device=device).expand(len(blocks), -1)
         keys = torch.cat([sinks, near], dim=1)  # [n, sink + W]
         is_sink = torch.arange(keys.shape[1], device=device) < self._shared
@@ -292,7 +302,9 @@ class _Blocks:
                     bias = torch.where(bias, 0.0, -torch.inf)
         return seen | itself, bias
 
-    def sinks(self, key: Tensor, value: Tensor, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    def sinks(
+        self, key: Tensor, value: Tensor, part: slice
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
         """Each query's own sinks: keys and values `[B · n, K, Q, sink, D]`, which are seen, `[B · n, Q, sink]`, and the bias."""
         if not self._window.sink:
             return None

@@ -371,7 +371,9 @@ class Recorder:
     def _check_not_streaming(self) -> None:
         """Raise ForwardError if streaming errors are asked for in compiled code."""
         if self.scope.streaming is not None:
-            raise ForwardError("streaming errors cannot be measured in compiled code: run without torch.compile")
+            raise ForwardError(
+                "streaming errors cannot be measured in compiled code: run without torch.compile"
+            )
 
     def trace(self, module: nn.Module, args: tuple[Any, ...], site: TracedSite) -> None:
         """`measure`, as Dynamo traces it."""

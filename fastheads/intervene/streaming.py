@@ -1,5 +1,6 @@
 """Let chosen KV groups see only the first tokens of a sequence and the last ones, in the forward of the model itself."""
 
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fastheads.backends.streaming_attention import (
     TokenPlaces,
     Window,
+    attention_beyond,
     check_distance,
     of_groups,
     places_of,
@@ -92,43 +94,33 @@ class Streamer:
             raise OptionError(f"layer {layer} has several attentions, so that {(layer, group)} is ambiguous")
         number = num_kv_heads(self.model, sites[0])
         if not 0 <= group < number:
-            raise OptionError(
-                f"no KV group {group} in layer {layer}, which has the groups 0 to {number - 1}"
-            )
+            raise OptionError(f"no KV group {group} in layer {layer}, which has the groups 0 to {number - 1}")
         why = cannot_stream(attention_of(self.model, sites[0]))
         if why is not None:
             raise OptionError(f"layer {layer} cannot be streamed: {why}")
         return layer, group
 
 
-class Streaming(AbstractContextManager["Streaming"]):
-    """The context that `streaming` returns. It may be entered again once it was left."""
+class Tapped(AbstractContextManager["Tapped"]):
+    """A context in which the attentions of some layers have taps, which know where the tokens of the call are."""
 
-    def __init__(
-        self, model: nn.Module, sites: dict[int, HeadSite], groups: dict[int, list[int]], window: Window
-    ) -> None:
-        """`sites` and `groups` by layer."""
+    def __init__(self, model: nn.Module, sites: dict[int, HeadSite], window: Window) -> None:
+        """`sites` by layer."""
         self.window = window
-        self._model, self._sites, self._groups = model, sites, groups
+        self._model, self._sites = model, sites
         self._decoder = decoder_of(model)
         self._arguments = DecoderArguments(self._decoder)
         self._local = threading.local()
         self._handles: list[Any] = []
-        self._unchecked: set[int] = set()
 
-    @property
-    def kv_groups(self) -> list[tuple[int, int]]:
-        """The KV groups that see a window, as sorted pairs (layer, KV group)."""
-        return [(layer, group) for layer, groups in self._groups.items() for group in groups]
+    def _take(self, layer: int, call: AttentionCall, output: Tensor, places: TokenPlaces) -> Tensor | None:
+        """Look at one call of a layer's attention; return what replaces the output."""
+        raise NotImplementedError
 
     def __enter__(self) -> Self:
         if self._handles:
             raise OptionError("this context is entered already: make another one")
-        self._unchecked = set(self._groups)
-        taps: dict[nn.Module, AttentionTap] = {
-            attention_of(self._model, self._sites[layer]): self._tap(layer, torch.tensor(groups))
-            for layer, groups in self._groups.items()
-        }
+        taps = {attention_of(self._model, site): self._tap(layer) for layer, site in self._sites.items()}
         self._handles = [
             # Code that was compiled before does not see the taps.
             RetraceHandle({site.name: site.module for site in self._sites.values()}),
@@ -155,31 +147,21 @@ class Streaming(AbstractContextManager["Streaming"]):
         self._local.places, self._local.ran = {}, set()
 
     def _end(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        missing = sorted(set(self._groups) - self._local.ran)
+        missing = sorted(set(self._sites) - self._local.ran)
         self._local.layout = None
         if missing:
             raise ForwardError(
                 f"the attention function of layer {missing[0]} was not called: it cannot be streamed"
             )
 
-    def _tap(self, layer: int, groups: Tensor) -> AttentionTap:
-        """Make the tap that replaces the output of these KV groups."""
-
+    def _tap(self, layer: int) -> AttentionTap:
         def tap(call: AttentionCall, output: Tensor) -> Tensor | None:
             layout = getattr(self._local, "layout", None)
             if layout is None:
                 raise ForwardError("streaming attention needs a call of the whole decoder, not of a layer")
             self._local.ran.add(layer)
             places = self._places(layout, output)
-            if places.shape[1] <= self.window.reach:
-                return None
-            part, heads = of_groups(call, groups.to(output.device))
-            check = layer in self._unchecked
-            z, distance = streamed(part, output[:, :, heads], places, self.window, check=check)
-            if distance is not None:
-                check_distance(call.module, distance, output.dtype)
-                self._unchecked.discard(layer)
-            return output.index_copy(2, heads, z)
+            return None if places.shape[1] <= self.window.reach else self._take(layer, call, output, places)
 
         return tap
 
@@ -189,6 +171,64 @@ class Streaming(AbstractContextManager["Streaming"]):
             shape = (output.shape[0], output.shape[1])
             known[output.device] = places_of(layout, shape, self.window, output.device)
         return known[output.device]
+
+
+class Streaming(Tapped):
+    """The context that `streaming` returns. It may be entered again once it was left."""
+
+    def __init__(
+        self, model: nn.Module, sites: dict[int, HeadSite], groups: dict[int, list[int]], window: Window
+    ) -> None:
+        """`sites` and `groups` by layer."""
+        super().__init__(model, sites, window)
+        self._groups = groups
+        self._unchecked = set(groups)  # layers
+
+    @property
+    def kv_groups(self) -> list[tuple[int, int]]:
+        """The KV groups that see a window, as sorted pairs (layer, KV group)."""
+        return [(layer, group) for layer, groups in self._groups.items() for group in groups]
+
+    def _take(self, layer: int, call: AttentionCall, output: Tensor, places: TokenPlaces) -> Tensor:
+        part, heads = of_groups(call, torch.tensor(self._groups[layer], device=output.device))
+        check = layer in self._unchecked
+        z, distance = streamed(part, output[:, :, heads], places, self.window, check=check)
+        if distance is not None:
+            check_distance(call.module, distance, output.dtype)
+            self._unchecked.discard(layer)
+        return output.index_copy(2, heads, z)
+
+
+class AttentionMass(Tapped):
+    """A context that measures, of each head, the share of the attention that is on keys outside sink and window: its mean over
+    the tokens beyond sink + window, in eager code. The baseline of what the streaming error is compared with.
+    """
+
+    def __init__(self, model: nn.Module, window: Window) -> None:
+        """Of all layers whose attention can be seen. Raises NoSitesError if the model has nothing to profile."""
+        model = unwrapped(model)
+        sites = {site.layer: site for site in find_sites(model)}
+        seen = {layer: s for layer, s in sites.items() if cannot_stream(attention_of(model, s)) is None}
+        super().__init__(model, seen, window)
+        self._sums: dict[int, Tensor] = {}
+        self._tokens: dict[int, int] = {}
+
+    def _take(self, layer: int, call: AttentionCall, output: Tensor, places: TokenPlaces) -> None:
+        with torch.no_grad():
+            share = attention_beyond(call, places, self.window)
+            total = torch.where(places.beyond[:, :, None], share, 0.0).double().sum(dim=(0, 1)).cpu()
+        self._sums[layer] = self._sums.get(layer, 0) + total
+        self._tokens[layer] = self._tokens.get(layer, 0) + int(places.beyond.sum())
+
+    def of_kv_groups(self) -> dict[tuple[int, int], float]:
+        """Return the mean over the query heads of each KV group, by (layer, KV group); NaN without tokens."""
+        found = {}
+        for layer, total in self._sums.items():
+            groups = num_kv_heads(self._model, self._sites[layer])
+            means = total.view(groups, -1).mean(dim=1) / max(self._tokens[layer], 1)
+            for group in range(groups):
+                found[layer, group] = float(means[group]) if self._tokens[layer] else math.nan
+        return found
 
 
 def _whole(number: Any) -> int:

@@ -22,10 +22,40 @@ GET = "get_interface"
 # Keyword arguments that do not change the result, or that `AttentionCall` holds.
 KNOWN = frozenset(
     (
-        *("dropout", "scaling", "softcap", "s_aux", "is_causal", "sliding_window", "position_ids", "use_cache"),
-        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "output_attentions", "return_dict"),
-        *("output_hidden_states", "output_router_logits", "logits_to_keep", "num_items_in_batch", "cache_position"),
-        *("kernel_options", "layer_idx", "deterministic", "token_type_ids", "input_ids", "labels", "past_key_values"),
+        *(
+            "dropout",
+            "scaling",
+            "softcap",
+            "s_aux",
+            "is_causal",
+            "sliding_window",
+            "position_ids",
+            "use_cache",
+        ),
+        *(
+            "cu_seq_lens_q",
+            "cu_seq_lens_k",
+            "max_length_q",
+            "max_length_k",
+            "output_attentions",
+            "return_dict",
+        ),
+        *(
+            "output_hidden_states",
+            "output_router_logits",
+            "logits_to_keep",
+            "num_items_in_batch",
+            "cache_position",
+        ),
+        *(
+            "kernel_options",
+            "layer_idx",
+            "deterministic",
+            "token_type_ids",
+            "input_ids",
+            "labels",
+            "past_key_values",
+        ),
     )
 )
 # Types of layers, in a configuration's `layer_types`, whose attention sees all tokens before it.
@@ -181,9 +211,14 @@ def window_of(owner: nn.Module) -> str | None:
     return None
 
 
-def _call_of(module: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> AttentionCall:
+def _call_of(
+    module: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AttentionCall:
     """Return the call with these arguments. Raises ForwardError if it is of another kind."""
-    given = dict(zip(("query", "key", "value", "attention_mask", "scaling", "dropout"), args, strict=False)) | kwargs
+    given = (
+        dict(zip(("query", "key", "value", "attention_mask", "scaling", "dropout"), args, strict=False))
+        | kwargs
+    )
     query, key, value = given.pop("query"), given.pop("key"), given.pop("value")
     mask = given.pop("attention_mask", None)
     causal = given.get("is_causal")
@@ -195,7 +230,10 @@ def _call_of(module: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: d
     if given.get("sliding_window") is not None:
         _refuse(module, f"is windowed already (sliding_window {given['sliding_window']})")
     if key.shape[2] != query.shape[2]:
-        _refuse(module, f"has {key.shape[2]} keys for {query.shape[2]} tokens: a cache must be empty (use_cache=False)")
+        _refuse(
+            module,
+            f"has {key.shape[2]} keys for {query.shape[2]} tokens: a cache must be empty (use_cache=False)",
+        )
     if output.shape[:3] != (query.shape[0], query.shape[2], query.shape[1]):
         _refuse(module, f"gives {list(output.shape)} for queries {list(query.shape)}")
     unknown = [name for name, value in given.items() if value is not None and name not in KNOWN]

@@ -12,6 +12,7 @@ from fastheads.results.files import write_atomic
 from fastheads.results.protocol import Profile
 from fastheads.results.ranking import by_metric, displayed_metric, missing_ratio
 from fastheads.stats.arrays import Array
+from fastheads.stats.names import KV_METRICS
 from fastheads.stats.scales import scale_of
 
 if TYPE_CHECKING:
@@ -44,8 +45,11 @@ def heatmap(profile: Profile, metric: str | None = None, stat: str = "mean") -> 
     if stat not in stats:
         raise OptionError(f"unknown stat {stat!r}: choose one of {', '.join(stats)}")
     values = np.where(stats["count"] > 0, stats[stat], np.nan)
+    is_of_groups = metric in KV_METRICS
+    if is_of_groups:  # fewer than heads
+        values = values[:, : int((stats["count"] > 0).any(0).nonzero()[0].max(initial=0)) + 1]
 
-    rows, heads = profile.shape
+    rows, heads = values.shape
     figure = Figure(figsize=(min(3 + 0.35 * max(heads, 9), 18), min(2 + 0.22 * max(rows, 14), 24)))
     figure.set_layout_engine("constrained")
     axes = figure.add_subplot(facecolor="0.85")
@@ -55,7 +59,7 @@ def heatmap(profile: Profile, metric: str | None = None, stat: str = "mean") -> 
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
     note = f"\n({scale.note})" if scale.note and stat == "mean" else ""
     figure.colorbar(image, label=f"{stat} of {metric}{note}" + (f"\n{missing}" if missing else ""))
-    axes.set(xlabel="head", ylabel="layer")
+    axes.set(xlabel="KV group" if is_of_groups else "head", ylabel="layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     step = -(-rows // 30)  # at most 30 labels are legible
     axes.set_yticks(range(0, rows, step), [str(layer) for layer in profile.layers[::step]])

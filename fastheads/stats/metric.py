@@ -22,8 +22,8 @@ class Metric:
     """One number of every token and head, and where it comes from.
 
     `source`: "output", the norm of z_h; "contribution", of W_h z_h; "update", of what the layer adds for the head; "ratio", that
-    over the norm of the residual stream; "kv_group", of the summed contributions of a KV group; "function", the number that
-    `function` gives.
+    over the norm of the residual stream; "kv_group", of the summed contributions of a KV group; "streaming", of what is lost with
+    a small window, over the norm of the residual stream; "function", the number that `function` gives.
     """
 
     name: str

@@ -137,7 +137,9 @@ def _checked_window(streaming: Any) -> tuple[int, int]:
     try:
         sink, window = streaming
     except (TypeError, ValueError):
-        raise OptionError(f"streaming must be two numbers of tokens, (sink, window), not {streaming!r}") from None
+        raise OptionError(
+            f"streaming must be two numbers of tokens, (sink, window), not {streaming!r}"
+        ) from None
     for name, value, least in (("sink", sink, 0), ("window", window, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise OptionError(f"{name} must be a whole number of tokens, {least} or more, not {value!r}")

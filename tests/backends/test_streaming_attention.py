@@ -146,7 +146,9 @@ def test_it_is_dense_attention_with_a_window(kind, layout):
 
 
 @pytest.mark.parametrize(
-    "window", [Window(0, 20), Window(3, 1), Window(1, 64), Window(4, 65), Window(2, 100), Window(70, 9)], ids=str
+    "window",
+    [Window(0, 20), Window(3, 1), Window(1, 64), Window(4, 65), Window(2, 100), Window(70, 9)],
+    ids=str,
 )
 def test_windows_of_all_sizes(window):
     check(call(), "whole", window)

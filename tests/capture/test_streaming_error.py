@@ -77,7 +77,9 @@ def samples(values, where, token_agg, *, skip_first=0):
 
 def check(results, values, where, token_agg, *, rtol=1e-5, skip_first=0):
     for n, of_layer in values.items():
-        for metric, each in zip(NAMES, (of_layer[0], of_layer[0] ** 2, of_layer[1], of_layer[1] ** 2), strict=True):
+        for metric, each in zip(
+            NAMES, (of_layer[0], of_layer[0] ** 2, of_layer[1], of_layer[1] ** 2), strict=True
+        ):
             want = samples(each, where, token_agg, skip_first=skip_first)
             got = results[metric]
             heads = want.shape[1]
@@ -228,7 +230,9 @@ def test_layers_with_a_window_have_no_samples_and_a_reason():
     full = [kind == "full_attention" for kind in model.config.layer_types]
     assert results["head_streaming_error"]["count"].bool().any(1).tolist() == full
     reasons = results["metadata"]["streaming_unknown"]
-    assert list(reasons) == [site.name for site, seen in zip(find_sites(model), full, strict=True) if not seen]
+    assert list(reasons) == [
+        site.name for site, seen in zip(find_sites(model), full, strict=True) if not seen
+    ]
     assert "sliding_attention" in reasons["model.layers.0.self_attn.o_proj"]
 
 
@@ -323,7 +327,9 @@ def test_an_induction_head_ranks_first():
         # Layer 1, head 1: its query is the token, its key the token before, its value the token.
         for projection, source in ((second.q_proj, here), (second.k_proj, before), (second.v_proj, here)):
             projection.weight[head_dim : head_dim + size] = 0
-            projection.weight[head_dim : head_dim + size, source] = torch.eye(size) * (4 if projection is not second.v_proj else 1)
+            projection.weight[head_dim : head_dim + size, source] = torch.eye(size) * (
+                4 if projection is not second.v_proj else 1
+            )
         second.o_proj.weight[:, head_dim : head_dim + size] = 0
         second.o_proj.weight[out, head_dim : head_dim + size] = torch.eye(size)
         assert first is not second

@@ -155,7 +155,9 @@ def test_wrong_windows_are_named(sink, window, text):
 
 
 def test_layers_that_cannot_be_streamed_are_named():
-    with pytest.raises(OptionError, match="layer 0 cannot be streamed: its layer is one of sliding_attention"):
+    with pytest.raises(
+        OptionError, match="layer 0 cannot be streamed: its layer is one of sliding_attention"
+    ):
         streaming(build("gemma2"), [(0, 0)], sink=4, window=8)
 
 
@@ -196,7 +198,7 @@ def test_code_that_was_compiled_before_is_not_wrong_silently():
             try:
                 got = compiled(ids).last_hidden_state
             except Exception as error:  # Dynamo wraps it in one of its own
-                assert "compile" in str(error)  # noqa: PT017
+                assert "compile" in str(error)
             else:
                 assert torch.allclose(got, want, atol=1e-5)
         assert torch.allclose(compiled(ids).last_hidden_state, plain, atol=1e-6)
