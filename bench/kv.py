@@ -1,10 +1,10 @@
 """Streaming errors: what they cost to measure, how reliable they are, and what KV groups chosen by them cost at run time.
 
-    python bench/kv.py                      SmolLM2 on the CPU: reliability, losses against random draws, overhead; hours on a slow one
+    python bench/kv.py                      SmolLM2 on the CPU: overhead, reliability, losses against random draws: hours
     python bench/kv.py --only overhead      one part of it: overhead, reliability or losses
     python bench/kv.py --gpu                overhead on layers of an 8B model with random weights, 8,192 tokens, bfloat16
 
-Prints JSON (`-o FILE` writes it). Times are ratios of CPU or device time in one process, of the least of several alternating runs.
+Prints JSON (`-o FILE` writes it). Times are ratios of CPU or device time in one process, of the least of alternating runs.
 """
 
 import argparse
@@ -12,9 +12,12 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import fastheads
 from fastheads import HeadProfile, HookManager, profile
@@ -29,19 +32,19 @@ from fastheads.stats.names import KV_STREAMING_SQUARE_METRIC, STREAMING_METRICS,
 SINK = 4
 
 
-def say(*words):
+def say(*words: Any) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
-def spearman(a, b):
+def spearman(a: Any, b: Any) -> float:
     ranks = [np.argsort(np.argsort(x)) for x in (a, b)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def overhead(model, ids, window, *, repeats, device):
+def overhead(model: Any, ids: Tensor, window: int, *, repeats: int, device: str) -> dict[str, Any]:
     """The time of forwards with streaming errors over plain ones, and the peak of memory."""
 
-    def run():
+    def run() -> float:
         if device == "cpu":
             begin = time.process_time()
             model(ids, use_cache=False)
@@ -52,7 +55,7 @@ def overhead(model, ids, window, *, repeats, device):
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    def peak(function):
+    def peak(function: Callable[[], float]) -> int | None:
         if device == "cpu":
             return None
         torch.cuda.synchronize()
@@ -60,7 +63,8 @@ def overhead(model, ids, window, *, repeats, device):
         function()
         return torch.cuda.max_memory_allocated()
 
-    times, peaks = {"plain": [], "streaming": [], "heads": []}, {}
+    times: dict[str, list[float]] = {"plain": [], "streaming": [], "heads": []}
+    peaks: dict[str, Any] = {}
     with torch.inference_mode():
         for number in range(repeats + 1):
             plain = run()
@@ -77,7 +81,7 @@ def overhead(model, ids, window, *, repeats, device):
                     times[name].append(value)
             say("overhead", number, plain, streaming, heads)
     least = {name: min(values) for name, values in times.items()}
-    found = {
+    found: dict[str, Any] = {
         "tokens": ids.numel(),
         "window": window,
         "seconds": least,
@@ -90,22 +94,23 @@ def overhead(model, ids, window, *, repeats, device):
     return found
 
 
-def sequences(tokenizer, seq_len, data):
-    source = open_source(data) if data else open_source(None)
+def sequences(tokenizer: Any, seq_len: int, data: str | None) -> Tensor:
+    source = open_source(data)
+    assert source is not None
     corpus = Corpus(source, tokenizer, cut="stream", seq_len=seq_len)
     rows = [ids for window in corpus.windows() for ids in window.sequences if len(ids) == seq_len]
     return torch.stack(rows).long()
 
 
-def profiled(model, rows, window):
+def profiled(model: Any, rows: Tensor, window: int) -> HeadProfile:
     batches = [{"input_ids": row[None]} for row in rows]
     return profile(model, batches, token_agg="all", streaming=(SINK, window), metrics=STREAMING_METRICS)
 
 
-def smollm2(args):
+def smollm2(args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = loading.load(loading.find_model(None), dtype="float32", device=args.device)
     model.eval()
-    found = {}
+    found: dict[str, Any] = {}
     if args.only in (None, "overhead"):
         ids = sequences(tokenizer, 2048, args.data)[:1].to(args.device)
         found["overhead"] = [
@@ -116,15 +121,18 @@ def smollm2(args):
         return found
     rows = sequences(tokenizer, args.seq_len, args.data)
     ranking, held_out = rows[: args.rank], rows[-args.held_out :]
-    assert args.rank + args.held_out <= len(rows), f"{len(rows)} sequences are too few"
+    if args.rank + args.held_out > len(rows):
+        raise SystemExit(f"{len(rows)} sequences are too few")
     halves = [profiled(model, ranking[half::2], args.window) for half in range(2)]
     whole = HeadProfile.merge(halves)
     say("profiled")
     found["reliability"] = {"sequences": len(ranking), "tokens": ranking.numel()}
     for metric in (KV_STREAMING_SQUARE_METRIC, STREAMING_SQUARE_METRIC):
         means = [half.statistics(metric)["mean"] for half in halves]
-        known = ~np.isnan(means[0])
-        found["reliability"][f"split-half Spearman of {metric}"] = spearman(*(mean[known] for mean in means))
+        measured = ~np.isnan(means[0])
+        found["reliability"][f"split-half Spearman of {metric}"] = spearman(
+            *(mean[measured] for mean in means)
+        )
     say(found["reliability"])
     if args.only == "reliability":
         return found
@@ -141,7 +149,7 @@ def smollm2(args):
     evaluator = Evaluator(model, trials, sink=SINK, window=args.window)
     say("base", {name: float(values.mean()) for name, values in evaluator.base.items()})
     costs = []
-    sets = [
+    sets: list[tuple[str, list[tuple[int, int]]]] = [
         ("rms", by_rms.streaming),
         ("mean", by_mean.streaming),
         ("attention mass", by_mass),
@@ -177,11 +185,11 @@ def smollm2(args):
     return found
 
 
-def of_8b(args):
+def of_8b(args: argparse.Namespace) -> dict[str, Any]:
     """An 8B Llama's layers, fewer of them: what is measured grows with the layers, as does the forward but for its embedding."""
     from transformers import LlamaConfig, LlamaModel
 
-    config = LlamaConfig(
+    config = LlamaConfig(  # type: ignore[call-arg]  # of its base
         vocab_size=1024,
         hidden_size=4096,
         intermediate_size=14336,
@@ -194,7 +202,11 @@ def of_8b(args):
     with torch.device("cuda"):
         model = LlamaModel._from_config(config, dtype=torch.bfloat16).eval()
     ids = torch.randint(0, 1024, (args.batch, args.tokens), device="cuda")
-    found = {"layers": args.layers, "batch": args.batch, "device": torch.cuda.get_device_name()}
+    found: dict[str, Any] = {
+        "layers": args.layers,
+        "batch": args.batch,
+        "device": torch.cuda.get_device_name(),
+    }
     for window in (128, 256, 1024):
         found[f"window {window}"] = overhead(model, ids, window, repeats=args.repeats, device="cuda")
     weights = sum(p.nbytes for p in model.parameters())
@@ -205,7 +217,7 @@ def of_8b(args):
     return {"overhead": found}
 
 
-def write(args, found):
+def write(args: argparse.Namespace, found: dict[str, Any]) -> str:
     about = {
         "fastheads": fastheads.__version__,
         "torch": torch.__version__,
@@ -220,7 +232,7 @@ def write(args, found):
     return text
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

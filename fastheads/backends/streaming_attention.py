@@ -19,7 +19,7 @@ from fastheads.errors import ForwardError, OptionError
 from fastheads.models.attention import AttentionCall, of_layer
 from fastheads.stats.token_layout import TokenLayout
 
-# Queries in a block: as many as the window, within these limits. More make more scores that are masked, fewer more copies of keys.
+# Queries in a block: as many as the window, within these limits. More mean more masked scores, fewer more copies of keys.
 LEAST_BLOCK, MOST_BLOCK = 64, 256
 # Elements that a step may allocate for copies of keys and for scores: 128 MiB of float32.
 SCRATCH_ELEMENTS = 2**25
@@ -150,13 +150,13 @@ def of_groups(call: AttentionCall, groups: Tensor) -> tuple[AttentionCall, Tenso
     mask = call.mask
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
         mask = mask[:, heads]
-    parts = {"query": call.query[:, heads], "key": call.key[:, groups], "value": call.value[:, groups]}
     sinks = None if call.sinks is None else call.sinks[heads]
-    return replace(call, mask=mask, sinks=sinks, **parts), heads
+    query, key, value = call.query[:, heads], call.key[:, groups], call.value[:, groups]
+    return replace(call, query=query, key=key, value=value, mask=mask, sinks=sinks), heads
 
 
 def streaming_attention(call: AttentionCall, places: TokenPlaces, window: Window) -> Tensor:
-    """Return the streaming attention's output `[B, S, H, Dv]`, in the dtype of the values; at padding it is any number, or NaN."""
+    """Return the streaming attention's output `[B, S, H, Dv]`, in the dtype of the values; at padding anything, even NaN."""
     query, key, value = (_in_order(x, places.order) for x in (call.query, call.key, call.value))
     blocks = _Blocks(call, places, window)
     out = value.new_empty(value.shape[0], query.shape[2], query.shape[1], value.shape[-1])  # [B, S, H, Dv]
@@ -166,9 +166,8 @@ def streaming_attention(call: AttentionCall, places: TokenPlaces, window: Window
         if call.softcap is None and call.sinks is None and not blocks.own_sinks:
             z = _fused(q, k, v, mask, call.scaling)
         else:
-            z = _explicit(
-                q, k, v, mask, call, None if not blocks.own_sinks else blocks.sinks(key, value, part)
-            )
+            own = blocks.sinks(key, value, part) if blocks.own_sinks else None
+            z = _explicit(q, k, v, mask, call=call, sinks=own)
         z = (
             z.unflatten(0, (-1, part.stop - part.start)).permute(0, 1, 3, 2, 4).flatten(1, 2)
         )  # [B, n·Q, H, Dv]
@@ -219,7 +218,7 @@ class _Blocks:
 
     def __init__(self, call: AttentionCall, places: TokenPlaces, window: Window) -> None:
         self._call, self._places, self._window = call, places, window
-        batch, seq = places.shape
+        seq = places.shape[1]
         self.size = min(max(window.window, LEAST_BLOCK), MOST_BLOCK)
         self.count = -(-seq // self.size)
         self.own_sinks = places.sequence is not None  # the queries of a block have different sinks
@@ -263,8 +262,8 @@ class _Blocks:
         return torch.cat([sinks, near], dim=3).flatten(0, 1)
 
     def mask(self, part: slice) -> tuple[Tensor, Tensor | None]:
-        """What the queries of these blocks see, bool `[B or 1, n, Q, sink + W]`, and what is added to their scores, `[B or 1, H or
-        1, n, Q, sink + W]`, or None. A query sees at least itself.
+        """What the queries of these blocks see, bool `[B or 1, n, Q, sink + W]`, and what is added to their scores, `[B or 1,
+        H or 1, n, Q, sink + W]`, or None. A query sees at least itself.
         """
         key = (part.start, part.stop, id(self._call.mask))
         known = self._places.masks.get(key)
@@ -349,6 +348,7 @@ def _explicit(
     k: Tensor,
     v: Tensor,
     mask: tuple[Tensor, Tensor | None],
+    *,
     call: AttentionCall,
     sinks: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
 ) -> Tensor:
@@ -427,8 +427,8 @@ def _near(places: TokenPlaces, q: Tensor, k: Tensor, window: Window) -> Tensor:
 
 
 def _model_mask(call: AttentionCall, places: TokenPlaces, q: Tensor, k: Tensor) -> Tensor | None:
-    """The model's own mask at queries `q` `[B or 1, n, 1 or s]` and keys `k` `[B or 1, n or 1, s]`: `[B or 1, H or 1, n, s]`, bool
-    or added to the scores; None where it says no more than the layout of the tokens (none, or two dimensions).
+    """The model's own mask at queries `q` `[B or 1, n, 1 or s]` and keys `k` `[B or 1, n or 1, s]`: `[B or 1, H or 1, n, s]`,
+    bool or added to the scores; None where it says no more than the layout of the tokens (none, or two dimensions).
     """
     mask, order = call.mask, places.order
     if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):

@@ -1,9 +1,9 @@
 """Streaming errors: what the residual stream loses if a head sees only the first tokens of a sequence and the last ones.
 
 With z the attention's output and z_w that of the streaming attention, on the same queries, keys and values, the error of a token
-is the norm of what the layer adds for z − z_w, over that of the residual stream. A tap on the attention function makes z − z_w; it
-waits, in the forward, for the projection's input or output, by which its norms are measured: like the ratio of the heads, by two
-channels of their own, one with the heads and one with the KV groups.
+is the norm of what the layer adds for z − z_w, over that of the residual stream. A tap on the attention function makes z − z_w;
+it waits, in the forward, for the projection's input or output, by which its norms are measured: like the ratio of the heads, by
+two channels of their own, one with the heads and one with the KV groups.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class StreamingErrors:
     def make_channels(self, first: int) -> tuple[Channel, ...]:
         """Make the channels of the heads and of the KV groups, with indices from `first` on."""
         backend = self._how["backend"]
-        made = []
+        made: list[Channel] = []
         for sites, metrics, by in (
             (self._sites, OF_HEADS, backend),
             (self._groups, OF_KV_GROUPS, without_fused(backend)),

@@ -147,13 +147,17 @@ def kv(
         loaded = tokenizer = texts = None
         if measured is None or evaluate:
             source = opening.open_source(data, field=field)
+            if source is None:
+                raise OptionError(f"--data {data} holds no texts")
             named = loading.find_model(model)
     if measured is None or evaluate:
         with doing(f"loading {named.name}", terminal):
             loaded, tokenizer = loading.load(
-                named, dtype=dtype, device=loading.resolve_device(device), trust_remote_code=trust_remote_code
+                named, dtype=dtype, device=device, trust_remote_code=trust_remote_code
             )
             length = _fitting(loaded, seq_len)
+            assert source is not None
+            job.check_length(length, sink=limits.sink, window=limits.window)
             corpus = Corpus(source, tokenizer, cut="stream", seq_len=length)
             count = (0 if measured is not None else sequences) + (held_out if evaluate else 0)
             texts = job.long_sequences(corpus, count)

@@ -266,7 +266,7 @@ class DuoPattern:
             raise KvMapError(f"{path} is no table of numbers: {error}") from error
         if not rows or len({len(row) for row in rows}) > 1 or not np.isfinite(rows).all():
             raise KvMapError(f"{path} is no table of numbers with rows of one length")
-        sizes = [
+        sizes: list[Any] = [
             config.get(name) if isinstance(config, dict) else None for name in ("sink_size", "recent_size")
         ]
         if not (_is_whole(sizes[0], 0, 2**40) and _is_whole(sizes[1], 1, 2**40)):

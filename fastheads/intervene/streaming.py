@@ -36,9 +36,10 @@ def streaming(model: nn.Module, kv_groups: KvGroups, *, sink: int, window: int) 
         with streaming(model, [(3, 0), (3, 1)], sink=4, window=256):
             loss = model(**batch, labels=batch["input_ids"]).loss
 
-    A query at position p of its sequence sees the positions below `sink`, and those above p − `window`, itself included; positions
-    count valid tokens. All else is the model's own: queries, keys (with the rotations of their true positions), values, scale,
-    soft-cap, masks and learned sinks. Later layers see what comes out. It shows what a small cache would cost; nothing is saved.
+    A query at position p of its sequence sees the positions below `sink`, and those above p − `window`, itself included;
+    positions count valid tokens. All else is the model's own: queries, keys (with the rotations of their true positions), values,
+    scale, soft-cap, masks and learned sinks. Later layers see what comes out. It shows what a small cache would cost; none is
+    saved.
 
     Whole sequences are run: of a call with a filled cache (the decode steps of `generate()`) ForwardError is raised, and of
     attention that does not do what its arguments say. The context is for all threads that run the model.

@@ -26,8 +26,8 @@ class Trials:
 
 def trials_of(ids: Tensor, length: int, vocab: int, *, sink: int, window: int, seed: int = 0) -> Trials:
     """Put into each of the texts `[n, seq]` a random segment of `length` tokens (of `vocab` ids) near its start, and again at its
-    end. Two sets of tokens count: those of the text beyond sink + window, and those of the repetition but its first, which a model
-    can predict if it looks back over the window.
+    end. Two sets of tokens count: those of the text beyond sink + window, and those of the repetition but its first, which a
+    model can predict if it looks back over the window.
 
     Raises OptionError if the texts are too short for the first segment to be out of the window.
     """

@@ -1,8 +1,8 @@
 """See what an attention function of transformers is given and gives back, and put something else in its place.
 
-Attention modules of transformers ask `ALL_ATTENTION_FUNCTIONS` for the function that computes softmax(q kᵀ) v: sdpa, flash, flex, or
-their own `eager_attention_forward`. While a module is tapped, what they get is that function with the tap around it; the function
-itself is called with the same arguments, so that its output is the same, bit for bit. Other modules get the function as it is.
+Attention modules of transformers ask `ALL_ATTENTION_FUNCTIONS` for the function that computes softmax(q kᵀ) v: sdpa, flash, flex,
+or their own `eager_attention_forward`. While a module is tapped, what it gets is that function with the tap around it; the
+function itself is called with the same arguments, so that its output is the same, bit for bit. Other modules get it as it is.
 """
 
 import inspect
@@ -136,7 +136,7 @@ class _Taps:
                 return result
             if torch.compiler.is_compiling():
                 raise ForwardError(
-                    f"the attention of a {type(module).__name__} cannot be seen in compiled code: run the model without torch.compile"
+                    f"the attention of a {type(module).__name__} cannot be seen in compiled code: run without torch.compile"
                 )
             output, *others = result
             for tap in tuple(found[1]):

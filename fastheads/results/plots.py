@@ -47,7 +47,8 @@ def heatmap(profile: Profile, metric: str | None = None, stat: str = "mean") -> 
     values = np.where(stats["count"] > 0, stats[stat], np.nan)
     is_of_groups = metric in KV_METRICS
     if is_of_groups:  # fewer than heads
-        values = values[:, : int((stats["count"] > 0).any(0).nonzero()[0].max(initial=0)) + 1]
+        measured = np.flatnonzero((stats["count"] > 0).any(axis=0))
+        values = values[:, : int(measured.max(initial=0)) + 1]
 
     rows, heads = values.shape
     figure = Figure(figsize=(min(3 + 0.35 * max(heads, 9), 18), min(2 + 0.22 * max(rows, 14), 24)))

@@ -19,6 +19,8 @@ from fastheads.stats.names import STREAMING_METRICS
 
 SHARES = (0.75, 0.5, 0.25, 0.1)  # of KV groups that keep the full cache, of a curve
 
+SEGMENT = 64  # tokens
+
 Say = Callable[[str], None]
 
 
@@ -36,19 +38,24 @@ def long_sequences(corpus: Corpus, count: int) -> Tensor:
     finally:
         windows.close()
     raise DataError(
-        f"{corpus.source.name} has {len(found)} sequences of {corpus.seq_len} tokens, and {count} are needed: use longer texts, a "
-        "smaller --seq-len, or fewer sequences"
+        f"{corpus.source.name} has {len(found)} sequences of {corpus.seq_len} tokens, and {count} are needed: use longer texts, "
+        "a smaller --seq-len, or fewer sequences"
     )
+
+
+def check_length(seq_len: int, *, sink: int, window: int) -> None:
+    """Raise OptionError if sequences of `seq_len` tokens have none beyond sink + window."""
+    if seq_len <= sink + window:
+        raise OptionError(
+            f"sequences of {seq_len} tokens end within sink + window, {sink} + {window}: use longer ones"
+        )
 
 
 def profile_streaming(
     model: nn.Module, sequences: Tensor, *, sink: int, window: int, **options: Any
 ) -> HeadProfile:
     """Measure the streaming errors on sequences `[n, seq]`; `options` and errors are those of `profile()`."""
-    if sequences.shape[1] <= sink + window:
-        raise OptionError(
-            f"sequences of {sequences.shape[1]} tokens end within sink + window, {sink} + {window}: use longer ones"
-        )
+    check_length(sequences.shape[1], sink=sink, window=window)
     batches = [{"input_ids": row[None]} for row in sequences]
     return profile(
         model, batches, token_agg="all", streaming=(sink, window), metrics=STREAMING_METRICS, **options
@@ -84,7 +91,7 @@ def evaluate(
     ranked_by: Tensor | None = None,
     draws: int = 20,
     shares: Iterable[float] = (),
-    segment: int = 64,
+    segment: int | None = None,
     say: Say = lambda line: None,
 ) -> Evaluation:
     """Let the map's groups stream in the model's forward, on texts `[n, seq]` that it was not made of.
@@ -92,16 +99,18 @@ def evaluate(
     Args:
         model: the one that the map is of.
         found: the map.
-        held_out: the texts; a random segment of `segment` tokens is put into each, and again at its end.
+        held_out: the texts; a random segment is put into each, and again at its end.
         ranked_by: the texts that the map was made of: the attention mass is measured there too, and as many groups stream that
             have the lowest. None: that is left out.
         draws: sets of as many groups of each layer, at random, to compare with.
         shares: other shares of KV groups that keep the full cache.
+        segment: its number of tokens. None: 64, or an eighth of the texts' if that is less.
         say: is told of each step.
 
     Raises OptionError if the texts are too short.
     """
     vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    segment = min(SEGMENT, held_out.shape[1] // 8) if segment is None else segment
     trials = trials_of(held_out, segment, vocab, sink=found.sink, window=found.window)
     was_training = model.training
     model.eval()
@@ -141,7 +150,7 @@ def map_of(
     result = kv_map(found, keep=keep, bound=bound, by=by)
     if (result.sink, result.window) != (sink, window):
         raise OptionError(
-            f"the profile has sink {result.sink} and window {result.window}, not {sink} and {window}: leave these out, or profile "
-            "again"
+            f"the profile has sink {result.sink} and window {result.window}, not {sink} and {window}: leave these out, or "
+            "profile again"
         )
     return result

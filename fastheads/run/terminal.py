@@ -250,7 +250,7 @@ def heatmap(profile: HeadProfile, ranking: Ranking, console: Console) -> Rendera
     is_of_groups = ranking.name in KV_METRICS
     heads = profile.shape[1]
     if is_of_groups:  # fewer than heads
-        heads = int(ranking.measured.any(0).nonzero()[0].max(initial=0)) + 1
+        heads = int(np.flatnonzero(ranking.measured.any(axis=0)).max(initial=0)) + 1
     cell = min(max(room // heads, 1), 4)
     columns = min(room // cell, heads)
     if 8 <= columns < heads:
