@@ -19,6 +19,7 @@ from fastheads.capture.residual_stream import ResidualStreams
 from fastheads.capture.stats import LaunchStats
 from fastheads.capture.verify import Finding
 from fastheads.errors import OptionError
+from fastheads.models.families import rows_of_ids
 from fastheads.models.fingerprint import fingerprint
 from fastheads.models.metadata import describe
 from fastheads.models.sites import HeadSite, decoder_of, find_sites, unwrapped
@@ -68,7 +69,7 @@ class HookManager:
         self._residuals = ResidualStreams(self.model, dict(enumerate(self.sites)), self._updates)
         self._residual_norms: dict[int, Tensor] = {}  # ‖r‖ of each token [batch, seq], by row
         self._decoder = decoder_of(self.model)
-        self._arguments = DecoderArguments(self._decoder)
+        self._arguments = DecoderArguments(self._decoder, rows_of_ids(self._decoder))
         self._layout: TokenLayout | None = None  # the valid tokens of the decoder's running call
         self._paused = False
         self._handles: list[Any] = []

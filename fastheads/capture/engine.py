@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastheads.backends.tensor_parallel import Ranks
 from fastheads.errors import TokensError
+from fastheads.models.families import rows_of_ids
 from fastheads.models.sites import HeadSite, decoder_of, is_sequence_first
 from fastheads.stats.token_layout import DecoderArguments, TokenLayout, TokenMask
 
@@ -45,7 +46,7 @@ class TransformersEngine:
     ) -> None:
         """`sites` by row; `ranks`, those that share their heads; `skip_first` valid tokens of each sequence are left out."""
         self.decoder = decoder_of(model)
-        self._arguments = DecoderArguments(self.decoder)
+        self._arguments = DecoderArguments(self.decoder, rows_of_ids(self.decoder))
         self._ranks, self._skip_first = ranks, skip_first
         self._sequence_first = frozenset(row for row, site in sites.items() if is_sequence_first(model, site))
 

@@ -28,8 +28,8 @@ _PATH_INSIDE = re.compile(r"\.|\w+(\.\w+)*")
 class Family:
     """What is particular to a family of models; None is what other models do.
 
-    `attention` and `layer` say whose facts these are: patterns (`re.search`) of the class names of the attention modules and of
-    the decoder layers. At least one is needed, and each fact needs its own.
+    `attention`, `layer` and `decoder` say whose facts these are: patterns (`re.search`) of the class names of the attention
+    modules, of the decoder layers and of the decoder. At least one is needed, and each fact needs its own.
 
     Raises OptionError if an entry is of the wrong kind, or says nothing.
     """
@@ -37,6 +37,7 @@ class Family:
     name: str
     attention: str | None = None
     layer: str | None = None
+    decoder: str | None = None
     package: str = ""  # only classes of modules whose name starts so: "mypackage."
 
     # Of the attention module:
@@ -62,15 +63,18 @@ class Family:
     stream: str | None = None
     stream_unknown: str | None = None  # the reason why the residual stream is not known
 
+    # Of the decoder: the number of rows of `input_ids` for each row of tokens, or its attribute.
+    rows_of_ids: int | str | None = None
+
     def __post_init__(self) -> None:
         self._check(isinstance(self.name, str) and bool(self.name), "name", "a text")
-        for key in ("attention", "layer"):
+        for key in _FACTS:
             self._check(
                 _is_pattern(getattr(self, key)), key, "a pattern that matches class names, but not all"
             )
         self._check(isinstance(self.package, str), "package", "the start of a module's name")
         self._check(_is_text(self.projection, _PATH), "projection", 'a path such as "o_proj" or "../out"')
-        for key in ("num_heads", "head_dim", "num_kv_heads"):
+        for key in ("num_heads", "head_dim", "num_kv_heads", "rows_of_ids"):
             value = getattr(self, key)
             sound = _is_text(value, _ATTRIBUTE) or _is_positive(value)
             self._check(sound, key, "a positive whole number, or the name of an attribute")
@@ -85,8 +89,10 @@ class Family:
             self._check(value is None or (isinstance(value, str) and bool(value)), key, "a reason in words")
         for key in ("norm", "multiplier", "child"):
             self._check(_is_text(getattr(self, key), _NAME), key, "the name of an attribute of the layer")
-        if self.attention is None and self.layer is None:
-            raise OptionError(f"family {self.name!r}: give attention= or layer=, a pattern of class names")
+        if all(getattr(self, whose) is None for whose in _FACTS):
+            raise OptionError(
+                f"family {self.name!r}: give attention=, layer= or decoder=, a pattern of class names"
+            )
         for whose, facts in _FACTS.items():
             given = [key for key in facts if getattr(self, key) is not None]
             if given and getattr(self, whose) is None:
@@ -101,7 +107,8 @@ class Family:
             raise OptionError(f"family {self.name!r}: {key} must be {what}, not {getattr(self, key)!r}")
 
     def number(self, key: str, owner: nn.Module) -> int | None:
-        """Return `num_heads`, `head_dim` or `num_kv_heads` of the attention module `owner`; None if the entry lacks it.
+        """Return `num_heads`, `head_dim` or `num_kv_heads` of the attention module `owner`, or `rows_of_ids` of the decoder; None
+        if the entry lacks it.
 
         Raises OptionError if the module lacks the attribute, or has no positive whole number there.
         """
@@ -131,6 +138,7 @@ _FACTS = {
         *("layout", "refused", "refused_if"),
     ),
     "layer": ("norm", "multiplier", "child", "update_unknown", "stream", "stream_unknown"),
+    "decoder": ("rows_of_ids",),
 }
 
 
@@ -234,6 +242,7 @@ FAMILIES = (
     Family("gemma3n", layer=r"^Gemma3nText", update_unknown="it mixes several residual streams"),
     Family("hy_v4", layer=r"^HYV4", update_unknown="it mixes several residual streams"),
     Family("idefics", layer=r"^(Idefics|Mllama)\w*CrossAttention", update_unknown="a gate comes between"),
+    Family("musicgen", decoder=r"^Musicgen", rows_of_ids="num_codebooks"),
     Family("inkling", layer=r"^Inkling", update_unknown="it convolves the attention's output"),
     Family("qwen4_exp", layer=r"^Qwen4Exp", update_unknown="it mixes several residual streams"),
     Family(
@@ -248,7 +257,7 @@ _registered: dict[str, Family] = {}
 
 
 def _no_classes() -> dict[str, WeakKeyDictionary[type, Any]]:
-    return {"attention": WeakKeyDictionary(), "layer": WeakKeyDictionary()}
+    return {whose: WeakKeyDictionary() for whose in _FACTS}
 
 
 # By the pattern that is matched, what was found for a class: of FAMILIES the first entry, of the registered families all.
@@ -283,7 +292,7 @@ def any_registered() -> bool:
 
 
 def registered_family(whose: str, module: nn.Module) -> Family | None:
-    """Return the registered family of `module`, an attention or a layer as `whose` says; None if there is none.
+    """Return the registered family of `module`, an attention, a layer or a decoder as `whose` says; None if there is none.
 
     Raises OptionError if there are several.
     """
@@ -301,7 +310,7 @@ def registered_family(whose: str, module: nn.Module) -> Family | None:
 
 
 def builtin_family(whose: str, module: nn.Module) -> Family | None:
-    """Return the first of FAMILIES that `module` is in, as an attention or a layer; None if there is none."""
+    """Return the first of FAMILIES that `module` is in, as `registered_family`; None if there is none."""
     kind, found = type(module), _builtin_found[whose]
     if kind not in found:
         found[kind] = next((family for family in FAMILIES if _matches(family, whose, kind)), None)
@@ -310,8 +319,14 @@ def builtin_family(whose: str, module: nn.Module) -> Family | None:
 
 
 def family_of(whose: str, module: nn.Module) -> Family | None:
-    """Return the family of `module`, an "attention" or a "layer": a registered one, else one of FAMILIES; None if unknown."""
+    """Return the family of `module`, as an attention, a layer or a decoder: a registered one, else one of FAMILIES, or None."""
     return registered_family(whose, module) or builtin_family(whose, module)
+
+
+def rows_of_ids(decoder: nn.Module) -> int:
+    """Return how many rows of `input_ids` the decoder takes for each row of tokens."""
+    family = family_of("decoder", decoder)
+    return 1 if family is None else family.number("rows_of_ids", decoder) or 1
 
 
 def refusal_of(attention: nn.Module) -> str | None:

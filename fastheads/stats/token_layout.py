@@ -19,9 +19,6 @@ from torch import Tensor, nn
 
 from fastheads.errors import TokensError
 
-# Decoders that take several rows of ids for each row of tokens: the attribute with the number.
-ROWS_OF_IDS = {r"^Musicgen": "num_codebooks"}
-
 # Arguments that are no tokens: images and audio, whose number of tokens the model decides.
 NO_TOKENS = re.compile(r"pixel|image|video|audio|input_features|input_values|pictures|spectrogram")
 # Names of arguments that may mark padding, and names that match but do not.
@@ -166,12 +163,10 @@ def mean_over_sequences(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> tup
 class DecoderArguments:
     """Read the valid tokens from the arguments of a decoder's `forward`."""
 
-    def __init__(self, decoder: nn.Module) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: nn.Module, rows_of_ids: int = 1) -> None:
+        """`rows_of_ids`: the number of rows of `input_ids` for each row of tokens."""
+        self._decoder, self._rows_of_ids = decoder, rows_of_ids
         self._local = threading.local()  # `token_mask` for this thread's calls
-        self._rows_of_ids = next(
-            (name for kind, name in ROWS_OF_IDS.items() if re.search(kind, type(decoder).__name__)), None
-        )
         self._read_signature()
 
     def _read_signature(self) -> None:
@@ -251,7 +246,7 @@ class DecoderArguments:
                 return ((1, shape[0]),)
             if ids.dim() > 2:  # several ids a token (Csm), or several texts a row (GPT-2's double heads)
                 return ((shape[0], shape[1]), (shape[:-1].numel(), shape[-1]))
-            rows = 1 if self._rows_of_ids is None else getattr(self._decoder, self._rows_of_ids)
+            rows = self._rows_of_ids
             return ((shape[0] // rows, shape[1]),)
         for name in ("inputs_embeds", "hidden_states"):
             found = given.get(name)

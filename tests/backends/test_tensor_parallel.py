@@ -196,6 +196,11 @@ def test_results_are_those_of_one_process(case, device, seen, folder):
     options = options | {"backend": options.get("backend", chosen)}
     want = measured(model, token_agg, options, special, torch.device(device))
     assert_close(results, want["results"], rtol)
+    for name, array in want["vectors"].items():
+        assert torch.equal(ranks[0]["vectors"][name].isnan(), array.isnan()), name
+        bound = 20 * rtol * array.nan_to_num().abs().max()
+        assert (ranks[0]["vectors"][name] - array).nan_to_num().abs().max() <= bound, name
+        assert torch.equal(ranks[0]["vectors"][name], ranks[1]["vectors"][name]) or bool(array.isnan().any())
     assert results["metadata"]["sites"] == want["results"]["metadata"]["sites"]
     assert results["metadata"]["backend"] == want["results"]["metadata"]["backend"]
 

@@ -400,7 +400,9 @@ def test_no_family(nonsense):
     [
         (dict(name=""), "name"),
         (dict(name=3), "name"),
-        (dict(attention=None, layer=None), "attention= or layer="),
+        (dict(attention=None, layer=None), "attention=, layer= or decoder="),
+        (dict(rows_of_ids=2), "rows_of_ids needs decoder="),
+        (dict(decoder="^D", rows_of_ids=0), "rows_of_ids must be a positive"),
         (dict(attention="("), "attention must be a pattern"),
         (dict(attention=""), "not all"),
         (dict(attention=".*"), "not all"),

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from whole_profiles import assert_same
+from whole_profiles import assert_same, same_vectors
 
 from fastheads import HeadProfile
 from fastheads.errors import OptionError
@@ -26,6 +26,7 @@ def assert_close(found: HeadProfile, want: HeadProfile, rtol: float) -> None:
                 assert torch.equal(other, value), (metric, plane)
             else:
                 torch.testing.assert_close(other, value, rtol=rtol, atol=0)
+    assert want.vectors is not None and same_vectors(found, want, rtol)
 
 
 @processes

@@ -69,13 +69,14 @@ def measured(model, token_agg, options, special, device):
     with (
         torch.set_grad_enabled(special == "grad"),
         captured_inputs([] if compiled else modules) as inputs,
-        fastheads.HookManager(model, token_agg, **options) as hooks,
+        fastheads.HookManager(model, token_agg, vectors=True, **options) as hooks,
     ):
         for batch in batches(device):
             call(**batch)
         results = hooks.get_results()
+        vectors = {name: torch.from_numpy(a) for name, a in hooks.to_profile().vectors.arrays().items()}
     weights = [getattr(m.weight, "_local_tensor", m.weight).detach().clone() for m in modules]
-    return {"results": results, "inputs": inputs, "weights": weights}
+    return {"results": results, "vectors": vectors, "inputs": inputs, "weights": weights}
 
 
 class Rank:

@@ -60,6 +60,7 @@ class Runs:
             checkpoint_every=EVERY,
             progress=(lambda done, total: seen(done)) if seen is not None else False,
             job=job,
+            vectors=True,
             **options,
         )
 

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import torch
 
 from fastheads import HeadProfile
@@ -16,11 +17,24 @@ def some_texts(number: int = 60, longest: int = 90) -> list[str]:
 
 
 def same_bits(one: HeadProfile, other: HeadProfile) -> bool:
-    return one.metrics == other.metrics and all(
-        torch.equal(a, b)
-        for metric in one.metrics
-        for a, b in zip(one.moments[metric], other.moments[metric], strict=True)
+    return (
+        one.metrics == other.metrics
+        and all(
+            torch.equal(a, b)
+            for metric in one.metrics
+            for a, b in zip(one.moments[metric], other.moments[metric], strict=True)
+        )
+        and same_vectors(one, other, 0.0)
     )
+
+
+def same_vectors(one: HeadProfile, other: HeadProfile, rtol: float) -> bool:
+    """True if the mean vectors are equal to `rtol` of the heads' root mean square, or neither has any."""
+    if one.vectors is None or other.vectors is None:
+        return one.vectors is other.vectors
+    a, b = one.vectors.arrays(), other.vectors.arrays()
+    scale = np.sqrt(one.vectors.output_power).max()
+    return all(np.allclose(a[name], b[name], rtol=rtol, atol=rtol * scale, equal_nan=True) for name in a)
 
 
 def assert_same(found: HeadProfile, want: HeadProfile) -> None:
