@@ -12,6 +12,7 @@ missing, or cannot be written, raise the system's OSError.
     of profiles      ProfileError, with ProfileFileError; MergeError
     of pruning       PlanError, PruningError
     of ablations     AblationFileError
+    of maps          KvMapError
 """
 
 import signal
@@ -89,6 +90,10 @@ class PruningError(FastheadsError, ValueError):
 
 class AblationFileError(FastheadsError, ValueError):
     """A file is no result of ablations, or a damaged one."""
+
+
+class KvMapError(FastheadsError, ValueError):
+    """A file is no map of KV groups, or it is not of this model."""
 
 
 class OptionError(FastheadsError, ValueError):

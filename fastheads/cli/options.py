@@ -61,6 +61,11 @@ class Cut(StrEnum):
     stream = "stream"
 
 
+class By(StrEnum):
+    rms = "rms"
+    mean = "mean"
+
+
 class Mode(StrEnum):
     zero = "zero"
     mean = "mean"

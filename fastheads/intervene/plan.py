@@ -14,9 +14,8 @@ import numpy as np
 from torch import nn
 
 from fastheads.errors import OptionError, PlanError, ResultsError
-from fastheads.models import geometry
 from fastheads.models.fingerprint import fingerprint
-from fastheads.models.sites import HeadSite, attention_of, find_sites, unwrapped
+from fastheads.models.sites import HeadSite, find_sites, known_num_kv_heads, unwrapped
 from fastheads.results.files import UnreadableError, read_once, write_atomic
 from fastheads.results.head_profile import HeadProfile
 from fastheads.results.merge import difference_of_weights
@@ -257,16 +256,7 @@ class _KvGroups:
     @classmethod
     def of(cls, model: nn.Module, site: HeadSite) -> Self:
         """Raises OptionError, naming the site, where it is unknown."""
-        try:
-            number = geometry.num_kv_heads(attention_of(unwrapped(model), site), site.num_heads)
-        except ValueError as error:
-            raise OptionError(
-                f"{site.name}: how query heads share keys is said in several ways ({error})"
-            ) from None
-        if not number:
-            raise OptionError(
-                f"{site.name}: its attention does not say how query heads share keys and values"
-            )
+        number = known_num_kv_heads(unwrapped(model), site)
         return cls(number, site.num_heads // number)
 
     def heads(self, group: int) -> range:
