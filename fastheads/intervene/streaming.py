@@ -4,7 +4,6 @@ import math
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from operator import index
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +21,7 @@ from fastheads.backends.streaming_attention import (
 )
 from fastheads.capture.projection_hook import RetraceHandle
 from fastheads.errors import ForwardError, OptionError
+from fastheads.intervene.pairs import whole_pair
 from fastheads.models.attention import AttentionCall, AttentionTap, cannot_stream, tap_attention
 from fastheads.models.sites import (
     HeadSite,
@@ -86,12 +86,7 @@ class Streamer:
         return Streaming(self.model, {layer: self._sites[layer][0] for layer in chosen}, chosen, limits)
 
     def _checked(self, pair: Any) -> tuple[int, int]:
-        try:
-            layer, group = (_whole(number) for number in pair)
-        except (TypeError, ValueError):
-            raise OptionError(
-                f"kv_groups must be pairs (layer, KV group) of whole numbers, not {pair!r:.80}"
-            ) from None
+        layer, group = whole_pair(pair, "kv_groups", "(layer, KV group)")
         sites = self._sites.get(layer, [])
         if not sites:
             raise OptionError(
@@ -236,9 +231,3 @@ class AttentionMass(Tapped):
             for group in range(groups):
                 found[layer, group] = float(means[group]) if self._tokens[layer] else math.nan
         return found
-
-
-def _whole(number: Any) -> int:
-    if isinstance(number, bool):
-        raise TypeError
-    return index(number)

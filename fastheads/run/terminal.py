@@ -330,7 +330,8 @@ def heatmap(profile: HeadProfile, ranking: Ranking, console: Console) -> Rendera
         block = range(first, min(first + columns, heads))
         if first:
             lines.append(Text())
-        lines.append(Text("head".rjust(margin - 1) + " " + _ticks(block, cell), style="dim", no_wrap=True))
+        unit = "KV" if is_of_groups else "head"
+        lines.append(Text(unit.rjust(margin - 1) + " " + _ticks(block, cell), style="dim", no_wrap=True))
         for row, label in enumerate(labels):
             line = Text(label.rjust(margin - 1) + " ", no_wrap=True)
             for head in block:
