@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from operator import index
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fastheads.errors import OptionError, ResultsError
 from fastheads.intervene.gates import Gate, GateHandle
+from fastheads.intervene.pairs import whole_pair
 from fastheads.models.sharding import shard_of
 from fastheads.models.sites import find_sites, has_known_layout, is_sequence_first, unwrapped
 from fastheads.models.weights import dense_weight
@@ -159,11 +159,7 @@ class _Heads:
         return list(dict.fromkeys(self._checked_pair(pair) for pair in heads))
 
     def _checked_pair(self, pair: Any) -> tuple[int, int]:
-        numbers = [*pair] if isinstance(pair, Iterable) and not isinstance(pair, str | bytes) else []
-        whole = all(hasattr(n, "__index__") and not isinstance(n, bool | np.bool_) for n in numbers)
-        if len(numbers) != 2 or not whole:
-            raise OptionError(f"heads must be pairs (layer, head) of whole numbers, not {pair!r}")
-        layer, head = map(index, numbers)
+        layer, head = whole_pair(pair, "heads", "(layer, head)")
         rows = self._rows.get(layer, [])
         if not rows:
             layers = sorted(self._rows)
