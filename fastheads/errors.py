@@ -10,7 +10,9 @@ missing, or cannot be written, raise the system's OSError.
                      derive from KeyboardInterrupt alone
     of its results   ResultsError, StaleFactorError
     of profiles      ProfileError, with ProfileFileError; MergeError
+    of pruning       PlanError, PruningError
     of ablations     AblationFileError
+    of maps          KvMapError
 """
 
 import signal
@@ -78,8 +80,20 @@ class MergeError(FastheadsError, ValueError):
     """Profiles must not be merged: they are of different models or settings, or of the same data."""
 
 
+class PlanError(FastheadsError, ValueError):
+    """A file is no pruning plan, or a damaged one, or a plan is of another model."""
+
+
+class PruningError(FastheadsError, ValueError):
+    """The model cannot be pruned as asked without computing something else."""
+
+
 class AblationFileError(FastheadsError, ValueError):
     """A file is no result of ablations, or a damaged one."""
+
+
+class KvMapError(FastheadsError, ValueError):
+    """A file is no map of KV groups, or it is not of this model."""
 
 
 class OptionError(FastheadsError, ValueError):

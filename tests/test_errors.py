@@ -44,6 +44,7 @@ OTHERS = {
     ("loop.py", "Stopped"): "inside: the same",
     ("commands.py", "Exit"): "typer's, with the code of the process",
     ("ablate.py", "Exit"): "the same",
+    ("prune.py", "Exit"): "the same",
     ("options.py", "BadParameter"): "typer's, which the command line prints as wrong usage",
     ("commands.py", "SystemExit"): "the end of the process, with its code",
     ("commands.py", "KeyboardInterrupt"): "Ctrl-C once more",

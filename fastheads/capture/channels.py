@@ -17,7 +17,7 @@ from fastheads.backends.registry import without_fused
 from fastheads.backends.tensor_parallel import Ranks
 from fastheads.errors import OptionError
 from fastheads.models.residual import UnknownUpdateError, Update, update_of
-from fastheads.models.sites import HeadSite, num_kv_heads
+from fastheads.models.sites import HeadSite, known_num_kv_heads
 from fastheads.stats.metric import Metric
 from fastheads.stats.metrics import KV_METRIC, METRICS, UPDATE_METRIC
 from fastheads.stats.moments import Moments, RunningMoments
@@ -165,7 +165,10 @@ def channel_of_kv_groups(
     """Make the channel of KV groups: the query heads of one KV head are measured as a single wide head."""
     groups = {}
     for row, site in sites.items():
-        kv_heads = _num_kv_heads(model, site)
+        try:
+            kv_heads = known_num_kv_heads(model, site)
+        except OptionError as error:
+            raise OptionError(f"{error}: kv_groups=False") from None
         width = site.num_heads * site.head_dim // kv_heads
         groups[row] = dataclasses.replace(site, num_heads=kv_heads, head_dim=width)
     # Wide heads may be more than the kernel takes, whatever it is asked for by name.
@@ -177,18 +180,3 @@ def channel_of_kv_groups(
 def channel_of_function(index: int, sites: dict[int, HeadSite], metric: Metric, token_agg: str) -> Channel:
     """A registered metric, which reads the input once more."""
     return Channel(index, MetricAccumulator(sites, metric, token_agg), {metric.name: 0}, is_single=True)
-
-
-def _num_kv_heads(model: nn.Module, site: HeadSite) -> int:
-    """As `num_kv_heads`. Raises OptionError if the number is unknown or contradictory."""
-    try:
-        count = num_kv_heads(model, site)
-    except ValueError as error:
-        raise OptionError(
-            f"{site.name}: how many query heads share keys and values is said in several ways ({error}): kv_groups=False"
-        ) from None
-    if count is not None:
-        return count
-    raise OptionError(
-        f"{site.name}: its attention does not say how many query heads share keys and values: kv_groups=False"
-    )

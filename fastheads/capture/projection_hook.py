@@ -27,7 +27,7 @@ TAPS_ATTRIBUTE = "_fastheads_taps"
 # That is so in torch 2.11 (`use_recursive_dict_tags_for_guards`), no longer in 2.13.
 TRACED_ATTRIBUTE = "_fastheads_traced"
 ANY_ATTRIBUTE = "_fastheads_any"  # of a `forward` that calls taps with all its arguments
-# Gates on the projection's input (`intervene.gates`). Modules with and without share no class: Dynamo does not see hooks.
+# Gates on the projection's input (`intervene.gates`), which are no part of a copy.
 GATES_ATTRIBUTE = "_fastheads_gates"
 # Of a pre-hook that measures, which must come after those that change the input.
 MEASURES_ATTRIBUTE = "_fastheads_measures"
@@ -64,7 +64,7 @@ class RetraceHandle:
             own, count = _attached.get(module, (type(module), 0))
             _attached[module] = (own, count + 1)
             made = fresh if count or classes is None else classes
-            module.__class__ = made[own, _tap_of(module, own, takes_any=name in residuals), _is_gated(module)]
+            module.__class__ = made[own, _tap_of(module, own, takes_any=name in residuals)]
             setattr(module, SITE_ATTRIBUTE, name)
 
     def remove(self) -> None:
@@ -77,7 +77,7 @@ class RetraceHandle:
             elif count > 1:
                 _attached[module] = (own, count - 1)
                 takes_any = getattr(type(module).forward, ANY_ATTRIBUTE, False)
-                module.__class__ = fresh[own, _tap_of(module, own, takes_any=takes_any), _is_gated(module)]
+                module.__class__ = fresh[own, _tap_of(module, own, takes_any=takes_any)]
             else:
                 module.__class__ = own
             if count == 1:
@@ -155,10 +155,6 @@ plain_or_traced(_run_taps, _trace_taps)
 plain_or_traced(_run_residual_taps, _trace_residual_taps)
 
 
-def _is_gated(module: nn.Module) -> bool:
-    return GATES_ATTRIBUTE in module.__dict__
-
-
 def _tap_of(module: nn.Module, own: type[nn.Module], *, takes_any: bool) -> _Taps:
     """Return how the module's `forward` can call taps: "linear" if it runs `nn.Linear.forward` itself, "residual" if it
     `takes_any` arguments and runs its class's, None if a hook must.
@@ -183,13 +179,13 @@ def _residual_forward(own: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-class Subclasses(dict[tuple[type[nn.Module], _Taps, bool], type[nn.Module]]):
-    """One new subclass of each class, with taps or without, for gated modules or others; one for all of them, since Python runs
-    code that meets many classes slower.
+class Subclasses(dict[tuple[type[nn.Module], _Taps], type[nn.Module]]):
+    """One new subclass of each class, with taps or without; one for all modules, since Python runs code that meets many classes
+    slower.
     """
 
-    def __missing__(self, key: tuple[type[nn.Module], _Taps, bool]) -> type[nn.Module]:
-        own, taps, _ = key
+    def __missing__(self, key: tuple[type[nn.Module], _Taps]) -> type[nn.Module]:
+        own, taps = key
         names: dict[str, Any] = {
             "__module__": own.__module__,
             "__qualname__": own.__qualname__,

@@ -13,7 +13,7 @@ from rich.console import Console
 from fastheads.cli.checks import parse_fractions
 from fastheads.cli.messages import doing, fail, note
 from fastheads.cli.options import Device, Dtype, Mode, TrustRemoteCode
-from fastheads.errors import AblationFileError, OptionError
+from fastheads.errors import AblationFileError, OptionError, ResultsError
 
 if TYPE_CHECKING:
     from fastheads.results.ablation import AblationResult
@@ -133,6 +133,8 @@ def ablate(
         if first:
             _check_files(output, plot, checkpoint)
         measured = HeadProfile.load(profile)
+        if mode == "mean" and measured.vectors is None:
+            raise ResultsError(f"{profile} has no mean vectors: profile with --vectors")
         for name in metric or []:
             if name != "mean_ablation_error_ratio":
                 measured.statistics(name)  # raises if there is none

@@ -62,6 +62,16 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     return int(number) - 1, int(parts)
 
 
+def parse_window(text: str | None) -> tuple[int, int] | None:
+    """Parse a sink and a window such as 4,256; None stays None."""
+    if text is None:
+        return None
+    sink, _, window = (part.strip() for part in text.partition(","))
+    if not (sink.isdecimal() and window.isdecimal()):
+        raise OptionError(f"--streaming-error {text!r}: expected SINK,WINDOW, as in 4,256")
+    return int(sink), int(window)
+
+
 def check_options(
     *,
     backend: str,
@@ -73,6 +83,7 @@ def check_options(
     max_tokens: int | None,
     skip_first: int,
     metrics: list[str] | None,
+    streaming: tuple[int, int] | None,
     until_stable: bool,
     checkpoint_every: float,
 ) -> None:
@@ -87,7 +98,9 @@ def check_options(
     check_backend(backend)
     if skip_first < 0:
         raise OptionError(f"skip_first must be 0 tokens or more, not {skip_first}")
-    options = MeasureOptions.of(precision=precision, skip_first=skip_first, metrics=metrics)
+    options = MeasureOptions.of(
+        precision=precision, skip_first=skip_first, metrics=metrics, streaming=streaming
+    )
     if until_stable:
         check_ranked(options)
     if dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""The command line: `fastheads profile`, `show`, `report`, `merge`, `ablate` and `doctor`.
+"""The command line: `fastheads profile`, `show`, `report`, `merge`, `ablate`, `prune`, `kv` and `doctor`.
 
 Results go to stdout; progress and errors go to stderr, an error as one line. The heavy libraries are imported
 when a command runs, so that `--help` is quick.
@@ -18,7 +18,9 @@ from fastheads._version import __version__
 from fastheads.cli.ablate import ablate
 from fastheads.cli.checks import check_files as _check_files
 from fastheads.cli.checks import check_options as _check_options
-from fastheads.cli.checks import check_stdin, parse_layers, parse_metrics, parse_shard
+from fastheads.cli.checks import check_stdin, parse_layers, parse_metrics, parse_shard, parse_window
+from fastheads.cli.kv import EXAMPLE as KV_EXAMPLE
+from fastheads.cli.kv import kv
 from fastheads.cli.messages import doing, fail, message, note, show_warning, tell_of_replaced
 from fastheads.cli.options import (
     Backend,
@@ -31,6 +33,8 @@ from fastheads.cli.options import (
     TrustRemoteCode,
     number_or_all,
 )
+from fastheads.cli.prune import EXAMPLE as PRUNE_EXAMPLE
+from fastheads.cli.prune import prune
 from fastheads.cli.report import report
 from fastheads.cli.show import show, show_profile
 from fastheads.errors import OptionError
@@ -187,6 +191,15 @@ def profile(
             "--vectors", help="Also measure each head's mean output, for mean ablation and projections."
         ),
     ] = False,
+    streaming_error: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SINK,WINDOW",
+            help="Also measure what is lost if heads see only the first SINK tokens and the last WINDOW, in sequences that are "
+            "longer: see `fastheads kv`.",
+            show_default=False,
+        ),
+    ] = None,
     backend: Backend = "auto",
     precision: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
     dtype: Dtype = "auto",
@@ -254,6 +267,11 @@ def profile(
             chosen_layers = parse_layers(layers)
             chosen_metrics = parse_metrics(metrics)
             part = parse_shard(shard)
+            sizes = parse_window(streaming_error)
+            if sizes is not None and compile:
+                raise OptionError(
+                    "--streaming-error cannot be measured in compiled code: leave out --compile"
+                )
             _check_options(
                 backend=backend,
                 precision=precision,
@@ -264,6 +282,7 @@ def profile(
                 max_tokens=max_tokens,
                 skip_first=skip_first,
                 metrics=chosen_metrics,
+                streaming=sizes,
                 until_stable=until_stable,
                 checkpoint_every=checkpoint_every,
             )
@@ -323,6 +342,7 @@ def profile(
                 layers=chosen_layers,
                 kv_groups=kv_groups,
                 vectors=vectors,
+                streaming=sizes,
                 metrics=chosen_metrics,
                 include=include or (),
                 backend=backend,
@@ -360,6 +380,7 @@ def profile(
         raise typer.Exit(fail(*interrupted))
 
 
+app.command(epilog=PRUNE_EXAMPLE)(prune)
 app.command()(show)
 app.command()(report)
 
@@ -429,6 +450,9 @@ def doctor(
     if problem is not None:
         raise typer.Exit(fail(message(problem), ERROR))
     typer.echo(f"\nall is well; profile it with: fastheads profile {model}")
+
+
+app.command(epilog=KV_EXAMPLE)(kv)
 
 
 def _measure(**arguments: Any) -> tuple["HeadProfile", tuple[str, int] | None]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from operator import index
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fastheads.errors import OptionError, ResultsError
 from fastheads.intervene.gates import Gate, GateHandle
+from fastheads.intervene.pairs import whole_pair
 from fastheads.models.sharding import shard_of
 from fastheads.models.sites import find_sites, has_known_layout, is_sequence_first, unwrapped
 from fastheads.models.weights import dense_weight
@@ -40,8 +40,9 @@ def ablate(
     The head's part of the output projection's input is replaced, at every position (padding too, where it matters to no valid
     token); weights are not touched, and nothing is copied. What a HookManager measures meanwhile is what acts, whichever of the
     two is attached first. Contexts may be nested: where they name the same head, the one entered last decides. It works in
-    `generate()` and under torch.compile, for code compiled before and within; a CUDA graph that was captured outside by hand is
-    replayed as it was. A copy that is made of the model inside the context is not ablated.
+    `generate()` and under torch.compile, for code compiled before and within. A copy that is made of the model inside the context
+    is not ablated. Calls of the projection as a module are what it acts on: a CUDA graph that was captured outside by hand is
+    replayed as it was, and code that calls the projection's `forward`, or reads its weight, is not seen.
 
     The projections are changed for all threads that run the model: enter and leave the context while no other thread does.
 
@@ -158,11 +159,7 @@ class _Heads:
         return list(dict.fromkeys(self._checked_pair(pair) for pair in heads))
 
     def _checked_pair(self, pair: Any) -> tuple[int, int]:
-        numbers = [*pair] if isinstance(pair, Iterable) and not isinstance(pair, str | bytes) else []
-        whole = all(hasattr(n, "__index__") and not isinstance(n, bool | np.bool_) for n in numbers)
-        if len(numbers) != 2 or not whole:
-            raise OptionError(f"heads must be pairs (layer, head) of whole numbers, not {pair!r}")
-        layer, head = map(index, numbers)
+        layer, head = whole_pair(pair, "heads", "(layer, head)")
         rows = self._rows.get(layer, [])
         if not rows:
             layers = sorted(self._rows)

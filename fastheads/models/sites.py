@@ -77,6 +77,21 @@ def num_kv_heads(model: nn.Module, site: HeadSite) -> int | None:
     return None
 
 
+def known_num_kv_heads(model: nn.Module, site: HeadSite) -> int:
+    """As `num_kv_heads`. Raises OptionError, naming the site, if the number is unknown or contradictory."""
+    try:
+        count = num_kv_heads(model, site)
+    except ValueError as error:
+        raise OptionError(
+            f"{site.name}: how many query heads share keys and values is said in several ways ({error})"
+        ) from None
+    if count is None:
+        raise OptionError(
+            f"{site.name}: its attention does not say how many query heads share keys and values"
+        )
+    return count
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside DataParallel, DistributedDataParallel and torch.compile's wrappers."""
     while True:

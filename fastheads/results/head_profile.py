@@ -46,6 +46,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "weights": (dict, NoneType),
     "residual_update": (str, list),
     "residual_stream": (str, list),
+    "streaming": (dict,),
+    "streaming_unknown": (dict,),
     "data": (dict,),
 }
 DATA_TYPES: dict[str, tuple[type, ...]] = {

@@ -100,7 +100,7 @@ def _difference(a: Profile, b: Profile) -> str | None:
         return weights
     if one["sites"] != two["sites"]:
         return f"sites: {_difference_of_sites(one['sites'], two['sites'])}"
-    for key in ("token_agg", "skip_first"):
+    for key in ("token_agg", "skip_first", "streaming"):
         if one.get(key) != two.get(key):
             return f"{key}: {one.get(key)!r} and {two.get(key)!r}"
     if set(a.metrics) != set(b.metrics):

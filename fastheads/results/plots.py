@@ -16,7 +16,7 @@ from fastheads.results.protocol import Profile
 from fastheads.results.ranking import by_metric, displayed_metric, missing_ratio
 from fastheads.results.text import about_samples
 from fastheads.stats.arrays import Array
-from fastheads.stats.names import KV_METRIC
+from fastheads.stats.names import KV_METRICS
 from fastheads.stats.scales import scale_of
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ def heatmap(
     if stat not in stats:
         raise OptionError(f"unknown stat {stat!r}: choose one of {', '.join(stats)}")
     values = np.where(stats["count"] > 0, stats[stat], np.nan)
+    of_groups = metric in KV_METRICS
+    if of_groups:  # fewer than heads
+        measured = np.flatnonzero((stats["count"] > 0).any(axis=0))
+        values = values[:, : int(measured.max(initial=0)) + 1]
     colours = colours_of(metric, values, of_means=stat == "mean")
     norm, extend = _norm(colours, values, vmin, vmax)
     caption = []
@@ -76,8 +80,7 @@ def heatmap(
     if extend != "neither":
         caption.append(f"colours end at {norm.vmin:.3g} and {norm.vmax:.3g}")
 
-    rows, heads = profile.shape
-    of_groups = metric == KV_METRIC
+    rows, heads = values.shape
     ax.set_xlabel("KV head" if of_groups else "head")
     ax.set_ylabel("layer")
     ax.set_xticks(range(0, heads, _step(heads, ACROSS)))

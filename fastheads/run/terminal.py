@@ -29,6 +29,7 @@ from fastheads.results.ranking import (
 from fastheads.results.text import aligned, clean, ranges, samples_of
 from fastheads.run.progress import Status
 from fastheads.stats.arrays import Array
+from fastheads.stats.names import KV_METRICS
 from fastheads.stats.scales import scale_of
 
 # Minimum width of the terminal, in columns, for:
@@ -300,7 +301,7 @@ def _notes_below(profile: HeadProfile, ranking: Ranking, console: Console) -> li
         if profile.metadata.get("token_agg") == "token":
             notes.append("sem takes tokens for independent, so it is too small, and there are more ties")
     if ranking.rms is not None:
-        notes.append("rms: the root of the mean of the squared ratio")
+        notes.append("rms: the root of the mean of the squares")
     return [Text(note, style="dim") for note in notes]
 
 
@@ -315,7 +316,10 @@ def heatmap(profile: HeadProfile, ranking: Ranking, console: Console) -> Rendera
     labels = [str(layer) for layer in profile.layers]
     margin = max(len("layer"), *map(len, labels)) + 1
     room = max(console.width - margin, 1)
+    is_of_groups = ranking.name in KV_METRICS
     heads = profile.shape[1]
+    if is_of_groups:  # fewer than heads
+        heads = int(np.flatnonzero(ranking.measured.any(axis=0)).max(initial=0)) + 1
     cell = min(max(room // heads, 1), 4)
     columns = min(room // cell, heads)
     if 8 <= columns < heads:
@@ -326,7 +330,8 @@ def heatmap(profile: HeadProfile, ranking: Ranking, console: Console) -> Rendera
         block = range(first, min(first + columns, heads))
         if first:
             lines.append(Text())
-        lines.append(Text("head".rjust(margin - 1) + " " + _ticks(block, cell), style="dim", no_wrap=True))
+        unit = "KV" if is_of_groups else "head"
+        lines.append(Text(unit.rjust(margin - 1) + " " + _ticks(block, cell), style="dim", no_wrap=True))
         for row, label in enumerate(labels):
             line = Text(label.rjust(margin - 1) + " ", no_wrap=True)
             for head in block:

@@ -29,6 +29,7 @@ UNKNOWN = Scale(True)  # of a metric that others register
 # The first pattern that fits a metric's name gives its scale.
 SCALES = (
     ("head_residual_ratio*", RESIDUAL),
+    ("*_streaming_error*", RESIDUAL),
     ("relative_*", LAYER),
     ("*_norm", RAW),
     ("*_power", RAW),

@@ -466,7 +466,7 @@ def test_compiled_by_inductor_with_a_manager(dynamo):
 
 
 def test_a_manager_that_comes_and_goes_between_layers_compiled_alone(dynamo):
-    """Gated and other projections never share a class, so no layer gets the graph of another."""
+    """No layer gets the graph of another."""
     model = build().double()
     intact, want = logits(model), logits(by_hand(model, [(1, 2)]))
     each_layer(model)

@@ -218,7 +218,7 @@ def test_the_ratio_has_its_root_mean_square_beside_it():
         ["3", "1", "3.000", "±0.500", "3.041"],
         ["3", "0", "1.000", "±0.500", "1.118"],
     ]
-    assert "rms: the root of the mean of the squared ratio" in out
+    assert "rms: the root of the mean of the squares" in out
     assert "rms" not in printed(with_spread([1.0, 3.0], 0.5), console(), RATIO_METRIC)
 
 
