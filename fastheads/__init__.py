@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fastheads.backends.registry import register_backend
     from fastheads.capture.manager import HookManager
     from fastheads.errors import FastheadsError, NoSitesError, StaleFactorError, UnsupportedWeightError
+    from fastheads.intervene.kv_map import KvMap, kv_map
+    from fastheads.intervene.streaming import streaming
     from fastheads.models.families import Family, register_family
     from fastheads.models.sites import HeadSite, find_sites
     from fastheads.results.head_profile import HeadProfile
@@ -24,15 +26,18 @@ __all__ = [
     "HeadProfile",
     "HeadSite",
     "HookManager",
+    "KvMap",
     "NoSitesError",
     "StaleFactorError",
     "UnsupportedWeightError",
     "__version__",
     "find_sites",
+    "kv_map",
     "profile",
     "register_backend",
     "register_family",
     "register_metric",
+    "streaming",
 ]
 
 _HOMES = {
@@ -41,14 +46,17 @@ _HOMES = {
     "HeadProfile": "results.head_profile",
     "HeadSite": "models.sites",
     "HookManager": "capture.manager",
+    "KvMap": "intervene.kv_map",
     "NoSitesError": "errors",
     "StaleFactorError": "errors",
     "UnsupportedWeightError": "errors",
     "find_sites": "models.sites",
+    "kv_map": "intervene.kv_map",
     "profile": "run.api",
     "register_backend": "backends.registry",
     "register_family": "models.families",
     "register_metric": "stats.metric",
+    "streaming": "intervene.streaming",
 }
 
 
