@@ -43,6 +43,8 @@ OTHERS = {
     ("signals.py", "Stopped"): "inside: an interrupt, which becomes ProfileInterrupted",
     ("loop.py", "Stopped"): "inside: the same",
     ("commands.py", "Exit"): "typer's, with the code of the process",
+    ("ablate.py", "Exit"): "the same",
+    ("prune.py", "Exit"): "the same",
     ("options.py", "BadParameter"): "typer's, which the command line prints as wrong usage",
     ("commands.py", "SystemExit"): "the end of the process, with its code",
     ("commands.py", "KeyboardInterrupt"): "Ctrl-C once more",
@@ -87,7 +89,7 @@ def test_the_lists_name_files_that_there_are():
 
 
 def test_all_have_the_base_and_say_when():
-    for name in OURS - {"ProfileInterrupted"}:
+    for name in OURS - {"ProfileInterrupted", "AblationInterrupted"}:
         kind = getattr(errors, name)
         assert issubclass(kind, errors.FastheadsError)
         assert kind.__doc__, name

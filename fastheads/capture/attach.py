@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastheads.capture import forward_hooks
 from fastheads.capture.profiled import Profiled
-from fastheads.capture.projection_hook import RetraceHandle, Tap, add_tap, takes_taps
+from fastheads.capture.projection_hook import MEASURES_ATTRIBUTE, RetraceHandle, Tap, add_tap, takes_taps
 from fastheads.capture.recorder import Recorder
 from fastheads.models.attention import tap_attention
 from fastheads.models.residual import Update
@@ -85,6 +85,7 @@ def _pre_hook(recorder: Recorder, tap: Tap, profiled: Profiled) -> Tap:
             recorder.trace(module, args, traced)
 
     _name_owner(pre_hook)
+    setattr(pre_hook, MEASURES_ATTRIBUTE, True)
     return pre_hook
 
 

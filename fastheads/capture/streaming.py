@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from fastheads.backends.accumulator import Accumulator
 from fastheads.backends.registry import without_fused
 from fastheads.backends.streaming_attention import TokenPlaces, Window, check_distance, places_of, streamed
-from fastheads.capture.channels import Channel, Updates, num_kv_heads
+from fastheads.capture.channels import Channel, Updates
 from fastheads.capture.forward import Forward
 from fastheads.capture.residual_stream import RATIO_PLANES, ResidualStreams
 from fastheads.errors import ForwardError, OptionError
 from fastheads.models.attention import AttentionCall, AttentionTap, cannot_stream
-from fastheads.models.sites import HeadSite, attention_of
+from fastheads.models.sites import HeadSite, attention_of, known_num_kv_heads
 from fastheads.stats.metric import STREAMING
 from fastheads.stats.moments import Moments
 from fastheads.stats.token_layout import TokenLayout
@@ -67,7 +67,7 @@ class StreamingErrors:
         self._normed = {row: u for row, u in updates.normed.items() if row in self.attentions}
         self._groups = {}
         for row, site in self._sites.items():
-            kv_heads = num_kv_heads(model, site)
+            kv_heads = known_num_kv_heads(model, site)
             width = site.num_heads * site.head_dim // kv_heads
             self._groups[row] = dataclasses.replace(site, num_heads=kv_heads, head_dim=width)
         self._unchecked = set(self.attentions)

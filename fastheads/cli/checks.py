@@ -30,6 +30,28 @@ def parse_metrics(text: str | None) -> list[str] | None:
     return names
 
 
+def parse_fractions(text: str) -> list[float]:
+    """Parse fractions such as 0.05:0.3:0.05 (first, last, step) or 0.1,0.2."""
+    wrong = OptionError(
+        f"--fractions {text!r}: expected FIRST:LAST:STEP or numbers with commas, as in 0.05:0.3:0.05 or 0.1,0.2"
+    )
+    try:
+        numbers = [float(part) for part in text.replace(":", ",").split(",")]
+    except ValueError:
+        raise wrong from None
+    if ":" not in text:
+        return numbers
+    if (
+        text.count(":") != 2
+        or "," in text
+        or not all(0 < number <= 1 for number in numbers)
+        or numbers[0] > numbers[1]
+    ):
+        raise wrong
+    first, last, step = numbers
+    return [round(first + n * step, 6) for n in range(int((last - first) / step + 1 + 1e-6))]
+
+
 def parse_shard(text: str | None) -> tuple[int, int]:
     """Parse a shard such as 1/4 to (0, 4); None is (0, 1)."""
     if text is None:

@@ -71,6 +71,11 @@ class Mode(StrEnum):
     mean = "mean"
 
 
+class GroupBy(StrEnum):
+    sum = "sum"
+    max = "max"
+
+
 class TokenAgg(StrEnum):
     last = "last"
     all = "all"

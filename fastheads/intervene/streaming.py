@@ -4,7 +4,6 @@ import math
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from operator import index
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,11 +19,18 @@ from fastheads.backends.streaming_attention import (
     places_of,
     streamed,
 )
-from fastheads.capture.channels import num_kv_heads
 from fastheads.capture.projection_hook import RetraceHandle
 from fastheads.errors import ForwardError, OptionError
+from fastheads.intervene.pairs import whole_pair
 from fastheads.models.attention import AttentionCall, AttentionTap, cannot_stream, tap_attention
-from fastheads.models.sites import HeadSite, attention_of, decoder_of, find_sites, unwrapped
+from fastheads.models.sites import (
+    HeadSite,
+    attention_of,
+    decoder_of,
+    find_sites,
+    known_num_kv_heads,
+    unwrapped,
+)
 from fastheads.stats.token_layout import DecoderArguments, TokenLayout
 
 KvGroups = Iterable[tuple[int, int]]
@@ -80,12 +86,7 @@ class Streamer:
         return Streaming(self.model, {layer: self._sites[layer][0] for layer in chosen}, chosen, limits)
 
     def _checked(self, pair: Any) -> tuple[int, int]:
-        try:
-            layer, group = (_whole(number) for number in pair)
-        except (TypeError, ValueError):
-            raise OptionError(
-                f"kv_groups must be pairs (layer, KV group) of whole numbers, not {pair!r:.80}"
-            ) from None
+        layer, group = whole_pair(pair, "kv_groups", "(layer, KV group)")
         sites = self._sites.get(layer, [])
         if not sites:
             raise OptionError(
@@ -93,7 +94,7 @@ class Streamer:
             )
         if len(sites) > 1:
             raise OptionError(f"layer {layer} has several attentions, so that {(layer, group)} is ambiguous")
-        number = num_kv_heads(self.model, sites[0])
+        number = known_num_kv_heads(self.model, sites[0])
         if not 0 <= group < number:
             raise OptionError(f"no KV group {group} in layer {layer}, which has the groups 0 to {number - 1}")
         why = cannot_stream(attention_of(self.model, sites[0]))
@@ -225,14 +226,8 @@ class AttentionMass(Tapped):
         """Return the mean over the query heads of each KV group, by (layer, KV group); NaN without tokens."""
         found = {}
         for layer, total in self._sums.items():
-            groups = num_kv_heads(self._model, self._sites[layer])
+            groups = known_num_kv_heads(self._model, self._sites[layer])
             means = total.view(groups, -1).mean(dim=1) / max(self._tokens[layer], 1)
             for group in range(groups):
                 found[layer, group] = float(means[group]) if self._tokens[layer] else math.nan
         return found
-
-
-def _whole(number: Any) -> int:
-    if isinstance(number, bool):
-        raise TypeError
-    return index(number)

@@ -199,6 +199,11 @@ def _digest(profile: Profile) -> bytes:
     return digest.digest()
 
 
+def data_of_runs(profile: Profile) -> list[Metadata]:
+    """Return the data entries of the run, or of all runs merged in the profile."""
+    return _leaves(profile.metadata)
+
+
 def _leaves(metadata: Metadata) -> list[Metadata]:
     """Return the data entries of all runs merged in a profile."""
     data = metadata.get("data")

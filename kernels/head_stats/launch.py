@@ -268,7 +268,7 @@ class Launch:
         self._device, self._state_shape = state.device, state.shape
         self._token_agg = token_agg
         self._vector_shape = None if vectors is None else vectors.shape
-        self._form = (len(inputs), skip_first, is_scaled, has_ratio, vectors is not None)
+        self._form = (len(inputs), skip_first, is_scaled, has_ratio)
         self._valid_like = None if valid is None else (valid.shape, valid.device)
         self._scratch = max(part.partial for part in parts)
 
@@ -280,10 +280,9 @@ class Launch:
         *,
         is_scaled: bool = False,
         has_ratio: bool = False,
-        has_vectors: bool = False,
     ) -> list[int] | None:
         """The addresses of these inputs, all on one device, for `run`; None where these launches do not serve them."""
-        if (len(inputs), skip_first, is_scaled, has_ratio, has_vectors) != self._form:
+        if (len(inputs), skip_first, is_scaled, has_ratio) != self._form:
             return None
         if valid is None or self._valid_like is None:
             if valid is not self._valid_like:
