@@ -17,7 +17,7 @@ from fastheads.models.batch_sharing import RotaryState, sharing_of
 from fastheads.run.model_state import evaluation_mode, input_device, takes_argument
 
 # Logits of a forward, in elements: a few tensors of that size are held at a time.
-MOST_LOGITS = {"cpu": 100_000_000, "cuda": 500_000_000}
+MOST_LOGITS = {"cpu": 2**27, "cuda": 2**29}
 MOST_TOKENS = {"cpu": 2_048, "cuda": 16_384}
 
 # A sequence's rise in loss and KL divergence, both nats per token.
@@ -46,7 +46,8 @@ class Scorer:
         self._rows = max(1, batch_tokens // length)  # in a forward
         alone = sharing_of(model).alone is not None
         self._rotary = RotaryState(model)
-        size = 1 if alone else min(self._rows, len(ids))
+        # As few chunks as may be, of about equal size.
+        size = 1 if alone else -(-len(ids) // -(-len(ids) // self._rows))
         self.chunks = [range(first, min(first + size, len(ids))) for first in range(0, len(ids), size)]
         # Sets in a forward.
         self.group = 1 if alone or not ablator.takes_rows else max(1, self._rows // size)
