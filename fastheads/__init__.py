@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         UnsupportedWeightError,
     )
     from fastheads.intervene.ablation import ablate
+    from fastheads.intervene.kv_map import KvMap, kv_map
+    from fastheads.intervene.streaming import streaming
     from fastheads.models.families import Family, register_family
     from fastheads.models.sites import HeadSite, find_sites
     from fastheads.results.head_profile import HeadProfile
@@ -37,6 +39,7 @@ __all__ = [
     "HeadSite",
     "HookManager",
     "Job",
+    "KvMap",
     "NoSitesError",
     "OptionError",
     "ProfileInterrupted",
@@ -48,10 +51,12 @@ __all__ = [
     "ablate",
     "find_sites",
     "held_texts",
+    "kv_map",
     "profile",
     "register_backend",
     "register_family",
     "register_metric",
+    "streaming",
 ]
 
 _HOMES = {
@@ -61,6 +66,7 @@ _HOMES = {
     "HeadSite": "models.sites",
     "HookManager": "capture.manager",
     "Job": "run.job",
+    "KvMap": "intervene.kv_map",
     "NoSitesError": "errors",
     "OptionError": "errors",
     "ProfileInterrupted": "errors",
@@ -71,10 +77,12 @@ _HOMES = {
     "ablate": "intervene.ablation",
     "find_sites": "models.sites",
     "held_texts": "corpus.sources",
+    "kv_map": "intervene.kv_map",
     "profile": "run.api",
     "register_backend": "backends.registry",
     "register_family": "models.families",
     "register_metric": "stats.metric",
+    "streaming": "intervene.streaming",
 }
 
 

@@ -49,6 +49,7 @@ OTHERS = {
     ("commands.py", "SystemExit"): "the end of the process, with its code",
     ("commands.py", "KeyboardInterrupt"): "Ctrl-C once more",
     ("computed_weights.py", "NotDenseError"): "inside: weights.py names the site",
+    ("streaming.py", "TypeError"): "inside: the same file makes an OptionError of it",
     ("geometry.py", "ValueError"): "inside: channels.py makes an OptionError of it",
 }
 

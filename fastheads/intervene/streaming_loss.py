@@ -1,5 +1,6 @@
 """What streaming KV groups cost: the loss on held-out texts, and on a random segment that comes again beyond the window."""
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -52,13 +53,17 @@ def trials_of(ids: Tensor, length: int, vocab: int, *, sink: int, window: int, s
 def losses(model: nn.Module, trials: Trials) -> dict[str, Array]:
     """Return, by name, the mean cross-entropy (nats) of the tokens that count, of each sequence: float64 `[n]`."""
     device = next(model.parameters()).device
+    keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
     found: dict[str, list[float]] = {name: [] for name in trials.counted}
     with torch.inference_mode():
         for number, ids in enumerate(trials.ids):
             of_any = torch.stack([counted[number] for counted in trials.counted.values()]).any(0)
             where = (of_any.nonzero().flatten() - 1).to(device)  # the token before predicts
             row = ids.long()[None].to(device)
-            logits = model(row, use_cache=False, logits_to_keep=where).logits[0].float()
+            if keeps_some:
+                logits = model(row, use_cache=False, logits_to_keep=where).logits[0].float()
+            else:
+                logits = model(row, use_cache=False).logits[0, where].float()
             loss = torch.nn.functional.cross_entropy(logits, row[0, where + 1], reduction="none").cpu()
             for name, counted in trials.counted.items():
                 found[name].append(float(loss[counted[number][of_any]].double().mean()))

@@ -13,6 +13,7 @@ from fastheads.errors import DataError, OptionError
 from fastheads.intervene.kv_map import By, KvMap, kv_map
 from fastheads.intervene.streaming import AttentionMass
 from fastheads.intervene.streaming_loss import Cost, Evaluator, Interval, interval, matched_draws, trials_of
+from fastheads.models.sites import decoder_of
 from fastheads.results.head_profile import HeadProfile
 from fastheads.run.api import profile
 from fastheads.stats.names import STREAMING_METRICS
@@ -124,7 +125,7 @@ def evaluate(
         if ranked_by is not None:
             with AttentionMass(model, Window(found.sink, found.window)) as mass, torch.inference_mode():
                 for row in ranked_by:
-                    model(row[None].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+                    decoder_of(model)(row[None].to(next(model.parameters()).device), use_cache=False)
             by_mass = mass.of_kv_groups()
             lowest = sorted(found.known, key=lambda pair: by_mass[pair])[: len(found.streaming)]
             chosen.append(("attention mass", lowest))
