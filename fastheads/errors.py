@@ -9,6 +9,7 @@ missing, or cannot be written, raise the system's OSError.
     in a run         TokenizerError; JobError, RankLostError; ProfileInterrupted, an interrupt, which derives from
                      KeyboardInterrupt alone
     of its results   ResultsError, StaleFactorError
+    of its objects   NotCopyableError
     of profiles      ProfileError, with ProfileFileError; MergeError
 """
 
@@ -51,6 +52,10 @@ class VerificationError(ForwardError):
 
 class ResultsError(FastheadsError, RuntimeError):
     """The results would be wrong or incomplete, so none are returned."""
+
+
+class NotCopyableError(FastheadsError, TypeError):
+    """A HookManager, or a model with its hooks on, can be neither copied nor pickled."""
 
 
 class DataError(FastheadsError, ValueError):

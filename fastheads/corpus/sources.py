@@ -20,6 +20,7 @@ from typing import Any, Literal
 from fastheads.corpus import hf_datasets, readers
 from fastheads.corpus.readers import Chat, Document, Reader
 from fastheads.errors import DataError, OptionError
+from fastheads.stats.options import check_whole
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -227,7 +228,10 @@ def default_text() -> TextSource:
 
 
 def check_lengths(seq_len: int, max_tokens: int | None) -> None:
-    """Raise OptionError if `seq_len` or `max_tokens` is below 1."""
+    """Raise OptionError unless `seq_len` and `max_tokens` are whole numbers from 1 on."""
+    check_whole("seq_len", seq_len)
+    if max_tokens is not None:
+        check_whole("max_tokens", max_tokens)
     if seq_len < 1:
         raise OptionError(f"seq_len must be at least 1 token, not {seq_len}")
     if max_tokens is not None and max_tokens < 1:

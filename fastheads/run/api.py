@@ -25,7 +25,7 @@ from fastheads.run.loop import Run, Settings
 from fastheads.run.progress import Status
 from fastheads.run.stability import check_ranked, deciding_metric
 from fastheads.stats.confidence import StableRule, check_token_agg, judge
-from fastheads.stats.options import MeasureOptions
+from fastheads.stats.options import MeasureOptions, check_flag, check_whole
 
 SEQ_LEN = 512
 CHECKPOINT_EVERY = 30.0  # seconds
@@ -155,7 +155,11 @@ def profile(
     sources.check_lengths(SEQ_LEN if seq_len is None else seq_len, max_tokens)
     check_options(batch_size, batch_tokens, checkpoint_every, shard)
     if until_stable is not False:
+        if until_stable is not True and not isinstance(until_stable, StableRule):
+            raise OptionError(f"until_stable must be True, False or a StableRule, not {until_stable!r:.100}")
         check_token_agg(token_agg)
+    check_flag("compile", compile)
+    check_flag("resume", resume)
     job = Job(place=RankInfo()) if job is None else job  # a single process, also under torchrun
     job.check_entered()
     job.begin()
@@ -176,7 +180,7 @@ def profile(
     shard = (0, 1) if shard is None else shard
     is_text = isinstance(source, Source)
 
-    if isinstance(model, nn.Module):
+    if not isinstance(model, str | os.PathLike):
         module = unwrapped(model)
     else:
         found = loading.find_model(os.fspath(model))
@@ -281,6 +285,15 @@ def check_options(
     batch_size: int | None, batch_tokens: int | None, checkpoint_every: float, shard: tuple[int, int] | None
 ) -> None:
     """Raise OptionError for options of `profile()` that are out of range."""
+    for name, value in {"batch_size": batch_size, "batch_tokens": batch_tokens}.items():
+        if value is not None:
+            check_whole(name, value)
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int | float):
+        raise OptionError(f"checkpoint_every must be a number of seconds, not {checkpoint_every!r:.100}")
+    if shard is not None and not (
+        isinstance(shard, tuple | list) and len(shard) == 2 and all(isinstance(n, int) for n in shard)
+    ):
+        raise OptionError(f"shard must be (i, n), two whole numbers, not {shard!r:.100}")
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"batch_size must be at least 1 sequence, not {batch_size}")
     if batch_tokens is not None and batch_tokens < 1:
