@@ -4,7 +4,7 @@ All derive from `FastheadsError` and from the built-in exception that fits, so t
 missing, or cannot be written, raise the system's OSError.
 
     before a run     OptionError, DataError, LoadError, NoSitesError, UnsupportedWeightError, BackendError, MissingExtraError,
-                     CheckpointError
+                     CheckpointError, FileInUseError
     in a forward     ForwardError, with StaleFactorError and VerificationError; TokensError
     in a run         TokenizerError; JobError, RankLostError; ProfileInterrupted, an interrupt, which derives from
                      KeyboardInterrupt alone
@@ -56,6 +56,10 @@ class ResultsError(FastheadsError, RuntimeError):
 
 class NotCopyableError(FastheadsError, TypeError):
     """A HookManager, or a model with its hooks on, can be neither copied nor pickled."""
+
+
+class FileInUseError(FastheadsError, OSError):
+    """Another run is writing the output or the checkpoint."""
 
 
 class DataError(FastheadsError, ValueError):

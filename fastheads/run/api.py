@@ -1,11 +1,12 @@
 """profile(): from a model and data to a HeadProfile, in one call. It prepares a `run.loop.Run` and starts it."""
 
+import functools
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, ParamSpec
 
 from torch import nn
 
@@ -16,7 +17,9 @@ from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError, OptionError
 from fastheads.models.batch_sharing import grows_with_length
 from fastheads.models.sites import unwrapped
+from fastheads.results.files import check_writable, target_of
 from fastheads.results.head_profile import HeadProfile
+from fastheads.results.locks import locked
 from fastheads.run import loading
 from fastheads.run.checkpoint import Checkpoint
 from fastheads.run.early_exit import EarlyExit
@@ -32,8 +35,33 @@ CHECKPOINT_EVERY = 30.0  # seconds
 
 # Called with the number of valid tokens done and the total, or None if that is unknown.
 Progress = Callable[[int, int | None], None]
+P = ParamSpec("P")
 
 
+def _with_files_locked(function: Callable[P, HeadProfile]) -> Callable[P, HeadProfile]:
+    """Check, before anything else, that a run can write its output and checkpoint, and lock both while it runs."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> HeadProfile:
+        with ExitStack() as locks:
+            job: Any = kwargs.get("job")
+            for option in ("output", "checkpoint"):
+                path: Any = kwargs.get(option)
+                if path is None:
+                    continue
+                if not isinstance(path, str | os.PathLike):
+                    raise OptionError(f"{option} must be the name of a file, not {path!r:.100}")
+                target_of(path)
+                if job is None or job.place.rank == 0:
+                    if option == "output":
+                        check_writable(path)
+                    locks.enter_context(locked(path, required=option == "output"))
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_with_files_locked
 def profile(
     model: nn.Module | str | os.PathLike[str],
     data: Any = None,
@@ -149,6 +177,8 @@ def profile(
         OptionError: an option is out of range or unknown, or the processes of the job have different models, data or options.
         CheckpointError: with `resume`, the checkpoint is damaged or was made with another model, data or options; the message
             says which.
+        FileInUseError: another run is writing `output` or `checkpoint`.
+        OSError: `output` cannot be written, or one of the two is no regular file; seen before the run where that can be.
         RankLostError: another process of the job died or failed. The checkpoint is kept.
         ProfileInterrupted: Ctrl-C, or SIGTERM if there are checkpoints; its `profile` has the results of the finished batches.
     """
@@ -272,7 +302,7 @@ def profile(
         else:
             why = "the end of the data" if run.complete else f"max_tokens={max_tokens}"
             message = f"the ranking has not settled by {why}: {verdict} (by {metric})"
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
     if output is not None and job.place.rank == 0:
         measured.save(output)
     if file is not None:

@@ -5,7 +5,6 @@ configuration, with a digest of everything (`results.container`). It may come fr
 resumes only with the same configuration.
 """
 
-import glob
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fastheads.errors import CheckpointError
 from fastheads.results.container import ContainerError, pack, unpack
-from fastheads.results.files import UnreadableError, read_once, write_atomic
+from fastheads.results.files import UnreadableError, read_once, remove_temporaries, write_atomic
 from fastheads.results.possible import MOST_SAMPLES, ROUNDING, TINY, impossible
 from fastheads.stats.mean_vectors import MEAN, MeanVectorPlanes, RunningMeanVectors
 from fastheads.stats.metric import HEAD_METRICS
@@ -109,9 +108,7 @@ class Checkpoint:
 
     def tidy(self) -> None:
         """Delete temporary files of a process that was killed while writing."""
-        if self.path.parent.is_dir():
-            for rest in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
-                rest.unlink(missing_ok=True)
+        remove_temporaries(self.path)
 
     def check(self, then: Any, now: dict[str, Any]) -> None:
         """Raise CheckpointError, naming what differs, unless the configurations are equal."""
