@@ -26,7 +26,9 @@ from fastheads.stats.moments import PLANES, RunningMoments
 FILE_KEY = "fastheads_checkpoint"
 FORMAT_VERSION = 4  # no other is read: a run is resumed by the version that began it
 LARGEST = 2**30  # bytes; more than any run writes
-LARGEST_HEADER = 100_000_000  # the limit of safetensors
+LARGEST_HEADER = (
+    2**24
+)  # bytes of the document, of which a run writes a few thousand; reading as many takes seconds
 COUNTS = ("tokens", "sequences", "area", "batches", "looks")
 
 
@@ -44,6 +46,8 @@ class Checkpoint:
         """Write the file atomically. If that fails, keep the previous one, warn on stderr once, and return False."""
         content = pack(tensors, FILE_KEY, {"format": FORMAT_VERSION, **document})
         try:
+            if int.from_bytes(content[:8], "little") > LARGEST_HEADER or len(content) > LARGEST:
+                raise OSError("it would be larger than what is read again")
             write_atomic(self.path, content)
         except OSError as error:
             if not self._warned:
