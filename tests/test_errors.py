@@ -30,6 +30,7 @@ OTHERS = {
     ("signals.py", "KeyboardInterrupt"): "Ctrl-C once more",
     ("container.py", "ContainerError"): "inside: head_profile.py and checkpoint.py say of which file",
     ("files.py", "UnreadableError"): "inside: the same",
+    ("plausible.py", "_BrokenError"): "inside: a LoadError is made of it",
     ("channels.py", "UnknownUpdateError"): "inside: the metric is NaN, and the metadata say why",
     ("residual.py", "UnknownUpdateError"): "inside: the same",
     ("residual_stream.py", "UnknownStreamError"): "inside: the same, of the ratio",

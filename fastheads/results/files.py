@@ -88,7 +88,7 @@ def target_of(path: str | os.PathLike[str]) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return target
     if stat.S_ISDIR(mode):
-        raise IsADirectoryError(f"{path} is a folder; name a file in it")
+        raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file in it", os.fspath(path))
     if stat.S_ISLNK(mode):
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), os.fspath(path))
     if not stat.S_ISREG(mode):
