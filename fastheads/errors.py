@@ -16,10 +16,31 @@ missing, or cannot be written, raise the system's OSError.
 import signal
 from pathlib import Path
 from typing import Any
+from unicodedata import category
+
+LONGEST_MESSAGE = 4000  # characters; a message may repeat text from a file
+
+
+def printable(text: str, limit: int = LONGEST_MESSAGE) -> str:
+    """Escape what could control a terminal (escape sequences, directions of writing) or not be printed, and shorten to `limit`
+    characters. Lines, tabs and blanks stay.
+    """
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in _KEPT or category(c) == "Zs" else ascii(c)[1:-1] for c in text
+    )
+
+
+_KEPT = "\n\t"
 
 
 class FastheadsError(Exception):
-    """The base of the errors below."""
+    """The base of the errors below. Their messages may repeat text from a file, and are always printable."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NoSitesError(FastheadsError, ValueError):
@@ -125,5 +146,5 @@ class RankLostError(FastheadsError, RuntimeError):
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """Return an error's message in one line (its class if it has none), shortened to `limit` characters with an ellipsis."""
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = printable(" ".join(str(error).split())) or type(error).__name__
     return line if limit is None or len(line) <= limit else line[: limit - 3] + "..."
