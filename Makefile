@@ -14,7 +14,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/fastheads profile --output demo/smollm2.safetensors --plot demo/smollm2.png
+	$(BIN)/fastheads profile --max-tokens 16384 --output demo/smollm2.safetensors --plot demo/smollm2.png
+	$(BIN)/fastheads ablate --profile demo/smollm2.safetensors --fractions 0.1,0.2 --random 8 --no-matched --seq-len 32 \
+		--output demo/ablation.json --plot demo/ablation.png
+	$(BIN)/fastheads report demo/smollm2.safetensors --ablation demo/ablation.json --output demo/report.html
 
 # A process for each core, one thread each: the models are tiny. A file stays in one process, for its fixtures, as a group of
 # tests/conftest.py; those with few tests are often the long ones, and must not come last.

@@ -199,12 +199,77 @@ def bench_ratio(head_dim: int, heads: int, batch: int) -> dict[str, Any]:
     return result
 
 
+def true_vectors(x: Tensor, weights: Tensor, valid: Tensor | None) -> Tensor:
+    """Means over the valid tokens of |W z|², |z|² and z, `[heads, 2 + D]`, from W itself in float64."""
+    heads, _, head_dim = weights.shape
+    found = torch.zeros(heads, 2 + head_dim, dtype=torch.float64, device=x.device)
+    for h in range(heads):
+        for b in range(x.shape[0]):
+            z = x[b, :, h * head_dim : (h + 1) * head_dim].double()
+            z = z if valid is None else z[valid[b]]
+            found[h, 0] += (z @ weights[h].mT).square().sum()
+            found[h, 1] += z.square().sum()
+            found[h, 2:] += z.sum(0)
+    return found / (x.shape[0] * x.shape[1] if valid is None else int(valid.sum()))
+
+
+def check_vectors(got: Tensor, truth: Tensor, tokens: int, precision: str, what: str) -> dict[str, float]:
+    """Errors of the mean vectors `[heads, 4 + D]`; SystemExit where one is too large, or a token is missing."""
+    counts = got[:, :2].contiguous().view(torch.int64)
+    size = truth[:, 1:2].sqrt() / math.sqrt(truth.shape[1] - 2)  # root mean square of z
+    errors = {
+        "power": ((got[:, 2] - truth[:, 0]) / truth[:, 0]).abs().max().item(),
+        "output_power": ((got[:, 3] - truth[:, 1]) / truth[:, 1]).abs().max().item(),
+        "mean_in_rms": ((got[:, 4:] - truth[:, 2:]) / size).abs().max().item(),
+    }
+    limits = {"power": 2 * LIMITS[precision], "output_power": 1e-6, "mean_in_rms": 1e-6}
+    if counts.tolist() != [[tokens, 0]] * len(got) or any(not errors[k] <= limits[k] for k in limits):
+        sys.exit(f"{what}: mean vectors wrong by {errors}, counts {counts[0].tolist()} of {tokens}")
+    return errors
+
+
+def bench_vectors(head_dim: int, heads: int, batch: int, *, every_form: bool) -> dict[str, Any]:
+    """The kernel without mean vectors, with them, and without and with again."""
+    weights, L = random_factor(heads, head_dim)
+    x = torch.randn(batch, SEQ, heads * head_dim, device="cuda", dtype=torch.bfloat16)
+    x += torch.randn(heads * head_dim, device="cuda", dtype=torch.bfloat16)
+    valid = torch.rand(batch, SEQ, device="cuda") < 0.9
+    truths = {False: true_vectors(x, weights, None)}
+    if every_form:
+        truths[True] = true_vectors(x, weights, valid)
+    result: dict[str, Any] = {"head_dim": head_dim, "heads": heads, "batch": batch, "bytes": x.nbytes}
+    forms = [("all", False), ("all", True), ("token", False)] if every_form else [("all", False)]
+    for precision in ("fast", "exact"):
+        factor = prepare(L, torch.bfloat16, precision)
+        for token_agg, masked in forms:
+            name = f"{precision} {token_agg}{' masked' if masked else ''}"
+            vectors = torch.zeros(1, heads, 4 + head_dim, dtype=torch.float64, device="cuda")
+            run = partial(head_stats, [x], [factor], new_state(heads), [0], token_agg=token_agg)
+            if masked:
+                run = partial(run, valid=valid)
+            run(vectors=vectors)
+            tokens = int(valid.sum()) if masked else batch * SEQ
+            errors = check_vectors(
+                vectors[0], truths[masked], tokens, precision, f"head_dim {head_dim} {name}"
+            )
+            calls = (run, partial(run, vectors=vectors))
+            ms = [graph_ms(calls[i]) for i in (0, 1, 0, 1)]
+            added = 100 * ((ms[1] + ms[3]) / (ms[0] + ms[2]) - 1)
+            result[name] = {"ms": ms, "added_percent": added, "errors": errors}
+            print(f"head_dim {head_dim}, {heads} heads, batch {batch}, {name}: "
+                  f"{', '.join(f'{t:.4f}' for t in ms)} ms, {added:+.1f} %", flush=True)  # fmt: skip
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write all of it there")
     parser.add_argument("--commit", help="the commit that is measured, where git cannot say")
     parser.add_argument(
         "--ratio", action="store_true", help="only what a ratio costs: without, with, without, with"
+    )
+    parser.add_argument(
+        "--vectors", action="store_true", help="only what mean vectors cost: without, with, without, with"
     )
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -228,6 +293,11 @@ def main() -> None:
         for head_dim, heads, batch, *_ in CASES:
             report["ratio"].append(bench_ratio(head_dim, heads, batch))
             print(", ".join(f"{key} {value}" for key, value in report["ratio"][-1].items()), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        return
+    if arguments.vectors:
+        report["vectors"] = [bench_vectors(*case[:3], every_form=i == 0) for i, case in enumerate(CASES)]
         if arguments.json:
             arguments.json.write_text(json.dumps(report, indent=1) + "\n")
         return

@@ -11,11 +11,23 @@ from fastheads._version import __version__
 if TYPE_CHECKING:
     from fastheads.backends.registry import register_backend
     from fastheads.capture.manager import HookManager
-    from fastheads.errors import FastheadsError, NoSitesError, StaleFactorError, UnsupportedWeightError
+    from fastheads.corpus.sources import held_texts
+    from fastheads.errors import (
+        FastheadsError,
+        NoSitesError,
+        OptionError,
+        ProfileInterrupted,
+        ResultsError,
+        StaleFactorError,
+        UnsupportedWeightError,
+    )
+    from fastheads.intervene.ablation import ablate
     from fastheads.models.families import Family, register_family
     from fastheads.models.sites import HeadSite, find_sites
     from fastheads.results.head_profile import HeadProfile
     from fastheads.run.api import profile
+    from fastheads.run.job import Job
+    from fastheads.stats.confidence import StableRule
     from fastheads.stats.metric import register_metric
 
 __all__ = [
@@ -24,11 +36,18 @@ __all__ = [
     "HeadProfile",
     "HeadSite",
     "HookManager",
+    "Job",
     "NoSitesError",
+    "OptionError",
+    "ProfileInterrupted",
+    "ResultsError",
+    "StableRule",
     "StaleFactorError",
     "UnsupportedWeightError",
     "__version__",
+    "ablate",
     "find_sites",
+    "held_texts",
     "profile",
     "register_backend",
     "register_family",
@@ -41,10 +60,17 @@ _HOMES = {
     "HeadProfile": "results.head_profile",
     "HeadSite": "models.sites",
     "HookManager": "capture.manager",
+    "Job": "run.job",
     "NoSitesError": "errors",
+    "OptionError": "errors",
+    "ProfileInterrupted": "errors",
+    "ResultsError": "errors",
+    "StableRule": "stats.confidence",
     "StaleFactorError": "errors",
     "UnsupportedWeightError": "errors",
+    "ablate": "intervene.ablation",
     "find_sites": "models.sites",
+    "held_texts": "corpus.sources",
     "profile": "run.api",
     "register_backend": "backends.registry",
     "register_family": "models.families",

@@ -6,11 +6,14 @@ missing, or cannot be written, raise the system's OSError.
     before a run     OptionError, DataError, LoadError, NoSitesError, UnsupportedWeightError, BackendError, MissingExtraError,
                      CheckpointError, FileInUseError
     in a forward     ForwardError, with StaleFactorError and VerificationError; TokensError
-    in a run         TokenizerError; JobError, RankLostError; ProfileInterrupted, an interrupt, which derives from
-                     KeyboardInterrupt alone
+    in a run         TokenizerError; JobError, RankLostError; ProfileInterrupted and AblationInterrupted, interrupts, which
+                     derive from KeyboardInterrupt alone
     of its results   ResultsError, StaleFactorError
     of its objects   NotCopyableError
     of profiles      ProfileError, with ProfileFileError; MergeError
+    of pruning       PlanError, PruningError
+    of ablations     AblationFileError
+    of maps          KvMapError
 """
 
 import signal
@@ -107,6 +110,22 @@ class MergeError(FastheadsError, ValueError):
     """Profiles must not be merged: they are of different models or settings, or of the same data."""
 
 
+class PlanError(FastheadsError, ValueError):
+    """A file is no pruning plan, or a damaged one, or a plan is of another model."""
+
+
+class PruningError(FastheadsError, ValueError):
+    """The model cannot be pruned as asked without computing something else."""
+
+
+class AblationFileError(FastheadsError, ValueError):
+    """A file is no result of ablations, or a damaged one."""
+
+
+class KvMapError(FastheadsError, ValueError):
+    """A file is no map of KV groups, or it is not of this model."""
+
+
 class OptionError(FastheadsError, ValueError):
     """An option is unknown, out of range, or does not fit the model. The command line exits with 2."""
 
@@ -128,6 +147,20 @@ class ProfileInterrupted(KeyboardInterrupt):  # an interrupt, like its base, rat
     def __init__(self, profile: Any, number: int = signal.SIGINT, checkpoint: Path | None = None) -> None:
         super().__init__("interrupted" if number == signal.SIGINT else "ended by a signal")
         self.profile = profile
+        self.number = number
+        self.checkpoint = checkpoint
+
+
+class AblationInterrupted(KeyboardInterrupt):  # an interrupt, like its base, rather than an error
+    """Ctrl-C or SIGTERM while ablations were scored.
+
+    `result` holds the sequences scored until then, or is None if there are none, or several processes; `number` is the signal's
+    number; `checkpoint` is the file that the same call continues from, or None.
+    """
+
+    def __init__(self, result: Any, number: int = signal.SIGINT, checkpoint: Path | None = None) -> None:
+        super().__init__("interrupted" if number == signal.SIGINT else "ended by a signal")
+        self.result = result
         self.number = number
         self.checkpoint = checkpoint
 

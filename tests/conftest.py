@@ -27,18 +27,17 @@ SUPPORT = Path(__file__).parent / "support"
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked `thorough`, unless `-m` speaks of it; keep a file in one process, for its fixtures."""
+    """Leave out what is marked `thorough` or `browser` unless `-m` speaks of it; keep a file in one process, for its fixtures."""
     # Those of the whole checkout first: they install, which takes long, and the other process would wait for them at the end.
     items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
-    if "thorough" in config.option.markexpr:
-        return
-    left_out = [item for item in items if item.get_closest_marker("thorough")]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+    for marker in ("thorough", "browser"):
+        left_out = [item for item in items if item.get_closest_marker(marker)]
+        if left_out and marker not in config.option.markexpr:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker(marker)]
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,8 @@ OTHERS = {
     ("signals.py", "Stopped"): "inside: an interrupt, which becomes ProfileInterrupted",
     ("loop.py", "Stopped"): "inside: the same",
     ("commands.py", "Exit"): "typer's, with the code of the process",
+    ("ablate.py", "Exit"): "the same",
+    ("prune.py", "Exit"): "the same",
     ("options.py", "BadParameter"): "typer's, which the command line prints as wrong usage",
     ("commands.py", "SystemExit"): "the end of the process, with its code",
     ("commands.py", "KeyboardInterrupt"): "Ctrl-C once more",
@@ -88,7 +90,7 @@ def test_the_lists_name_files_that_there_are():
 
 
 def test_all_have_the_base_and_say_when():
-    for name in OURS - {"ProfileInterrupted"}:
+    for name in OURS - {"ProfileInterrupted", "AblationInterrupted"}:
         kind = getattr(errors, name)
         assert issubclass(kind, errors.FastheadsError)
         assert kind.__doc__, name
@@ -125,7 +127,14 @@ FOREIGN = "name\x1b]0;owned\x07\x1b[2J\r\x9b31m\u202e\u2066\ud800\0 \u00e9\u3000
 SAFE = r"name\x1b]0;owned\x07\x1b[2J\r\x9b31m\u202e\u2066\ud800\x00" + " \u00e9\u3000\u4e2d\n"
 
 
-@pytest.mark.parametrize("name", sorted(OURS - {"ProfileInterrupted", "MissingExtraError"}))
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name
+        for name in OURS - {"MissingExtraError"}
+        if issubclass(getattr(errors, name), errors.FastheadsError)
+    ),
+)
 def test_no_message_controls_a_terminal_or_fills_it(name):
     kind = getattr(errors, name)
     assert str(kind(FOREIGN)) == SAFE

@@ -9,7 +9,19 @@ import fastheads
 
 PACKAGE = Path(fastheads.__file__).parent
 # A room imports only from rooms before it.
-ORDER = ("errors", "stats", "corpus", "models", "results", "backends", "capture", "basic", "run", "cli")
+ORDER = (
+    "errors",
+    "stats",
+    "corpus",
+    "models",
+    "results",
+    "backends",
+    "capture",
+    "basic",
+    "intervene",
+    "run",
+    "cli",
+)
 # Modules that stand outside the rooms: public names, and what may be imported from anywhere.
 ANYWHERE = ("_version", "kernels")
 FRONT_DOOR = ("__init__", "__main__", "distributed")

@@ -170,7 +170,9 @@ def test_the_tables_need_no_torch(files, tmp_path):
 
 def test_the_picture_needs_no_torch(files, tmp_path):
     pytest.importorskip("matplotlib")
-    program = "from fastheads import HeadProfile\nHeadProfile.load(sys.argv[1]).plot().savefig('p.png')\n"
+    program = (
+        "from fastheads import HeadProfile\nHeadProfile.load(sys.argv[1]).plot().figure.savefig('p.png')\n"
+    )
     python(program, files[0], cwd=tmp_path)
     assert (tmp_path / "p.png").stat().st_size > 1000
 
@@ -241,3 +243,29 @@ def test_moments_of_arrays_and_of_tensors_are_the_same_to_the_last_bit(scale):
         for plane, array in zip(total, arrays, strict=True):
             np.testing.assert_array_equal(plane.numpy(), array, strict=True)
         np.testing.assert_array_equal(total.var().numpy(), arrays.var(), strict=True)
+
+
+def test_every_public_name_is_found_and_only_when_it_is_asked_for(tmp_path):
+    import fastheads
+
+    assert set(fastheads.__all__) == {*fastheads._HOMES, "__version__"}
+    for name in fastheads.__all__:
+        assert getattr(fastheads, name) is not None
+    program = "import fastheads\nfastheads.OptionError, fastheads.ResultsError, fastheads.HeadProfile\nprint(len(dir(fastheads)))"
+    assert int(python(program, cwd=tmp_path)) >= len(fastheads.__all__)
+
+
+def test_a_report_and_tables_need_no_torch(files, tmp_path):
+    program = """
+from fastheads import HeadProfile
+one = HeadProfile.load(sys.argv[1])
+one.report("r.html")
+one.to_csv("t.csv")
+assert "iframe" in one._repr_html_()
+print(one["head_output_norm"]["mean"][0, 0])
+"""
+    told = python(program, files[0], cwd=tmp_path)
+    assert float(told) == profile_of(0).statistics("head_output_norm")["mean"][0, 0]
+    assert (tmp_path / "r.html").stat().st_size > 10_000
+    python(COMMAND_LINE, "report", *files, "-o", "both.html", cwd=tmp_path)
+    python(COMMAND_LINE, "show", files[0], "--json", cwd=tmp_path)

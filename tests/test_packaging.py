@@ -46,6 +46,10 @@ def test_the_wheel_holds_the_packages_and_no_top_level_kernels(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert "fastheads/__init__.py" in names and "fastheads/kernels/__init__.py" in names
     assert "fastheads/py.typed" in names
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastheads").rglob("*.py")}
+    assert modules <= set(names)
+    page = ("report.html", "report.css", "data.js", "pictures.js", "page.js")
+    assert {f"fastheads/results/report/{name}" for name in page} <= set(names)
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"fastheads"}
 
 

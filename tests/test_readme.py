@@ -104,3 +104,7 @@ def test_installing_by_hand_and_the_demo(clone):
     said = outside("touch .venv/.installed && make demo", clone)
     assert "10 highest heads" in said and "layers" in said
     assert (clone / "demo" / "smollm2.png").stat().st_size > 10_000
+    assert "8 random draws of as many heads" in said
+    assert (clone / "demo" / "ablation.png").stat().st_size > 10_000
+    assert said.splitlines()[-1].startswith("wrote demo/report.html; open it in a browser: file://")
+    assert "Ablation" in (clone / "demo" / "report.html").read_text()

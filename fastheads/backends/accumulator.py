@@ -414,8 +414,10 @@ def run_again(
     scratch: Tensor | None = None,
 ) -> bool:
     """Run an earlier launch for `moments`, with the mean vectors if they are measured; as `Launch.run`."""
-    extra = {} if moments.vectors is None else {"vectors": moments.vectors.buffer}
-    return launch.run(addresses, moments.buffer, valid, scale=scale, ratio=ratio, scratch=scratch, **extra)
+    vectors = None if moments.vectors is None else moments.vectors.buffer
+    return launch.run(
+        addresses, moments.buffer, valid, scale=scale, ratio=ratio, scratch=scratch, vectors=vectors
+    )
 
 
 def _launch_key(

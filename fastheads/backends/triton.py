@@ -71,7 +71,7 @@ class Triton:
             skip_first=skip_first,
             scale=scale,
             ratio=ratio,
-            **({} if vectors is None else {"vectors": vectors}),
+            vectors=vectors,
         )
         return launch
 

@@ -11,8 +11,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastheads.capture import forward_hooks
 from fastheads.capture.profiled import Profiled
-from fastheads.capture.projection_hook import RetraceHandle, Tap, add_tap, takes_taps
+from fastheads.capture.projection_hook import MEASURES_ATTRIBUTE, RetraceHandle, Tap, add_tap, takes_taps
 from fastheads.capture.recorder import Recorder
+from fastheads.models.attention import tap_attention
 from fastheads.models.residual import Update
 
 
@@ -36,6 +37,10 @@ def attach(recorder: Recorder, handles: list[Any]) -> None:
             hook = _output_hook(recorder, profiled, update)
             # Before hooks of others, which may change the output.
             handles.append(module.register_forward_hook(hook, prepend=True))
+    if scope.streaming is not None:
+        attentions = scope.streaming.attentions
+        taps = {owner: scope.streaming.tap(row, recorder.forwards) for row, owner in attentions.items()}
+        handles.append(tap_attention(taps))
     # Last, and from within: another thread may run the model meanwhile, and a forward that begins has all that is in it.
     for module in {id(m): m for m in (scope.engine.decoder, scope.model)}.values():
         handles.append(forward_hooks.register(recorder, module))
@@ -81,6 +86,7 @@ def _pre_hook(recorder: Recorder, tap: Tap, profiled: Profiled) -> Tap:
             recorder.trace(module, args, traced)
 
     _name_owner(pre_hook)
+    setattr(pre_hook, MEASURES_ATTRIBUTE, True)
     return pre_hook
 
 

@@ -16,9 +16,8 @@ from fastheads.backends.metric_samples import MetricAccumulator
 from fastheads.backends.registry import without_fused
 from fastheads.backends.tensor_parallel import Ranks
 from fastheads.errors import OptionError
-from fastheads.models import geometry
 from fastheads.models.residual import UnknownUpdateError, Update, update_of
-from fastheads.models.sites import HeadSite
+from fastheads.models.sites import HeadSite, known_num_kv_heads
 from fastheads.stats.metric import Metric
 from fastheads.stats.metrics import KV_METRIC, METRICS, UPDATE_METRIC
 from fastheads.stats.moments import Moments, RunningMoments
@@ -166,7 +165,10 @@ def channel_of_kv_groups(
     """Make the channel of KV groups: the query heads of one KV head are measured as a single wide head."""
     groups = {}
     for row, site in sites.items():
-        kv_heads = num_kv_heads(model, site)
+        try:
+            kv_heads = known_num_kv_heads(model, site)
+        except OptionError as error:
+            raise OptionError(f"{error}: kv_groups=False") from None
         width = site.num_heads * site.head_dim // kv_heads
         groups[row] = dataclasses.replace(site, num_heads=kv_heads, head_dim=width)
     # Wide heads may be more than the kernel takes, whatever it is asked for by name.
@@ -178,23 +180,3 @@ def channel_of_kv_groups(
 def channel_of_function(index: int, sites: dict[int, HeadSite], metric: Metric, token_agg: str) -> Channel:
     """A registered metric, which reads the input once more."""
     return Channel(index, MetricAccumulator(sites, metric, token_agg), {metric.name: 0}, is_single=True)
-
-
-def num_kv_heads(model: nn.Module, site: HeadSite) -> int:
-    """Return the number of KV heads of the attention of `site`. Raises OptionError if it is unknown or contradictory."""
-    parts = site.name.split(".")
-    for depth in range(
-        len(parts) - 1, 0, -1
-    ):  # the attention is above the projection, most often right above
-        owner = model.get_submodule(".".join(parts[:depth]))
-        try:
-            count = geometry.num_kv_heads(owner, site.num_heads)
-        except ValueError as error:
-            raise OptionError(
-                f"{site.name}: how many query heads share keys and values is said in several ways ({error}): kv_groups=False"
-            ) from None
-        if count is not None:
-            return count
-    raise OptionError(
-        f"{site.name}: its attention does not say how many query heads share keys and values: kv_groups=False"
-    )

@@ -60,6 +60,8 @@ def collect(recorder: Recorder, weights: dict[str, Any] | None) -> tuple[HeadPro
     if scope.residuals is not None:
         of_updates = totals[-1] if scope.normed else None
         by_metric.update(scope.residuals.moments(totals[0], of_updates))
+    if scope.streaming is not None:
+        by_metric.update(scope.streaming.moments(by_metric))
     if scope.options.metrics is not None:
         by_metric = {name: by_metric[name] for name in by_metric if name in scope.options.metrics}
     for name, of_metric in by_metric.items():
@@ -76,6 +78,8 @@ def check_fresh(recorder: Recorder) -> None:
     recorder.check_no_whole(ResultsError)
     recorder.deferred.catch_up_all()
     recorder.deferred.check_complete()
+    if recorder.scope.streaming is not None:
+        recorder.scope.streaming.check()
     channels = recorder.scope.channels
     stale = list(dict.fromkeys(name for channel in channels for name in channel.accumulator.stale()))
     if stale:
@@ -178,6 +182,7 @@ def _metadata(recorder: Recorder, weights: dict[str, Any] | None) -> dict[str, A
             if scope.residuals is None
             else {"residual_stream": scope.residuals.describe(range(len(scope.sites)))}
         ),
+        **({} if scope.streaming is None else {"streaming_unknown": scope.streaming.describe(scope.sites)}),
         weights=weights,
     )
 

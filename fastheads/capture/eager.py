@@ -250,10 +250,12 @@ class EagerSink(Sink):
                 ratio = channel.ratio(inverse)
                 repeated = channel.accumulator.record(rows, inputs, forward.layout, pending, ratio=ratio)
                 self._counter.count(repeated=repeated)
+            if self._scope.streaming is not None:
+                self._record_losses(forward, queue, rows, inputs, ratio=inverse)
 
     def _record_scaled(self, forward: Forward, queue: DeviceQueue, scaled: list[Scaled]) -> None:
         assert forward.layout is not None  # within a decoder's call
-        channel = self._scope.channels[-1]
+        channel, streaming = self._scope.channels[-1], self._scope.streaming
         queue.recorded = True
         pending = queue.state.pending[channel.index]
         with torch.no_grad(), queue.on_its_stream():
@@ -261,6 +263,39 @@ class EagerSink(Sink):
                 scale, ratio = factors_of(group.extras)
                 repeated = channel.accumulator.record(
                     group.rows, group.inputs, forward.layout, pending, scale=scale, ratio=ratio
+                )
+                self._counter.count(repeated=repeated)
+                if streaming is not None:
+                    self._record_losses(forward, queue, group.rows, group.inputs, ratio=ratio, scale=scale)
+
+    def _record_losses(
+        self,
+        forward: Forward,
+        queue: DeviceQueue,
+        rows: list[int],
+        inputs: list[Tensor],
+        *,
+        ratio: Tensor | None,
+        scale: Tensor | None = None,
+    ) -> None:
+        """Measure the streaming errors of these inputs; with `scale`, behind their projections."""
+        streaming = self._scope.streaming
+        assert streaming is not None
+        for place, (row, x) in enumerate(zip(rows, inputs, strict=True)):
+            if not (streaming.at_input(row) if scale is None else streaming.behind(row)):
+                continue
+            difference = streaming.take(forward, row, x)
+            if difference is None or ratio is None:
+                continue
+            layout, here = streaming.layout(forward, x), slice(place, place + 1)
+            for channel in streaming.channels:
+                repeated = channel.accumulator.record(
+                    [row],
+                    [difference],
+                    layout,
+                    queue.state.pending[channel.index],
+                    scale=None if scale is None else scale[here],
+                    ratio=ratio[here],
                 )
                 self._counter.count(repeated=repeated)
 

@@ -25,6 +25,9 @@ class Engine(Protocol):
     def token_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:
         """The valid tokens of a call of the decoder, and where its sequences begin and end. Raises TokensError."""
 
+    def own_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:
+        """As `token_layout`, of all tokens that the call itself does not take for padding."""
+
     def as_is(self, row: int) -> bool:
         """True if `input` and `output` of this site give back what they are given."""
 
@@ -58,6 +61,10 @@ class TransformersEngine:
     def token_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:
         """As `Engine`; the arguments say it."""
         return self._arguments.token_layout(args, kwargs, self._skip_first)
+
+    def own_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:
+        """As `Engine`."""
+        return self._arguments.own_layout(args, kwargs)
 
     def check_call(self, kwargs: dict[str, Any]) -> None:
         """Raise TokensError for arguments of the model or its decoder under which no one weight acts."""

@@ -52,6 +52,12 @@ class Forward:
         self.decoder_traced = False
         self.traced: list[tuple[TracedSite, Tensor, Tensor | None]] = []
         self.traced_scaled: list[tuple[TracedSite, Tensor, ScaledBy]] = []
+        # For streaming errors (`capture.streaming`): the layout by the call's own arguments; by device where its tokens are, and
+        # the layout of those that are measured; by row what waits for the projection.
+        self.own_layout: TokenLayout | None = None
+        self.places: dict[torch.device, Any] = {}
+        self.beyond: dict[torch.device, TokenLayout] = {}
+        self.losses: dict[int, Any] = {}
         # 1/‖r‖ `[B, S]` by row, of the residual stream r that the next output of that row's projection is added to.
         self.inverse_norms: dict[int, Tensor] = {}
 

@@ -58,6 +58,11 @@ class HookManager:
             `head_residual_contribution_power`, which is optional, and that of `kv_groups`).
         vectors: measure each head's mean output z̄ and E‖W_h z_h‖² too, over the same tokens (`HeadProfile.vectors`), for mean
             ablation and projections. They are of one weight: where it changes, results are refused until `reset()`.
+        streaming: (sink, window): measure also what the residual stream loses, at each token, if a head sees only the first
+            `sink` tokens of the sequence and the last `window`: `head_streaming_error`, the same for the heads of a KV group
+            together, `kv_group_streaming_error`, and the squares of both. Samples are of the valid tokens beyond sink + window.
+            The attention is computed once more, in eager code alone, and inputs are measured at once. Layers whose attention
+            cannot be seen, or is windowed already, have no samples; the metadata say why (`streaming_unknown`).
 
     Raises:
         NoSitesError: the model has nothing to profile.
@@ -82,6 +87,7 @@ class HookManager:
         verify: bool = False,
         metrics: Iterable[str] | None = None,
         vectors: bool = False,
+        streaming: tuple[int, int] | None = None,
     ) -> None:
         self._model = unwrapped(model)
         self._options = MeasureOptions.of(
@@ -97,6 +103,7 @@ class HookManager:
             verify=verify,
             metrics=metrics,
             vectors=vectors,
+            streaming=streaming,
         )
         scope = scope_of(self._model, self._options)
         self._recorder = Recorder(scope)

@@ -27,6 +27,10 @@ TAPS_ATTRIBUTE = "_fastheads_taps"
 # That is so in torch 2.11 (`use_recursive_dict_tags_for_guards`), no longer in 2.13.
 TRACED_ATTRIBUTE = "_fastheads_traced"
 ANY_ATTRIBUTE = "_fastheads_any"  # of a `forward` that calls taps with all its arguments
+# Gates on the projection's input (`intervene.gates`), which are no part of a copy.
+GATES_ATTRIBUTE = "_fastheads_gates"
+# Of a pre-hook that measures, which must come after those that change the input.
+MEASURES_ATTRIBUTE = "_fastheads_measures"
 
 _Taps = Literal["linear", "residual"] | None
 
@@ -42,20 +46,30 @@ _made: set[type[nn.Module]] = set()
 class RetraceHandle:
     """Makes compiled code that runs any of the modules compile anew at its next call; and once more when it is removed."""
 
-    def __init__(self, modules: dict[str, nn.Module], residuals: dict[str, nn.Module] | None = None) -> None:
-        """`modules` by the names of their sites; `residuals`: by names, modules whose input is a residual stream."""
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        residuals: dict[str, nn.Module] | None = None,
+        *,
+        classes: "Subclasses | None" = None,
+    ) -> None:
+        """`modules` by the names of their sites; `residuals`: by names, modules whose input is a residual stream.
+
+        `classes` are for modules that no other handle holds: graphs that were compiled with one of them are used again.
+        """
         residuals = {} if residuals is None else residuals
         self._modules = [*modules.values(), *residuals.values()]
-        fresh = _FreshSubclasses()
+        fresh = Subclasses()
         for name, module in (*modules.items(), *residuals.items()):
             own, count = _attached.get(module, (type(module), 0))
             _attached[module] = (own, count + 1)
-            module.__class__ = fresh[own, _tap_of(module, own, takes_any=name in residuals)]
+            made = fresh if count or classes is None else classes
+            module.__class__ = made[own, _tap_of(module, own, takes_any=name in residuals)]
             setattr(module, SITE_ATTRIBUTE, name)
 
     def remove(self) -> None:
         """Give each module its own class again, if this is the last manager on it."""
-        fresh = _FreshSubclasses()
+        fresh = Subclasses()
         for module in self._modules:
             own, count = _attached.pop(module, (None, 0))
             if own is None:
@@ -167,7 +181,7 @@ def _residual_forward(own: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-class _FreshSubclasses(dict[tuple[type[nn.Module], _Taps], type[nn.Module]]):
+class Subclasses(dict[tuple[type[nn.Module], _Taps], type[nn.Module]]):
     """One new subclass of each class, with taps or without; one for all modules, since Python runs code that meets many classes
     slower.
     """
@@ -193,7 +207,7 @@ def _reduce_to(own: type[nn.Module]) -> Callable[..., Any]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = own.__reduce_ex__(self, max(protocol, 2))
-        ours = (SITE_ATTRIBUTE, TAPS_ATTRIBUTE, TRACED_ATTRIBUTE)
+        ours = (SITE_ATTRIBUTE, TAPS_ATTRIBUTE, TRACED_ATTRIBUTE, GATES_ATTRIBUTE)
         state = {name: value for name, value in reduced[2].items() if name not in ours}
         return (_new, (own,), state, *reduced[3:])
 

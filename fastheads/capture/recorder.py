@@ -101,6 +101,9 @@ class Recorder:
                 raise ForwardError(_CALLED_AGAIN)
             forward.decoder_frame = frame
         forward.inverse_norms.clear()
+        if self.scope.streaming is not None:
+            forward.own_layout = self.engine.own_layout(args, kwargs)
+            forward.places, forward.beyond, forward.losses = {}, {}, {}
         # Without the lock: a function that somebody gave to `token_mask` may wait for other threads.
         forward.layout = self.engine.token_layout(args, kwargs)
         for queue in forward.queues.values():
@@ -274,6 +277,7 @@ class Recorder:
             forward.skipped.update(self.coverage.rows - forward.ran)
         forward.ran.clear()
         forward.layout = forward.decoder_frame = None
+        forward.places, forward.beyond, forward.losses = {}, {}, {}
 
     def commit(self) -> None:
         """End the innermost forward of this thread, and count it unless samples were reset meanwhile."""
@@ -355,6 +359,7 @@ class Recorder:
             forward = self.graph.begin_whole(module)
         if not forward.counts:
             return
+        self._check_not_streaming()
         self.engine.check_call(kwargs)
         if module is self.engine.decoder:
             if forward.layout is not None:
@@ -363,11 +368,19 @@ class Recorder:
             forward.layout = self.engine.token_layout(args, kwargs)
             forward.decoder_traced = True
 
+    def _check_not_streaming(self) -> None:
+        """Raise ForwardError if streaming errors are asked for in compiled code."""
+        if self.scope.streaming is not None:
+            raise ForwardError(
+                "streaming errors cannot be measured in compiled code: run without torch.compile"
+            )
+
     def trace(self, module: nn.Module, args: tuple[Any, ...], site: TracedSite) -> None:
         """`measure`, as Dynamo traces it."""
         forward = self.forwards.traced()
         if forward is None or not forward.counts:
             return
+        self._check_not_streaming()
         self.graph.put(forward, module, site, self.engine.input(site.row, args[0].detach()))
 
     def trace_residual(self, row: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

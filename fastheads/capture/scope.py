@@ -8,6 +8,7 @@ from torch import nn
 from fastheads.backends import tensor_parallel
 from fastheads.backends.accumulator import Accumulator, read_weights
 from fastheads.backends.factors import SiteFactor
+from fastheads.backends.streaming_attention import Window
 from fastheads.capture.channels import (
     Channel,
     Updates,
@@ -18,6 +19,7 @@ from fastheads.capture.channels import (
 )
 from fastheads.capture.engine import TransformersEngine
 from fastheads.capture.residual_stream import ResidualStreams
+from fastheads.capture.streaming import StreamingErrors
 from fastheads.errors import OptionError
 from fastheads.models.residual import Update
 from fastheads.models.sites import HeadSite, find_sites, sites_of_layers
@@ -39,6 +41,7 @@ class Scope:
     ranks: tensor_parallel.Ranks | None
     updates: Updates
     residuals: ResidualStreams | None  # None: no metric needs them
+    streaming: StreamingErrors | None  # None: they are not measured
     channels: tuple[Channel, ...]
     at_input: tuple[Channel, ...]  # channels that need only the projection's input
 
@@ -49,9 +52,12 @@ class Scope:
 
     @property
     def group_bytes(self) -> int:
-        """Bytes of inputs to keep on each device; 0 for backends that read the weight, which others may change meanwhile."""
+        """Bytes of inputs to keep on each device; 0 for backends that read the weight, which others may change meanwhile, and
+        with streaming errors, whose inputs are as large again.
+        """
         reads_weight = any(metric.needs_weight for metric in self.options.registered())
-        return self.options.group_bytes if self.accumulator.factors and not reads_weight else 0
+        is_at_once = reads_weight or self.streaming is not None or not self.accumulator.factors
+        return 0 if is_at_once else self.options.group_bytes
 
     @property
     def kept_bytes(self) -> int:
@@ -87,8 +93,10 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
     chosen = sites_of_layers(sites, layers)
     ranks = tensor_parallel.ranks_of(chosen)
     if ranks is not None:
-        if options.verify or options.measures(KV_GROUP):
+        if options.verify or options.measures(KV_GROUP) or options.streaming is not None:
             name = "verify=True cannot check" if options.verify else "kv_groups=True cannot measure"
+            if options.streaming is not None:
+                name = "streaming= cannot measure"
             raise OptionError(f"{name} tensor-parallel projections: no rank has all their heads")
         chosen = ranks.own(chosen)
     updates = Updates(model, chosen, ranks)
@@ -100,8 +108,13 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
         channels.append(channel_of_function(len(channels), chosen, metric, options.token_agg))
     at_input = tuple(channels)
     wants_ratio = any(options.measures(metric) for metric in RATIOS)
-    residuals = ResidualStreams(model, chosen, updates) if wants_ratio else None
-    if updates.normed and (options.measures(UPDATE) or wants_ratio):
+    wants_stream = wants_ratio or options.streaming is not None
+    residuals = ResidualStreams(model, chosen, updates) if wants_stream else None
+    streaming = None
+    if residuals is not None and options.streaming is not None:
+        streaming = StreamingErrors(model, chosen, updates, residuals, Window(*options.streaming), **how)
+        channels += streaming.make_channels(len(channels))
+    if updates.normed and (options.measures(UPDATE) or wants_stream):
         channels.append(channel_of_updates(len(channels), chosen, updates.normed, ranks=ranks, **how))
     read_weights(channel.accumulator for channel in channels)
     return Scope(
@@ -113,6 +126,7 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
         ranks=ranks,
         updates=updates,
         residuals=residuals,
+        streaming=streaming,
         channels=tuple(channels),
         at_input=at_input,
     )

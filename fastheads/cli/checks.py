@@ -30,6 +30,28 @@ def parse_metrics(text: str | None) -> list[str] | None:
     return names
 
 
+def parse_fractions(text: str) -> list[float]:
+    """Parse fractions such as 0.05:0.3:0.05 (first, last, step) or 0.1,0.2."""
+    wrong = OptionError(
+        f"--fractions {text!r}: expected FIRST:LAST:STEP or numbers with commas, as in 0.05:0.3:0.05 or 0.1,0.2"
+    )
+    try:
+        numbers = [float(part) for part in text.replace(":", ",").split(",")]
+    except ValueError:
+        raise wrong from None
+    if ":" not in text:
+        return numbers
+    if (
+        text.count(":") != 2
+        or "," in text
+        or not all(0 < number <= 1 for number in numbers)
+        or numbers[0] > numbers[1]
+    ):
+        raise wrong
+    first, last, step = numbers
+    return [round(first + n * step, 6) for n in range(int((last - first) / step + 1 + 1e-6))]
+
+
 def parse_shard(text: str | None) -> tuple[int, int]:
     """Parse a shard such as 1/4 to (0, 4); None is (0, 1)."""
     if text is None:
@@ -38,6 +60,16 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise OptionError(f"--shard {text!r}: expected I/N with I from 1 to N, as in 1/4")
     return int(number) - 1, int(parts)
+
+
+def parse_window(text: str | None) -> tuple[int, int] | None:
+    """Parse a sink and a window such as 4,256; None stays None."""
+    if text is None:
+        return None
+    sink, _, window = (part.strip() for part in text.partition(","))
+    if not (sink.isdecimal() and window.isdecimal()):
+        raise OptionError(f"--streaming-error {text!r}: expected SINK,WINDOW, as in 4,256")
+    return int(sink), int(window)
 
 
 def check_options(
@@ -51,6 +83,7 @@ def check_options(
     max_tokens: int | None,
     skip_first: int,
     metrics: list[str] | None,
+    streaming: tuple[int, int] | None,
     until_stable: bool,
     checkpoint_every: float,
 ) -> None:
@@ -65,7 +98,9 @@ def check_options(
     check_backend(backend)
     if skip_first < 0:
         raise OptionError(f"skip_first must be 0 tokens or more, not {skip_first}")
-    options = MeasureOptions.of(precision=precision, skip_first=skip_first, metrics=metrics)
+    options = MeasureOptions.of(
+        precision=precision, skip_first=skip_first, metrics=metrics, streaming=streaming
+    )
     if until_stable:
         check_ranked(options)
     if dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""The command line: `fastheads profile`, `show`, `merge` and `doctor`.
+"""The command line: `fastheads profile`, `show`, `report`, `merge`, `ablate`, `prune`, `kv` and `doctor`.
 
 Results go to stdout; progress and errors go to stderr, an error as one line. The heavy libraries are imported
 when a command runs, so that `--help` is quick.
@@ -15,30 +15,33 @@ import typer
 from rich.console import Console
 
 from fastheads._version import __version__
+from fastheads.cli.ablate import ablate
 from fastheads.cli.checks import check_files as _check_files
-from fastheads.cli.checks import check_mode, check_stdin, parse_layers, parse_metrics, parse_shard
 from fastheads.cli.checks import check_options as _check_options
+from fastheads.cli.checks import check_stdin, parse_layers, parse_metrics, parse_shard, parse_window
+from fastheads.cli.kv import EXAMPLE as KV_EXAMPLE
+from fastheads.cli.kv import kv
 from fastheads.cli.messages import doing, fail, message, note, show_warning, tell_of_replaced
 from fastheads.cli.options import (
     Backend,
     Cut,
     Device,
     Dtype,
-    Heads,
     Include,
-    Metric,
     Metrics,
-    Mode,
     TokenAgg,
     TrustRemoteCode,
     number_or_all,
 )
+from fastheads.cli.prune import EXAMPLE as PRUNE_EXAMPLE
+from fastheads.cli.prune import prune
+from fastheads.cli.report import report
+from fastheads.cli.show import show, show_profile
 from fastheads.errors import OptionError
 
 if TYPE_CHECKING:
     from fastheads.results.head_profile import HeadProfile
 
-LISTED = 10  # heads in a table
 DEMO_TOKENS = 32_768  # of the default text: a minute or so for a small model on two cores
 OUTPUT = Path("head_profile.safetensors")
 ERROR, USAGE, INTERRUPTED = 1, 2, 130
@@ -188,6 +191,15 @@ def profile(
             "--vectors", help="Also measure each head's mean output, for mean ablation and projections."
         ),
     ] = False,
+    streaming_error: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SINK,WINDOW",
+            help="Also measure what is lost if heads see only the first SINK tokens and the last WINDOW, in sequences that are "
+            "longer: see `fastheads kv`.",
+            show_default=False,
+        ),
+    ] = None,
     backend: Backend = "auto",
     precision: Annotated[str, typer.Option(help="exact or fast.")] = "exact",
     dtype: Dtype = "auto",
@@ -256,6 +268,11 @@ def profile(
             chosen_layers = parse_layers(layers)
             chosen_metrics = parse_metrics(metrics)
             part = parse_shard(shard)
+            sizes = parse_window(streaming_error)
+            if sizes is not None and compile:
+                raise OptionError(
+                    "--streaming-error cannot be measured in compiled code: leave out --compile"
+                )
             _check_options(
                 backend=backend,
                 precision=precision,
@@ -266,6 +283,7 @@ def profile(
                 max_tokens=max_tokens,
                 skip_first=skip_first,
                 metrics=chosen_metrics,
+                streaming=sizes,
                 until_stable=until_stable,
                 checkpoint_every=checkpoint_every,
             )
@@ -325,6 +343,7 @@ def profile(
                 layers=chosen_layers,
                 kv_groups=kv_groups,
                 vectors=vectors,
+                streaming=sizes,
                 metrics=chosen_metrics,
                 include=include or (),
                 backend=backend,
@@ -352,7 +371,7 @@ def profile(
             from fastheads.results.plots import save_heatmap
 
             save_heatmap(result, plot)
-        _show(result)
+        show_profile(result)
         typer.echo(f"\nsaved {output}; see it again with: fastheads show {output}")
         if plot is not None:
             typer.echo(f"drawn {plot}")
@@ -362,49 +381,9 @@ def profile(
         raise typer.Exit(fail(*interrupted))
 
 
-@app.command()
-def show(
-    *,
-    file: Annotated[
-        Path, typer.Argument(help="A profile that `fastheads profile` wrote.", show_default=False)
-    ],
-    metric: Metric = None,
-    heads: Heads = LISTED,
-    mode: Annotated[
-        Mode,
-        typer.Option(
-            metavar="MODE",
-            help="What heads are to be replaced with. zero: rank by --metric. mean: by the error of replacing a head with its "
-            "mean, which needs --model.",
-        ),
-    ] = Mode.zero,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="For --mode mean: the model that was profiled, a local folder, a GGUF file or a Hub id.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
-    """Print a saved profile: its highest and lowest heads and a heatmap."""
-    from fastheads.results.head_profile import HeadProfile
-
-    if heads is not None and heads < 1:
-        raise OptionError(f"--heads must be at least 1, or all, not {heads}")
-    check_mode(mode, metric, model)
-    result = HeadProfile.load(file)
-    loaded = None
-    if model is not None:
-        with doing(f"loading {model}", Console(stderr=True, file=sys.stderr, highlight=False)):
-            from fastheads.run import loading
-
-            loaded = loading.load_model(
-                loading.find_model(model), dtype=dtype, device=device, trust_remote_code=trust_remote_code
-            )
-    _show(result, metric, heads, model=loaded)
+app.command(epilog=PRUNE_EXAMPLE)(prune)
+app.command()(show)
+app.command()(report)
 
 
 @app.command()
@@ -437,8 +416,11 @@ def merge(
     merged = HeadProfile.merge(profiles, names=[str(file) for file in files], allow_repeated=allow_repeated)
     tell_of_replaced(output)
     merged.save(output)
-    _show(merged)
+    show_profile(merged)
     typer.echo(f"\nmerged {len(files)} profiles into {output}; see it again with: fastheads show {output}")
+
+
+app.command()(ablate)
 
 
 @app.command()
@@ -471,6 +453,9 @@ def doctor(
     typer.echo(f"\nall is well; profile it with: fastheads profile {model}")
 
 
+app.command(epilog=KV_EXAMPLE)(kv)
+
+
 def _measure(**arguments: Any) -> tuple["HeadProfile", tuple[str, int] | None]:
     """Run `profile(**arguments)` with a progress bar; after a signal also return a message and the exit status."""
     from fastheads.errors import ProfileInterrupted
@@ -496,14 +481,6 @@ def _measure(**arguments: Any) -> tuple["HeadProfile", tuple[str, int] | None]:
             f"{what}: the results of {tokens:,} tokens are saved in {output}{resume}",
             code,
         )
-
-
-def _show(
-    result: "HeadProfile", metric: str | None = None, heads: int | None = LISTED, *, model: Any = None
-) -> None:
-    from fastheads.run.terminal import show as show_profile
-
-    show_profile(result, metric, Console(highlight=False), heads, model=model)
 
 
 def _is_given(context: typer.Context, option: str) -> bool:

@@ -61,9 +61,19 @@ class Cut(StrEnum):
     stream = "stream"
 
 
+class By(StrEnum):
+    rms = "rms"
+    mean = "mean"
+
+
 class Mode(StrEnum):
     zero = "zero"
     mean = "mean"
+
+
+class GroupBy(StrEnum):
+    sum = "sum"
+    max = "max"
 
 
 class TokenAgg(StrEnum):

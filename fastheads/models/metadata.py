@@ -8,11 +8,11 @@ import transformers
 from torch import nn
 
 from fastheads._version import __version__
-from fastheads.models.sites import HeadSite
+from fastheads.models.sites import HeadSite, num_kv_heads
 
 
 def describe(model: nn.Module, sites: list[HeadSite], **options: Any) -> dict[str, Any]:
-    """Return the model, its sites, the run's options and the versions, as JSON values."""
+    """Return the model, its sites with their KV heads, the run's options and the versions, as JSON values."""
     config = getattr(model, "config", None)
     return {
         "model": str(getattr(config, "_name_or_path", "") or type(model).__name__),
@@ -21,6 +21,7 @@ def describe(model: nn.Module, sites: list[HeadSite], **options: Any) -> dict[st
             {"name": s.name, "layer": s.layer, "num_heads": s.num_heads, "head_dim": s.head_dim}
             for s in sites
         ],
+        "kv_heads": [_kv_heads(model, site) for site in sites],
         **options,
         "versions": {
             "fastheads": __version__,
@@ -29,3 +30,11 @@ def describe(model: nn.Module, sites: list[HeadSite], **options: Any) -> dict[st
             "python": platform.python_version(),
         },
     }
+
+
+def _kv_heads(model: nn.Module, site: HeadSite) -> int | None:
+    """Return the number of KV heads of the attention of `site`; None if it is unknown or contradictory."""
+    try:
+        return num_kv_heads(model, site)
+    except ValueError:
+        return None

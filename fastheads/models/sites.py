@@ -15,6 +15,7 @@ from torch import nn
 from fastheads.errors import NoSitesError, OptionError
 from fastheads.models.families import any_registered, family_of, refusal_of, registered_family
 from fastheads.models.geometry import WRAPPED, declared_head_dim, describe, head_dim_of, input_width
+from fastheads.models.geometry import num_kv_heads as declared_num_kv_heads
 from fastheads.stats.options import checked_names
 
 # Paths from an attention module to its output projection; the first that exists is used. ".." is the parent, if that is an
@@ -91,6 +92,36 @@ class HeadSite:
     num_heads: int
     head_dim: int
     module: nn.Module = field(repr=False, compare=False)
+
+
+def num_kv_heads(model: nn.Module, site: HeadSite) -> int | None:
+    """Return the number of KV heads of the attention of `site`, a site of `model`; None if it is unknown.
+
+    Raises ValueError, with the numbers, if the attention says it in several ways that contradict each other.
+    """
+    parts = site.name.split(".")
+    for depth in range(
+        len(parts) - 1, 0, -1
+    ):  # the attention is above the projection, most often right above
+        owner = model.get_submodule(".".join(parts[:depth]))
+        if (count := declared_num_kv_heads(owner, site.num_heads)) is not None:
+            return count
+    return None
+
+
+def known_num_kv_heads(model: nn.Module, site: HeadSite) -> int:
+    """As `num_kv_heads`. Raises OptionError, naming the site, if the number is unknown or contradictory."""
+    try:
+        count = num_kv_heads(model, site)
+    except ValueError as error:
+        raise OptionError(
+            f"{site.name}: how many query heads share keys and values is said in several ways ({error})"
+        ) from None
+    if count is None:
+        raise OptionError(
+            f"{site.name}: its attention does not say how many query heads share keys and values"
+        )
+    return count
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

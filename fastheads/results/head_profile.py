@@ -13,20 +13,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from fastheads.errors import MergeError, MissingExtraError, OptionError, ProfileError, ProfileFileError
+from fastheads.errors import MergeError, OptionError, ProfileError, ProfileFileError
 from fastheads.results.container import ContainerError, pack, unpack_arrays
 from fastheads.results.files import UnreadableError, read_once, write_atomic
 from fastheads.results.mean_vectors import VECTOR_ARRAYS, MeanVectors, check_structure, check_values
 from fastheads.results.merge import check_mergeable, merged_metadata, merged_vectors
 from fastheads.results.possible import contradiction, impossible, least_of
 from fastheads.results.ranking import RANKING_METRIC, Mode, by_metric, check_number, choose
+from fastheads.results.shown import Shown
 from fastheads.results.with_model import WithModel
 from fastheads.stats.arrays import Array, MomentArrays, as_arrays
 
 if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
     from fastheads.stats.moments import Moments
 
 STATS = ("mean", "var", "std", "sem", "min", "max", "count", "nonfinite")
@@ -48,6 +46,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "weights": (dict, NoneType),
     "residual_update": (str, list),
     "residual_stream": (str, list),
+    "streaming": (dict,),
+    "streaming_unknown": (dict,),
     "data": (dict,),
 }
 DATA_TYPES: dict[str, tuple[type, ...]] = {
@@ -59,7 +59,7 @@ DATA_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-class HeadProfile(WithModel):
+class HeadProfile(WithModel, Shown):
     """The results for every head.
 
     `moments` holds the running moments by metric: CPU tensors `[rows, heads]`, int64 for the two counts and float64 for the rest.
@@ -126,12 +126,6 @@ class HeadProfile(WithModel):
             return self._arrays
         return {metric: as_arrays(planes) for metric, planes in self._tensors.items()}
 
-    def __repr__(self) -> str:
-        rows, heads = self.shape
-        samples = max(int(m.count.max()) if m.count.size else 0 for m in self.arrays.values())
-        model = self.metadata.get("model", "?")
-        return f"HeadProfile({model}: {rows} rows x {heads} heads, {samples} samples)"
-
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, heads) of every plane."""
@@ -170,6 +164,10 @@ class HeadProfile(WithModel):
     def statistics(self, metric: str = RANKING_METRIC) -> dict[str, Array]:
         """Return the statistics of one metric as in `results()`, as NumPy arrays `[rows, heads]`."""
         return _stats(self._of(metric))
+
+    def __getitem__(self, metric: str) -> dict[str, Array]:
+        """Return `statistics(metric)`: `profile["head_output_norm"]["mean"]`."""
+        return self.statistics(metric)
 
     def rank(
         self,
@@ -238,37 +236,6 @@ class HeadProfile(WithModel):
         if metric not in self._kept:
             raise OptionError(f"no metric {metric!r} in this profile; it has {', '.join(self._kept)}")
         return as_arrays(self._kept[metric])
-
-    def to_pandas(self) -> "pd.DataFrame":
-        """Return a DataFrame with one row for each metric and head with samples: layer, head, metric and the `STATS`.
-
-        Raises:
-            MissingExtraError: pandas is not installed.
-        """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise MissingExtraError("to_pandas()", "pandas", "plot") from error
-        layers = np.array(self.layers, dtype=np.int64)
-        frames = []
-        for metric, moments in self.arrays.items():
-            row, head = (moments.count + moments.nonfinite).nonzero()
-            stats = {name: values[row, head] for name, values in _stats(moments).items()}
-            frames.append(pd.DataFrame({"layer": layers[row], "head": head, "metric": metric, **stats}))
-        return pd.concat(frames, ignore_index=True)
-
-    def plot(self, metric: str | None = None, stat: str = "mean") -> "Figure":
-        """Plot a heatmap of `stat`, layers by heads, as a matplotlib figure (`figure.savefig(path)` writes it).
-
-        `metric` None: `head_residual_ratio`; if the profile lacks it, a relative metric, and the figure says so.
-
-        Raises:
-            OptionError: unknown metric or stat.
-            MissingExtraError: matplotlib is not installed.
-        """
-        from fastheads.results.plots import heatmap
-
-        return heatmap(self, metric, stat)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically: arrays `metric/plane`, and the metadata as JSON.

@@ -101,7 +101,7 @@ def _difference(a: Profile, b: Profile) -> str | None:
         return weights
     if one["sites"] != two["sites"]:
         return f"sites: {_difference_of_sites(one['sites'], two['sites'])}"
-    for key in ("token_agg", "skip_first"):
+    for key in ("token_agg", "skip_first", "streaming"):
         if one.get(key) != two.get(key):
             return f"{key}: {one.get(key)!r} and {two.get(key)!r}"
     if set(a.metrics) != set(b.metrics):
@@ -185,6 +185,11 @@ def _by_row(profile: Profile, key: str) -> list[str]:
 def updates_by_row(profile: Profile) -> list[str]:
     """Return `residual_update` of each row; "" if unknown."""
     return _by_row(profile, "residual_update")
+
+
+def data_of_runs(profile: Profile) -> list[Metadata]:
+    """Return the data entries of the run, or of all runs merged in the profile."""
+    return runs_of(profile.metadata)
 
 
 def merged_metadata(profiles: Sequence[Profile]) -> Metadata:

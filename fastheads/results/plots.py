@@ -2,73 +2,107 @@
 
 import io
 import os
+import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastheads.errors import MissingExtraError, OptionError
+from fastheads.results.colours import Colours, colours_of
 from fastheads.results.files import write_atomic
+from fastheads.results.kv_groups import kv_heads
 from fastheads.results.protocol import Profile
 from fastheads.results.ranking import by_metric, displayed_metric, missing_ratio
+from fastheads.results.text import about_samples
 from fastheads.stats.arrays import Array
+from fastheads.stats.names import KV_METRICS
 from fastheads.stats.scales import scale_of
 
 if TYPE_CHECKING:
-    from matplotlib.colors import Normalize
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap, Normalize
     from matplotlib.figure import Figure
 
 
 SUFFIXES = (".png", ".pdf", ".svg")
 MARKED = 10  # highest and lowest heads each
+ACROSS, DOWN = 20, 32  # ticks of an axis, at most
+STEPS = (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, 200, 500, 1000)
 
 
-def heatmap(profile: Profile, metric: str | None = None, stat: str = "mean") -> "Figure":
-    """Plot `stat` of `metric`; heads that do not exist or have no samples stay blank.
+def heatmap(
+    profile: Profile,
+    metric: str | None = None,
+    stat: str = "mean",
+    *,
+    ax: "Axes | None" = None,
+    cmap: "str | Colormap | None" = None,
+    vmin: float | None = None,
+    vmax: float | None = None,
+    marked: int = MARKED,
+) -> "Axes":
+    """Plot `stat` of `metric`; heads that do not exist or have no samples stay blank. `HeadProfile.plot` says what the rest is.
 
-    `metric` None: the ratio to the residual stream, else a relative metric, and the figure says so. Means whose average head is
-    known, as 1 is a layer's, have colours that diverge from it.
-
-    Raises:
-        OptionError: unknown metric or stat.
-        MissingExtraError: matplotlib is not installed.
+    `ax` None: a new figure of pyplot.
     """
     check_installed()
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     missing = missing_ratio(profile) if metric is None else ""
     metric = displayed_metric(profile.metrics) if metric is None else metric
-    cells = by_metric(profile, metric).cells()
     stats = profile.statistics(metric)
     if stat not in stats:
         raise OptionError(f"unknown stat {stat!r}: choose one of {', '.join(stats)}")
     values = np.where(stats["count"] > 0, stats[stat], np.nan)
+    of_groups = metric in KV_METRICS
+    if of_groups:  # fewer than heads
+        measured = np.flatnonzero((stats["count"] > 0).any(axis=0))
+        values = values[:, : int(measured.max(initial=0)) + 1]
+    colours = colours_of(metric, values, of_means=stat == "mean")
+    norm, extend = _norm(colours, values, vmin, vmax)
+    caption = []
+    if ax is None:
+        import matplotlib.pyplot as plt
 
-    rows, heads = profile.shape
-    figure = Figure(figsize=(min(3 + 0.35 * max(heads, 9), 18), min(2 + 0.22 * max(rows, 14), 24)))
-    figure.set_layout_engine("constrained")
-    axes = figure.add_subplot(facecolor="0.85")
-    scale = scale_of(metric)
-    centre = scale.centre if stat == "mean" else None
-    colours = {"cmap": "viridis"} if centre is None else {"cmap": "PuOr_r", "norm": _around(centre, values)}
-    image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
-    note = f"\n({scale.note})" if scale.note and stat == "mean" else ""
-    figure.colorbar(image, label=f"{stat} of {metric}{note}" + (f"\n{missing}" if missing else ""))
-    axes.set(xlabel="head", ylabel="layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    step = -(-rows // 30)  # at most 30 labels are legible
-    axes.set_yticks(range(0, rows, step), [str(layer) for layer in profile.layers[::step]])
-    axes.set_title(_title(profile), fontsize="medium", loc="left")
+        ax = _axes(plt.figure(), profile)
+    diverging = colours.kind == "diverging"
+    # Arrays of objects cannot be drawn: counts are whole numbers, the rest is float64.
+    image = ax.imshow(
+        values.astype(np.float64),
+        aspect="auto",
+        interpolation="nearest",
+        cmap=cmap or ("PuOr_r" if diverging else "viridis"),
+        norm=norm,
+    )
+    ax.set_facecolor("0.85")
+    note = f"\n({scale_of(metric).note})" if scale_of(metric).note and stat == "mean" else ""
+    label = f"{stat} of {metric}{note}" + (f"\n{missing}" if missing else "")
+    ax.figure.colorbar(image, ax=ax, label=label, extend=extend, aspect=35, pad=0.03)
+    if extend != "neither":
+        caption.append(f"colours end at {norm.vmin:.3g} and {norm.vmax:.3g}")
 
-    if stat == "mean" and len(cells) >= 4 * MARKED:
-        marks = (("highest", cells[-MARKED:], "o", "black"), ("lowest", cells[:MARKED], "x", "white"))
-        for name, marked, marker, colour in marks:
-            y, x = zip(*marked, strict=True)
-            axes.scatter(
-                x, y, marker=marker, s=24, color=colour, linewidths=1.2, label=f"the {MARKED} {name}"
-            )
-        figure.legend(loc="outside lower left", ncols=2, fontsize="small", facecolor="0.6", framealpha=1)
+    rows, heads = values.shape
+    ax.set_xlabel("KV head" if of_groups else "head")
+    ax.set_ylabel("layer")
+    ax.set_xticks(range(0, heads, _step(heads, ACROSS)))
+    step = _step(rows, DOWN)
+    ax.set_yticks(range(0, rows, step), [str(layer) for layer in profile.layers[::step]])
+    ax.set_title(_title(profile, metric, stat), fontsize="medium", loc="left")
+    if not of_groups and _mark_groups(ax, profile, "0.3" if diverging else "white"):
+        caption.append("lines separate KV groups")
+    cells = by_metric(profile, metric).cells()
+    if stat == "mean" and 0 < 4 * marked <= len(cells):
+        caption[:0] = _mark(ax, cells, stats["mean"], marked)
+    _explain(ax, caption)
+    return ax
+
+
+def figure_of(profile: Profile, metric: str | None = None) -> "Figure":
+    """Return a figure with the heatmap of `metric` that pyplot does not know, and so does not keep."""
+    check_installed()
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    heatmap(profile, metric, ax=_axes(figure, profile))
     return figure
 
 
@@ -82,7 +116,7 @@ def save_heatmap(profile: Profile, path: str | os.PathLike[str], metric: str | N
     """
     kind = picture_format(path)
     buffer = io.BytesIO()
-    heatmap(profile, metric).savefig(buffer, format=kind, dpi=150)
+    figure_of(profile, metric).savefig(buffer, format=kind, dpi=150)
     write_atomic(path, buffer.getvalue())
 
 
@@ -104,21 +138,95 @@ def check_installed() -> None:
         raise MissingExtraError("a picture", "matplotlib", "plot") from error
 
 
-def _around(centre: float, values: Array) -> "Normalize":
-    """Map values to colours that diverge from `centre`, each side as far as the values go."""
-    from matplotlib.colors import TwoSlopeNorm
+def _axes(figure: Any, profile: Profile) -> "Axes":
+    """Give an empty figure a size that suits the profile, and return its axes."""
+    rows, heads = profile.shape
+    figure.set_size_inches(min(3 + 0.35 * max(heads, 9), 12), min(2.4 + 0.22 * max(rows, 14), 13))
+    figure.set_layout_engine("constrained")
+    axes: Axes = figure.add_subplot()
+    return axes
 
+
+def _norm(colours: Colours, values: Array, vmin: float | None, vmax: float | None) -> tuple["Normalize", str]:
+    """Return matplotlib's norm for `colours`, with limits that are given in place of its own, and where values lie beyond."""
+    from matplotlib.colors import LogNorm, Normalize, TwoSlopeNorm
+
+    low = colours.low if vmin is None else vmin
+    high = colours.high if vmax is None else vmax
+    if not low < high:
+        raise OptionError(f"vmin must be below vmax, not {low:.4g} and {high:.4g}")
+    norm: Normalize
+    if colours.kind == "diverging" and colours.centre is not None and low < colours.centre < high:
+        norm = TwoSlopeNorm(colours.centre, low, high)
+    elif colours.kind == "log" and low > 0:
+        norm = LogNorm(low, high)
+    else:
+        norm = Normalize(low, high)
     found = values[np.isfinite(values)]
-    low, high = (found.min(), found.max()) if found.size else (centre, centre)
-    room = 1e-6 * abs(centre)  # the norm needs some on both sides
-    return TwoSlopeNorm(centre, min(low, centre - room), max(high, centre + room))
+    below, above = bool((found < low).any()), bool((found > high).any())
+    return norm, {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
 
 
-def _title(profile: Profile) -> str:
-    data = profile.metadata.get("data", {})
-    tokens = f"{data['tokens']:,} tokens" if "tokens" in data else ""
-    if not data.get("complete", True):
-        tokens += ", incomplete"
-    lines = [Path(str(profile.metadata.get("model", ""))).name, tokens]
+def _step(number: int, labels: int) -> int:
+    """Return the step of the ticks of an axis with `number` entries, so that `labels` are enough."""
+    return next((step for step in STEPS if number <= step * labels), number)
+
+
+def _mark_groups(ax: "Axes", profile: Profile, colour: str) -> bool:
+    """Draw lines between the KV groups of each row; return whether there are any."""
+    sites = profile.metadata["sites"]
+    edges = []  # x, row
+    for row, number in enumerate(kv_heads(profile)):
+        if number is not None and 1 < number < sites[row]["num_heads"]:
+            width = sites[row]["num_heads"] // number
+            edges += [(group * width - 0.5, row) for group in range(1, number)]
+    if edges:
+        x, row = np.array(edges).T
+        ax.vlines(x, row - 0.5, row + 0.5, colors=colour, linewidth=0.8)
+    return bool(edges)
+
+
+def _mark(ax: "Axes", cells: list[tuple[int, int]], means: Array, marked: int) -> list[str]:
+    """Mark the highest and the lowest means; return what the caption says of them."""
+    said = []
+    # The longest that a mark may be, in points, so that it does not cover its neighbours.
+    box = ax.get_window_extent()
+    rows, heads = means.shape
+    room = min(box.width / heads, box.height / rows) / ax.figure.dpi * 72
+    size = min(max(0.6 * room, 2.5), 5.0)
+    for name, chosen, marker, colour in (
+        ("highest", cells[-marked:], "o", "black"),
+        ("lowest", cells[:marked], "x", "white"),
+    ):
+        y, x = zip(*chosen, strict=True)
+        # Black with a white edge, and white, are seen on all colours that either kind has.
+        edge: dict[str, Any] = {"edgecolors": "white"} if marker == "o" else {}
+        ax.scatter(
+            x, y, marker=marker, s=size**2, c=colour, linewidths=1, label=f"the {marked} {name}", **edge
+        )
+        low, high = (means[cell] for cell in (chosen[0], chosen[-1]))
+        said.append(
+            f"{'circles' if marker == 'o' else 'crosses'}: the {marked} {name}, {low:.4g} to {high:.4g}"
+        )
+    return said
+
+
+def _explain(ax: "Axes", caption: list[str]) -> None:
+    """Put a legend below the heatmap, with the caption as its title; below a figure that holds nothing else."""
+    if not caption:
+        return
+    text = "\n".join(textwrap.wrap("; ".join(caption), 76))
+    style: dict[str, Any] = {"ncols": 2, "fontsize": "small", "title_fontsize": "small", "alignment": "left"}
+    style |= {"facecolor": "0.6", "framealpha": 1, "title": text[0].upper() + text[1:]}
+    named = ax.get_legend_handles_labels()
+    if ax.figure.get_layout_engine() is not None and len(ax.figure.axes) == 2:  # the heatmap and its scale
+        ax.figure.legend(*named, loc="outside lower left", **style)
+    else:
+        ax.legend(*named, loc="upper left", bbox_to_anchor=(0, -0.12), borderaxespad=0, **style)
+
+
+def _title(profile: Profile, metric: str, stat: str) -> str:
+    model = Path(str(profile.metadata.get("model", ""))).name
+    lines = [model, f"{stat} of {metric}", about_samples(profile, metric)]
     # matplotlib renders $...$ as math
     return "\n".join(line for line in lines if line).replace("$", r"\$")

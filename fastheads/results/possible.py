@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastheads.stats.arrays import Array, MomentArrays, as_arrays
-from fastheads.stats.names import KV_METRIC, METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC, UPDATE_METRIC
+from fastheads.stats.names import (
+    KV_METRIC,
+    METRICS,
+    RATIO_METRIC,
+    RATIO_SQUARE_METRIC,
+    STREAMING_METRICS,
+    UPDATE_METRIC,
+)
 
 if TYPE_CHECKING:
     from fastheads.stats.moments import Moments
@@ -64,7 +71,8 @@ def _impossible(m: MomentArrays, least: float) -> Array:
 
 def least_of(metric: str) -> float:
     """Return the least possible sample of a metric: 0 for norms, their ratios and squares."""
-    return 0.0 if metric.endswith(("_norm", "_ratio", "_square")) else -np.inf
+    is_norm = metric.endswith(("_norm", "_ratio", "_square")) or metric in STREAMING_METRICS
+    return 0.0 if is_norm else -np.inf
 
 
 def contradiction(by_metric: "Mapping[str, Moments] | Mapping[str, MomentArrays]") -> str | None:

@@ -14,12 +14,28 @@ import numpy as np
 from fastheads.errors import OptionError, ResultsError
 from fastheads.results.protocol import Profile
 from fastheads.stats.arrays import Array
-from fastheads.stats.names import KV_METRIC, METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC
+from fastheads.stats.names import (
+    KV_METRICS,
+    KV_STREAMING_METRIC,
+    KV_STREAMING_SQUARE_METRIC,
+    METRICS,
+    RATIO_METRIC,
+    RATIO_SQUARE_METRIC,
+    STREAMING_METRIC,
+    STREAMING_METRICS,
+    STREAMING_SQUARE_METRIC,
+)
 from fastheads.stats.scales import scale_of
 
 RANKING_METRIC = RATIO_METRIC
 RELATIVE_METRIC = METRICS[3]
 MEAN_ABLATION = "mean-ablation error per residual"
+# Metrics with their squares, which have a root mean square.
+SQUARES = {
+    RATIO_METRIC: RATIO_SQUARE_METRIC,
+    STREAMING_METRIC: STREAMING_SQUARE_METRIC,
+    KV_STREAMING_METRIC: KV_STREAMING_SQUARE_METRIC,
+}
 TIE = 1.96  # standard errors of a difference: 95 % of a normal distribution
 
 # What a head is to be replaced with: zero, or its mean over the tokens.
@@ -80,8 +96,9 @@ def by_metric(profile: Profile, metric: str) -> Ranking:
     """Rank by the means of `metric`. Raises as `HeadProfile.statistics`."""
     stats = profile.statistics(metric)
     rms = None
-    if metric in (RATIO_METRIC, RATIO_SQUARE_METRIC) and RATIO_SQUARE_METRIC in profile.metrics:
-        rms = np.sqrt(profile.statistics(RATIO_SQUARE_METRIC)["mean"])
+    square = SQUARES.get(metric, metric)
+    if square in SQUARES.values() and square in profile.metrics:
+        rms = np.sqrt(profile.statistics(square)["mean"])
     return Ranking(metric, stats["mean"], stats["count"] > 0, stats["sem"], rms)
 
 
@@ -92,7 +109,7 @@ def by_mean_ablation(profile: Any, model: Any) -> Ranking:
         ResultsError: the error of a measured head is unknown (NaN).
     """
     values = np.asarray(profile.mean_ablation_error_ratio(model), dtype=np.float64)
-    counts = [moments.count for metric, moments in profile.arrays.items() if metric != KV_METRIC]
+    counts = [moments.count for metric, moments in profile.arrays.items() if metric not in KV_METRICS]
     measured = np.any([count > 0 for count in counts], axis=0) if counts else ~np.isnan(values)
     unknown = measured & np.isnan(values)
     if unknown.any():
@@ -179,7 +196,7 @@ def _check_ratio(profile: Profile) -> None:
     ratio = profile.arrays[RATIO_METRIC].count
     for metric in others:
         count = profile.arrays[metric].count
-        if metric != KV_METRIC and not covers(ratio, count):
+        if metric not in (*KV_METRICS, *STREAMING_METRICS) and not covers(ratio, count):
             which = _which(profile, (count > 0) & (ratio == 0), count > 0)
             raise ResultsError(f"{RATIO_METRIC} is missing for {which}: name another metric: {named}")
 

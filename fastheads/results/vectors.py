@@ -36,7 +36,7 @@ UNDERFLOW = 1e-38  # norms below 1e-19 may have been squared to 0
 def constant_share(profile: Profile, model: nn.Module) -> Tensor:
     """As `HeadProfile.constant_share`."""
     vectors = _vectors(profile)
-    constant, error = _constant_part(profile, vectors, _checked_sites(profile, model))
+    constant, error = _constant_part(profile, vectors, checked_sites(profile, model))
     power = torch.from_numpy(vectors.power)
     share = torch.where(power > 0, constant / power, torch.nan).clamp(max=1.0)
     # By more than rounding it cannot exceed 1: then the numbers do not belong together.
@@ -45,7 +45,7 @@ def constant_share(profile: Profile, model: nn.Module) -> Tensor:
 
 def mean_ablation_error(profile: Profile, model: nn.Module) -> Tensor:
     """As `HeadProfile.mean_ablation_error`."""
-    return _mean_ablation_error(profile, _checked_sites(profile, model))
+    return _mean_ablation_error(profile, checked_sites(profile, model))
 
 
 def mean_ablation_error_ratio(profile: Profile, model: nn.Module) -> Tensor:
@@ -56,7 +56,7 @@ def mean_ablation_error_ratio(profile: Profile, model: nn.Module) -> Tensor:
         raise ResultsError(
             f"this profile lacks {' and '.join(missing)}, which the mean-ablation error per residual needs: profile with it"
         )
-    sites = _checked_sites(profile, model)
+    sites = checked_sites(profile, model)
     updates = _updates(profile, model, sites)
     ratio, norm = (
         torch.from_numpy(profile.statistics(name)["mean"]) for name in (RATIO_METRIC, CONTRIBUTION_METRIC)
@@ -71,7 +71,7 @@ def mean_bias(profile: Profile, model: nn.Module, heads: Iterable[tuple[int, int
     """As `HeadProfile.mean_bias`."""
     vectors = _vectors(profile)
     chosen = _rows_of(profile, vectors, heads)
-    sites = _checked_sites(profile, model)
+    sites = checked_sites(profile, model)
     biases = {}
     for row, some in chosen.items():
         contributions, _ = _contributions(vectors, sites[row], row)
@@ -84,7 +84,7 @@ def project(
 ) -> Tensor:
     """As `HeadProfile.project`."""
     vectors = _vectors(profile)
-    sites = _checked_sites(profile, model)
+    sites = checked_sites(profile, model)
     wanted = directions_of(directions, unwrapped(model), sites)  # [n, hidden]
     updates = _updates(profile, model, sites)
     found = torch.full((*profile.shape, wanted.shape[0]), torch.nan, dtype=torch.float64, device="cpu")
@@ -117,10 +117,10 @@ def _measured(vectors: MeanVectors) -> list[int]:
     return [int(row) for row in np.flatnonzero((vectors.count > 0).any(axis=1))]
 
 
-def _checked_sites(profile: Profile, model: nn.Module) -> list[HeadSite]:
+def checked_sites(profile: Profile, model: nn.Module) -> list[HeadSite]:
     """Return the model's sites by row. Raises ResultsError unless the profile is of this model and these weights."""
     model = unwrapped(model)
-    sites = _sites_of(profile, model)
+    sites = sites_of(profile, model)
     for site in sites:
         # A site of another layout is refused by name as its weight is read.
         if shard_of(site) is not None:
@@ -143,7 +143,7 @@ def _checked_sites(profile: Profile, model: nn.Module) -> list[HeadSite]:
     return sites
 
 
-def _sites_of(profile: Profile, model: nn.Module) -> list[HeadSite]:
+def sites_of(profile: Profile, model: nn.Module) -> list[HeadSite]:
     """Find the sites that the profile names. Raises ResultsError if the model has others."""
     expected = [(s["name"], s["layer"], s["num_heads"], s["head_dim"]) for s in profile.metadata["sites"]]
 

@@ -80,6 +80,7 @@ def profile(
     allow_skipped: bool = False,
     kv_groups: bool = False,
     vectors: bool = False,
+    streaming: tuple[int, int] | None = None,
     metrics: Iterable[str] | None = None,
     include: str | Iterable[str] = (),
     field: str | None = None,
@@ -144,6 +145,8 @@ def profile(
         allow_skipped: accept sites that do not run in every forward (cross-attention layers without an image, say).
         kv_groups: also measure the contributions of KV groups (`HookManager`).
         vectors: also measure the mean vectors (`HookManager`).
+        streaming: (sink, window): also measure streaming errors (`HookManager`), of sequences longer than these. Not with
+            `compile`.
         metrics: names of the metrics to measure (`HookManager`).
         include: patterns for names of attention modules to profile that are left out by default (`find_sites`).
         field: the field or column that holds the documents. None: `text`, else `messages` or `conversations`.
@@ -255,12 +258,15 @@ def profile(
         allow_skipped=allow_skipped,
         kv_groups=kv_groups,
         vectors=vectors,
+        streaming=streaming,
         layers=layers,
         include=include,
         metrics=metrics,
     )
     if until_stable is not False:
         check_ranked(options)
+    if streaming is not None and compile:
+        raise OptionError("streaming errors cannot be measured in compiled code: leave out compile")
     with HookManager(module, **options.configuration()) as hooks, _progress(progress, job) as (report, say):
         early_exit.follow(hooks)
         settings = Settings(

@@ -125,6 +125,19 @@ def load_model(
         return model.to(where).eval()
 
 
+def stored_dtype(source: ModelSource) -> torch.dtype | None:
+    """Return the dtype that a checkpoint's configuration gives for its weights; None if it gives none, and for GGUF files."""
+    if source.gguf_file is not None:
+        return None
+    import transformers
+
+    config, _ = transformers.PreTrainedConfig.get_config_dict(source.folder, local_files_only=source.is_local)
+    text = config.get("text_config")
+    named = [of.get(key) for of in (config, text) if isinstance(of, dict) for key in ("dtype", "torch_dtype")]
+    found = getattr(torch, str(next((name for name in named if name), "")), None)
+    return found if isinstance(found, torch.dtype) else None
+
+
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer that comes with the model.
 

@@ -13,10 +13,11 @@ from fastheads.run.job import Job
 from fastheads.stats.arrays import as_arrays
 from fastheads.stats.confidence import StableRule, judge
 from fastheads.stats.moments import Moments
-from fastheads.stats.names import RATIO_METRIC
+from fastheads.stats.names import KV_STREAMING_SQUARE_METRIC, RATIO_METRIC
 from fastheads.stats.options import MeasureOptions
 
-DECIDING = (RATIO_METRIC, RELATIVE_METRIC)  # the metrics whose ranking may end a run, the better one first
+# The metrics whose ranking may end a run, the better one first. That of KV groups decides where the others are not measured.
+DECIDING = (RATIO_METRIC, RELATIVE_METRIC, KV_STREAMING_SQUARE_METRIC)
 
 
 def check_ranked(options: MeasureOptions) -> None:
@@ -27,11 +28,9 @@ def check_ranked(options: MeasureOptions) -> None:
 
 def deciding_metric(moments: Mapping[str, Moments]) -> str:
     """Return the metric whose ranking ends a run: the ratio to the residual stream if all heads have it."""
-    if RATIO_METRIC not in moments:
-        return RELATIVE_METRIC
-    if RELATIVE_METRIC not in moments:
-        return RATIO_METRIC
-    ratio, relative = (as_arrays(moments[metric]).count for metric in DECIDING)
+    if RATIO_METRIC not in moments or RELATIVE_METRIC not in moments:
+        return next(metric for metric in DECIDING if metric in moments)
+    ratio, relative = (as_arrays(moments[metric]).count for metric in (RATIO_METRIC, RELATIVE_METRIC))
     return RATIO_METRIC if covers(ratio, relative) else RELATIVE_METRIC
 
 

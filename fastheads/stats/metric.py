@@ -5,9 +5,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastheads.errors import OptionError
-from fastheads.stats.names import KV_METRIC, METRICS, RATIO_METRIC, RATIO_SQUARE_METRIC, UPDATE_METRIC
+from fastheads.stats.names import (
+    KV_METRIC,
+    METRICS,
+    RATIO_METRIC,
+    RATIO_SQUARE_METRIC,
+    STREAMING_METRICS,
+    UPDATE_METRIC,
+)
 
-Source = Literal["output", "contribution", "update", "ratio", "kv_group", "function"]
+Source = Literal["output", "contribution", "update", "ratio", "kv_group", "streaming", "function"]
 
 
 @dataclass(frozen=True)
@@ -15,8 +22,8 @@ class Metric:
     """One number of every token and head, and where it comes from.
 
     `source`: "output", the norm of z_h; "contribution", of W_h z_h; "update", of what the layer adds for the head; "ratio", that
-    over the norm of the residual stream; "kv_group", of the summed contributions of a KV group; "function", the number that
-    `function` gives.
+    over the norm of the residual stream; "kv_group", of the summed contributions of a KV group; "streaming", of what is lost with
+    a small window, over the norm of the residual stream; "function", the number that `function` gives.
     """
 
     name: str
@@ -48,8 +55,10 @@ KV_GROUP = Metric(KV_METRIC, "kv_group")
 # They come from one read, in planes behind those of HEAD_METRICS.
 RATIOS = (Metric(RATIO_METRIC, "ratio"), Metric(RATIO_SQUARE_METRIC, "ratio"))
 
+STREAMING = tuple(Metric(name, "streaming") for name in STREAMING_METRICS)
+
 _registered: dict[str, Metric] = {
-    metric.name: metric for metric in (*HEAD_METRICS, UPDATE, *RATIOS, KV_GROUP)
+    metric.name: metric for metric in (*HEAD_METRICS, UPDATE, *RATIOS, KV_GROUP, *STREAMING)
 }
 
 

@@ -6,7 +6,7 @@ from numbers import Integral
 from typing import Any, Self
 
 from fastheads.errors import OptionError
-from fastheads.stats.metric import KV_GROUP, Metric, metrics_of
+from fastheads.stats.metric import KV_GROUP, STREAMING, Metric, metrics_of
 from fastheads.stats.names import PRECISIONS, TOKEN_AGGS
 
 GROUP_BYTES = 64 * 2**20
@@ -32,6 +32,7 @@ class MeasureOptions:
     verify: bool = False
     metrics: tuple[str, ...] | None = None  # those in the results; None: all that are not optional
     vectors: bool = False
+    streaming: tuple[int, int] | None = None  # (sink, window)
 
     def __post_init__(self) -> None:
         if self.token_agg not in TOKEN_AGGS:
@@ -51,6 +52,13 @@ class MeasureOptions:
             if not names:
                 raise OptionError("metrics is empty: name some, or leave it out")
             object.__setattr__(self, "metrics", tuple(metric.name for metric in metrics_of(names)))
+        if self.streaming is not None:
+            object.__setattr__(self, "streaming", _checked_window(self.streaming))
+        named = [metric.name for metric in STREAMING if metric.name in (self.metrics or ())]
+        if named and self.streaming is None:
+            raise OptionError(f"{named[0]} needs streaming=(sink, window)")
+        if self.streaming is not None and self.metrics is not None and not named:
+            raise OptionError(f"streaming is for {STREAMING[0].name} and its kin, which metrics leaves out")
 
     @classmethod
     def of(cls, **given: Any) -> Self:
@@ -63,6 +71,8 @@ class MeasureOptions:
             return True
         if metric is KV_GROUP:
             return self.kv_groups
+        if metric in STREAMING:
+            return self.metrics is None and self.streaming is not None
         return self.metrics is None and metric.source != "function"
 
     def registered(self) -> tuple[Metric, ...]:
@@ -82,6 +92,7 @@ class MeasureOptions:
             "include": list(self.include),
             **({} if self.metrics is None else {"metrics": list(self.metrics)}),
             **({"vectors": True} if self.vectors else {}),
+            **({} if self.streaming is None else {"streaming": list(self.streaming)}),
         }
 
     def agreed(self) -> dict[str, Any]:
@@ -92,6 +103,7 @@ class MeasureOptions:
             "layers": self.layer_list(),
             "metrics": self.metrics,
             "vectors": self.vectors,
+            "streaming": self.streaming,
         }
 
     def metadata(self, backend: str) -> dict[str, Any]:
@@ -102,6 +114,11 @@ class MeasureOptions:
             "backend": backend,
             "precision": self.precision,
             "layers": self.layer_list(),
+            **(
+                {}
+                if self.streaming is None
+                else {"streaming": dict(zip(("sink", "window"), self.streaming, strict=True))}
+            ),
         }
 
     def layer_list(self) -> list[int] | None:
@@ -136,3 +153,16 @@ def _checked_layers(layers: Any) -> tuple[int, ...] | None:
     if any(isinstance(n, bool) or not isinstance(n, int) for n in chosen):
         raise OptionError(f"layers must be whole numbers in a list, not {layers!r}")
     return tuple(sorted(set(chosen)))
+
+
+def _checked_window(streaming: Any) -> tuple[int, int]:
+    try:
+        sink, window = streaming
+    except (TypeError, ValueError):
+        raise OptionError(
+            f"streaming must be two numbers of tokens, (sink, window), not {streaming!r}"
+        ) from None
+    for name, value, least in (("sink", sink, 0), ("window", window, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionError(f"{name} must be a whole number of tokens, {least} or more, not {value!r}")
+    return sink, window

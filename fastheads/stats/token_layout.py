@@ -228,6 +228,15 @@ class DecoderArguments:
             tokens = (shapes[0][0], shapes[0][1])
         return TokenLayout(valid, skip_first, cu_seqlens, tokens, shapes)
 
+    def own_layout(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:
+        """Return the layout that the call's own arguments give, whatever `overridden` says: all that are not padding."""
+        before = getattr(self._local, "token_mask", None)
+        self._local.token_mask = None
+        try:
+            return self.token_layout(args, kwargs, 0)
+        finally:
+            self._local.token_mask = before
+
     def _shapes(self, given: dict[str, Any]) -> tuple[Shape, ...]:
         """Return the possible numbers of tokens of the call; empty if unknown."""
         ids = given.get("input_ids")

@@ -23,9 +23,9 @@ _TOP_EXPONENT = {torch.float16: 14, torch.bfloat16: 0, torch.float32: 0}
 class KernelFactor:
     """L of all heads of one layer on one device, in one buffer whose address never changes.
 
-    Bytes: a ticket (128), float32 scale [heads], int32 flag [heads] (1: two passes), padding to 128, then the blocks
-    [heads, elements] in `part_dtype`, a row of the high part of a block followed by the same row of the low parts. With s
-    the scale, s (high + low + ...) is L Q to the rounding of the parts; Q is orthogonal (1, or `rotation` in one pass).
+    Bytes: a ticket (128), float32 scale [heads], int32 flag [heads] (1: two passes), int32 ticket [heads], padding to 128, then
+    the blocks [heads, elements] in `part_dtype`, a row of the high part of a block followed by the same row of the low parts.
+    With s the scale, s (high + low + ...) is L Q to the rounding of the parts; Q is orthogonal (1, or `rotation` in one pass).
     Launches that share a factor share its ticket: a stream must order them.
     """
 
@@ -64,8 +64,12 @@ def part_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def buffer_bytes(heads: int, pieces: tuple[int, ...], count: int) -> int:
-    header = int(TICKET_BYTES.value) + -(-heads * 8 // 128) * 128
-    return header + heads * count * triangle_elements(pieces) * 2
+    return header_bytes(heads) + heads * count * triangle_elements(pieces) * 2
+
+
+def header_bytes(heads: int) -> int:
+    """Bytes before the blocks."""
+    return int(TICKET_BYTES.value) + -(-heads * 12 // 128) * 128
 
 
 def new_factor(L: Tensor, dtype: torch.dtype, precision: str, config: Config) -> KernelFactor:
@@ -89,8 +93,7 @@ def write_factor(factor: KernelFactor, L: Tensor) -> None:
     start = int(TICKET_BYTES.value)
     scale = factor.buffer[start : start + 4 * heads].view(torch.float32)
     flag = factor.buffer[start + 4 * heads : start + 8 * heads].view(torch.int32)
-    start += -(-heads * 8 // 128) * 128
-    blocks = factor.buffer[start:].view(factor.part_dtype).view(heads, -1)
+    blocks = factor.buffer[header_bytes(heads) :].view(factor.part_dtype).view(heads, -1)
     columns = sum(pieces)
     for a in range(0, heads, _HEADS_AT_A_TIME):
         part = slice(a, a + _HEADS_AT_A_TIME)

@@ -30,6 +30,13 @@ PLANES = tl.constexpr(6)
 # Of the partial sums: |z|, |W z|, valid tokens; with ratios |W z| * ratio and its square behind them.
 SUMS = tl.constexpr(3)
 
+# Of a head's mean vectors, before the mean of z: finite tokens, other tokens, mean of |W z|^2, mean of |z|^2.
+VECTOR_HEADER = tl.constexpr(4)
+# Elements in a block of the merge of mean vectors.
+VECTOR_BLOCK = tl.constexpr(1024)
+# Rows of the smallest product; one is needed to add up tokens.
+SUM_ROWS = tl.constexpr(16)
+
 
 @triton.jit
 def entry(table, i, SIZE: tl.constexpr):
@@ -105,12 +112,72 @@ def both_sums(z, c, more_z, more_c):
 
 
 @triton.jit
-def tile_norms(
+def bfloat16_parts(z, UPCAST: tl.constexpr):
+    """float32 z as a sum of three bfloat16 parts, each what the ones before left over."""
+    one = z.to(tl.bfloat16)
+    rest = z - one.to(tl.float32)
+    two = rest.to(tl.bfloat16)
+    three = (rest - two.to(tl.float32)).to(tl.bfloat16)
+    if UPCAST:
+        one, two, three = one.to(tl.float32), two.to(tl.float32), three.to(tl.float32)
+    return one, two, three
+
+
+@triton.jit
+def add_tokens(acc, b_z, BT: tl.constexpr):
+    """Acc [SUM_ROWS, width] plus the sum over the tokens of b_z [BT, width], the same in every row. The matrix unit adds up what
+    lies in shared memory already; in registers it would be a reduction across all threads.
+    """
+    return tl.dot(tl.full([SUM_ROWS, BT], 1.0, dtype=b_z.dtype), b_z, acc, input_precision="ieee")
+
+
+@triton.jit
+def no_vector_sums(PIECES: tl.constexpr, COUNT: tl.constexpr):
+    """The sums of z before the first tile, a piece each."""
+    sums = ()
+    for i in tl.static_range(COUNT):
+        sums = sums + (no_sums(SUM_ROWS, PIECES[i]),)
+    return sums
+
+
+@triton.jit
+def add_kept_tokens(
+    sums,
+    p_rows,  # [BT] pointers to the head in each token's row
+    keep,  # [BT]
+    HEAD_DIM: tl.constexpr,
+    PIECES: tl.constexpr,
+    COUNT: tl.constexpr,
+    BT: tl.constexpr,
+    Z_PARTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """`sums` plus those of z of the tokens to keep, which are read (again): of the others nothing is, 0 * NaN would be NaN."""
+    more = ()
+    for i in tl.static_range(COUNT):
+        o_i = i * PIECES[0] + tl.arange(0, PIECES[i])[None, :]
+        m = keep[:, None] & (o_i < HEAD_DIM)
+        b_z = tl.load(p_rows[:, None] + o_i, mask=m, other=0.0)
+        acc = no_sums(SUM_ROWS, PIECES[i])
+        if Z_PARTS == 1:
+            if UPCAST:
+                b_z = b_z.to(tl.float32)
+            acc = add_tokens(acc, b_z, BT)
+        else:
+            one, two, three = bfloat16_parts(b_z.to(tl.float32), UPCAST)
+            acc = add_tokens(add_tokens(add_tokens(acc, three, BT), two, BT), one, BT)
+        more = more + (sums[i] + acc,)
+    return more
+
+
+@triton.jit
+def tile_squares(
     source,  # where the tile lies: ([BT] pointers to the head in each token's row,), or descriptors and a place
+    present,  # [BT], which tokens to read (the others are 0); None: all
+    vector_sums,  # of z, a piece each, or ()
     blocks,
     lows,
     lowest,
-    head_scale,
     HEAD_DIM: tl.constexpr,
     PIECES: tl.constexpr,
     COUNT: tl.constexpr,
@@ -122,8 +189,11 @@ def tile_norms(
     TMA: tl.constexpr,
     Z_PARTS: tl.constexpr,
     UPCAST: tl.constexpr,
+    VECTORS: tl.constexpr,
 ):
-    """|z| and |z L| of a tile of tokens, float32 [BT] each."""
+    """|z|^2 and |z L|^2 of a tile of tokens, float32 [BT] each, the latter less the head's scale; and `vector_sums` plus those of
+    the tile, where there are any.
+    """
     first = ()
     second = ()
     third = ()
@@ -139,7 +209,10 @@ def tile_norms(
                 b_z = source[1].load([source[2], source[3] + i * PIECES[0]])
         else:
             o_i = i * PIECES[0] + tl.arange(0, PIECES[i])[None, :]
-            if i * PIECES[0] + PIECES[i] > HEAD_DIM:
+            if present is not None:
+                m = present[:, None] & (o_i < HEAD_DIM)
+                b_z = tl.load(source[0][:, None] + o_i, mask=m, other=0.0)
+            elif i * PIECES[0] + PIECES[i] > HEAD_DIM:
                 # Beyond head_dim lies the next head, or nothing: select it away, it may hold NaN.
                 b_z = tl.load(source[0][:, None] + o_i, mask=o_i < HEAD_DIM, other=0.0)
             else:
@@ -158,21 +231,21 @@ def tile_norms(
                 b_z = z
             first = first + (b_z,)
         else:
-            # float32 input as a sum of bfloat16 parts, each what the ones before left over.
-            one = z.to(tl.bfloat16)
-            rest = z - one.to(tl.float32)
-            two = rest.to(tl.bfloat16)
-            three = (rest - two.to(tl.float32)).to(tl.bfloat16)
-            if UPCAST:
-                first = first + (one.to(tl.float32),)
-                second = second + (two.to(tl.float32),)
-                third = third + (three.to(tl.float32),)
-            else:
-                first = first + (one,)
-                second = second + (two,)
-                third = third + (three,)
+            one, two, three = bfloat16_parts(z, UPCAST)
+            first = first + (one,)
+            second = second + (two,)
+            third = third + (three,)
     if not TOGETHER:
         square_z += tl.sum(squares[0], axis=1)
+    more_sums = ()
+    if VECTORS:
+        for i in tl.static_range(COUNT):
+            # Of the tile alone, then added: the matrix unit cuts off what it adds.
+            acc = no_sums(SUM_ROWS, PIECES[i])
+            if Z_PARTS == 3:
+                acc = add_tokens(add_tokens(acc, third[i], BT), second[i], BT)
+            acc = add_tokens(acc, first[i], BT)
+            more_sums = more_sums + (vector_sums[i] + acc,)
     square_c = tl.zeros([BT], dtype=tl.float32)
     for j in tl.static_range(COUNT):
         # Small products first: what they add is not lost under the large ones.
@@ -200,7 +273,7 @@ def tile_norms(
             square_c += more_c
         else:
             square_c += tl.sum(acc * acc, axis=1)
-    return tl.sqrt(square_z), tl.sqrt(square_c) * head_scale
+    return square_z, square_c, more_sums
 
 
 @triton.jit
@@ -441,11 +514,161 @@ def merge_samples(
 
 
 @triton.jit
+def merge_vectors(
+    p_parts,  # the sums of the head's first program
+    stride_part,  # to those of the next
+    programs,
+    p_vectors,  # the head's place in the state of the mean vectors
+    HEAD_DIM: tl.constexpr,
+    VP: tl.constexpr,  # HEAD_DIM, padded to a power of two
+):
+    """Merge the sums of all programs of one head into its mean vectors."""
+    BP: tl.constexpr = VECTOR_BLOCK // VP
+    o_d = tl.arange(0, VP)[None, :]
+    o_n = tl.arange(0, VECTOR_HEADER)[None, :]
+    header = tl.zeros([VECTOR_HEADER], dtype=tl.float64)
+    total = tl.zeros([VP], dtype=tl.float64)
+    for i in range(0, programs, BP):
+        o_p = i + tl.arange(0, BP)[:, None]
+        p = p_parts + o_p * stride_part
+        there = o_p < programs
+        header += tl.sum(tl.load(p + o_n, mask=there & (o_n >= 0), other=0.0, cache_modifier=".cg"), axis=0)
+        m = there & (o_d < HEAD_DIM)
+        total += tl.sum(tl.load(p + VECTOR_HEADER + o_d, mask=m, other=0.0, cache_modifier=".cg"), axis=0)
+    place = tl.arange(0, VECTOR_HEADER)
+    new = tl.sum(tl.where(place == 0, header, 0.0), axis=0)
+    bad = tl.sum(tl.where(place == 1, header, 0.0), axis=0)
+    p_counts = p_vectors.to(tl.pointer_type(tl.int64))
+    old = tl.load(p_counts)
+    tl.store(p_counts + 1, tl.load(p_counts + 1) + bad.to(tl.int64))
+    tl.store(p_counts, old + new.to(tl.int64))
+    per_token = 1.0 / tl.maximum(new, 1.0)
+    share = new / tl.maximum(old.to(tl.float64) + new, 1.0)
+    merge_means(p_vectors + place, header * per_token, place >= 2, share)
+    o_d = tl.arange(0, VP)
+    merge_means(p_vectors + VECTOR_HEADER + o_d, total * per_token, o_d < HEAD_DIM, share)
+
+
+@triton.jit
+def merge_means(p, new, m, share):
+    """Merge means with those in memory; `share` is the part of all tokens that the new ones are of (0: nothing changes)."""
+    old = tl.load(p, mask=m, other=0.0)
+    tl.store(p, tl.where(share == 1.0, new, old + (new - old) * share), mask=m)
+
+
+@triton.jit
+def factor_blocks(
+    p_blocks,
+    PIECES: tl.constexpr,
+    COUNT: tl.constexpr,
+    PASSES: tl.constexpr,
+    PARTS: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The blocks of the high part of L (with the low one beside it: SIDE_BY_SIDE), those of the next and of the third, where
+    the passes take them.
+    """
+    blocks = triangle(p_blocks, PIECES, COUNT, PARTS, 0, 2 if SIDE_BY_SIDE else 1, UPCAST)
+    lows = ()
+    lowest = ()
+    if PASSES == 2 and not SIDE_BY_SIDE:
+        lows = triangle(p_blocks, PIECES, COUNT, PARTS, 1, 1, UPCAST)
+        if PARTS == 3:
+            lowest = triangle(p_blocks, PIECES, COUNT, PARTS, 2, 1, UPCAST)
+    return blocks, lows, lowest
+
+
+@triton.jit
+def store_vector_sums(
+    p_out, count, bad, power, output_power, sums, HEAD_DIM: tl.constexpr, PIECES: tl.constexpr, COUNT: tl.constexpr
+):  # fmt: skip
+    """Store a program's sums for the mean vectors, float64 [VECTOR_HEADER + HEAD_DIM]."""
+    tl.store(p_out, count.to(tl.float64))
+    tl.store(p_out + 1, bad.to(tl.float64))
+    tl.store(p_out + 2, power)
+    tl.store(p_out + 3, output_power)
+    one_row = tl.arange(0, SUM_ROWS)[:, None] == 0
+    for i in tl.static_range(COUNT):
+        o_i = i * PIECES[0] + tl.arange(0, PIECES[i])[None, :]
+        p = p_out + VECTOR_HEADER + o_i + tl.arange(0, SUM_ROWS)[:, None] * 0
+        tl.store(p, sums[i].to(tl.float64), mask=one_row & (o_i < HEAD_DIM))
+
+
+@triton.jit
+def sum_finite_tokens(
+    p_x,
+    p_blocks,
+    p_scale,
+    vector_partial,
+    valid,
+    stride_xb16,
+    stride_xs16,
+    batch,
+    seq,
+    heads,
+    skip_first,
+    tiles_per_program,
+    i_h,
+    i_p,
+    HEAD_DIM: tl.constexpr,
+    PIECES: tl.constexpr,
+    COUNT: tl.constexpr,
+    BT: tl.constexpr,
+    PARTS: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    Z_PARTS: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The sums for the mean vectors of a stretch in which `stream_tokens` met a token that is not finite, once more and without
+    such tokens: each tile is read for its norms, and again for its sum.
+    """
+    blocks, lows, lowest = factor_blocks(p_blocks, PIECES, COUNT, 2, PARTS, SIDE_BY_SIDE, UPCAST)
+    PER16: tl.constexpr = 128 // p_x.dtype.element_ty.primitive_bitwidth
+    o_t = tl.arange(0, BT)
+    tiles = tl.cdiv(seq, BT)
+    first = i_p * tiles_per_program
+    count = tl.zeros([BT], dtype=tl.int32)
+    seen = tl.zeros([BT], dtype=tl.int32)
+    power = tl.zeros([BT], dtype=tl.float64)
+    output_power = tl.zeros([BT], dtype=tl.float64)
+    sums = no_vector_sums(PIECES, COUNT)
+    for tile in tl.range(first, tl.minimum(first + tiles_per_program, batch * tiles), num_stages=1):
+        i_b = tile // tiles
+        t_first = (tile - i_b * tiles) * BT
+        t_start = tl.maximum(tl.minimum(t_first, seq - BT), 0)
+        t = t_start + o_t
+        real = (t >= tl.maximum(t_first, skip_first)) & (t < seq)
+        if valid is not None:
+            real = real & (tl.load(valid + i_b.to(tl.int64) * seq + t, mask=real, other=0) != 0)
+        o_row = i_b.to(tl.int64) * stride_xb16 + tl.minimum(t, seq - 1).to(tl.int64) * stride_xs16
+        p_rows = p_x + o_row * PER16 + i_h * HEAD_DIM
+        square_z, square_c, _ = tile_squares(
+            (p_rows,), real, (), blocks, lows, lowest,
+            HEAD_DIM, PIECES, COUNT, BT, 2, PARTS, SIDE_BY_SIDE, TOGETHER, False, Z_PARTS, UPCAST, False,
+        )  # fmt: skip
+        keep = real & (square_z < float("inf")) & (square_c < float("inf"))  # false for NaN
+        count += keep.to(tl.int32)
+        seen += real.to(tl.int32)
+        power += tl.where(keep, square_c, 0.0).to(tl.float64)
+        output_power += tl.where(keep, square_z, 0.0).to(tl.float64)
+        sums = add_kept_tokens(sums, p_rows, keep, HEAD_DIM, PIECES, COUNT, BT, Z_PARTS, UPCAST)
+    scale = tl.load(p_scale).to(tl.float64)
+    total = tl.sum(count, axis=0)
+    store_vector_sums(
+        vector_partial + (i_p * heads + i_h) * (VECTOR_HEADER + HEAD_DIM), total, tl.sum(seen, axis=0) - total,
+        tl.sum(power, axis=0) * (scale * scale), tl.sum(output_power, axis=0), sums, HEAD_DIM, PIECES, COUNT,
+    )  # fmt: skip
+
+
+@triton.jit
 def stream_tokens(
     p_x,
     p_blocks,
     p_scale,
     partial,
+    vector_partial,
     norms,
     valid,
     last_index,
@@ -476,14 +699,12 @@ def stream_tokens(
     UPCAST: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One head, a stretch of its tokens: sums (ALL), samples (LAST) or norms of each token (TOKEN)."""
-    blocks = triangle(p_blocks, PIECES, COUNT, PARTS, 0, 2 if SIDE_BY_SIDE else 1, UPCAST)
-    lows = ()
-    lowest = ()
-    if PASSES == 2 and not SIDE_BY_SIDE:
-        lows = triangle(p_blocks, PIECES, COUNT, PARTS, 1, 1, UPCAST)
-        if PARTS == 3:
-            lowest = triangle(p_blocks, PIECES, COUNT, PARTS, 2, 1, UPCAST)
+    """One head, a stretch of its tokens: sums (ALL), samples (LAST) or norms of each token (TOKEN); and with `vector_partial` the
+    sums for the mean vectors. False where those hold what is not finite (ALL and TOKEN).
+    """
+    VECTORS: tl.constexpr = vector_partial is not None
+    are_finite = True
+    blocks, lows, lowest = factor_blocks(p_blocks, PIECES, COUNT, PASSES, PARTS, SIDE_BY_SIDE, UPCAST)
     head_scale = tl.load(p_scale)
     PER16: tl.constexpr = 128 // p_x.dtype.element_ty.primitive_bitwidth
     stride_xs = stride_xs16.to(tl.int64) * PER16
@@ -500,11 +721,27 @@ def stream_tokens(
             token = tl.maximum(token, 0)
         else:
             token = tl.zeros_like(row) + (seq - 1)
-            m_b = m_b & (seq > skip_first)
-        n_z, n_c = tile_norms(
-            (p_x + i_h * HEAD_DIM + (row * stride_xb16 + token * stride_xs16) * PER16,), blocks, lows, lowest, head_scale,
-            HEAD_DIM, PIECES, COUNT, BT, PASSES, PARTS, SIDE_BY_SIDE, TOGETHER, False, Z_PARTS, UPCAST,
+            m_b = m_b & (token >= skip_first)
+        p_rows = p_x + i_h * HEAD_DIM + (row * stride_xb16 + token * stride_xs16) * PER16
+        square_z, square_c, _ = tile_squares(
+            (p_rows,), None, (), blocks, lows, lowest,
+            HEAD_DIM, PIECES, COUNT, BT, PASSES, PARTS, SIDE_BY_SIDE, TOGETHER, False, Z_PARTS, UPCAST, False,
         )  # fmt: skip
+        n_z, n_c = tl.sqrt(square_z), tl.sqrt(square_c) * head_scale
+        if VECTORS:
+            keep = m_b & (square_z < float("inf")) & (square_c < float("inf"))  # false for NaN
+            count = tl.sum(keep.to(tl.int32), axis=0)
+            scale = head_scale.to(tl.float64)
+            store_vector_sums(
+                vector_partial + (i_p * heads + i_h) * (VECTOR_HEADER + HEAD_DIM),
+                count, tl.sum(m_b.to(tl.int32), axis=0) - count,
+                tl.sum(tl.where(keep, square_c, 0.0).to(tl.float64), axis=0) * (scale * scale),
+                tl.sum(tl.where(keep, square_z, 0.0).to(tl.float64), axis=0),
+                add_kept_tokens(
+                    no_vector_sums(PIECES, COUNT), p_rows, keep, HEAD_DIM, PIECES, COUNT, BT, Z_PARTS, UPCAST
+                ),
+                HEAD_DIM, PIECES, COUNT,
+            )  # fmt: skip
         if token_scale is not None:
             n_c *= tl.load(token_scale + row * seq + token)
         p_out = partial + row * heads + i_h
@@ -526,6 +763,12 @@ def stream_tokens(
         if token_ratio is not None:
             sum_r = tl.zeros([BT], dtype=tl.float32)
             sum_r2 = tl.zeros([BT], dtype=tl.float32)
+        vector_sums = ()
+        if VECTORS:
+            vector_sums = no_vector_sums(PIECES, COUNT)
+            power = tl.zeros([BT], dtype=tl.float32)
+            output_power = tl.zeros([BT], dtype=tl.float32)
+            tokens = tl.zeros([BT], dtype=tl.int32)
         if TMA:
             rows_of_x = tl.make_tensor_descriptor(
                 p_x,
@@ -557,16 +800,30 @@ def stream_tokens(
             if token_ratio is not None:
                 # Before the products, behind which it arrives.
                 per_norm = tl.load(token_ratio + place + o_t, mask=real, other=0.0)
+            present = None
+            if VECTORS and MASKED:
+                if valid is not None:
+                    real = real & (tl.load(valid + place + o_t, mask=real, other=0) != 0)
+                present = real
             if TMA:
                 source = (rows_of_x, rows_of_x_last, place.to(tl.int32), i_h * HEAD_DIM)
             else:
                 o_b = i_b.to(tl.int64) * stride_xb16.to(tl.int64)
                 o_s = t_start.to(tl.int64) * stride_xs16.to(tl.int64)
                 source = (p_x + (o_b + o_s) * PER16 + o_rows,)
-            n_z, n_c = tile_norms(
-                source, blocks, lows, lowest, head_scale,
-                HEAD_DIM, PIECES, COUNT, BT, PASSES, PARTS, SIDE_BY_SIDE, TOGETHER, TMA, Z_PARTS, UPCAST,
+            square_z, square_c, vector_sums = tile_squares(
+                source, present, vector_sums, blocks, lows, lowest,
+                HEAD_DIM, PIECES, COUNT, BT, PASSES, PARTS, SIDE_BY_SIDE, TOGETHER, TMA, Z_PARTS, UPCAST, VECTORS,
             )  # fmt: skip
+            n_z, n_c = tl.sqrt(square_z), tl.sqrt(square_c) * head_scale
+            if VECTORS:
+                # Not of the norms: their squares may leave float32 where these do not.
+                if MASKED:
+                    square_z = tl.where(real, square_z, 0.0)  # L may hold NaN
+                    square_c = tl.where(real, square_c, 0.0)
+                    tokens += real.to(tl.int32)
+                output_power += square_z
+                power += square_c
             if token_scale is not None:
                 n_c *= tl.load(token_scale + place + o_t, mask=real, other=0.0)
             last_tile = i_t == tiles - 1
@@ -577,7 +834,8 @@ def stream_tokens(
                 tl.store(p_out + heads.to(tl.int64) * batch * seq, n_c, mask=real)
             else:
                 if valid is not None:
-                    real = real & (tl.load(valid + place + o_t, mask=real, other=0) != 0)
+                    if not VECTORS:
+                        real = real & (tl.load(valid + place + o_t, mask=real, other=0) != 0)
                     count += real.to(tl.int32)
                 if MASKED:
                     n_z = tl.where(real, n_z, 0.0)
@@ -608,6 +866,20 @@ def stream_tokens(
                         count = tl.zeros([BT], dtype=tl.int32)
             i_b = tl.where(last_tile, i_b + 1, i_b)
             i_t = tl.where(last_tile, 0, i_t + 1)
+        if VECTORS:
+            total_power = tl.sum(power.to(tl.float64), axis=0)
+            total_output_power = tl.sum(output_power.to(tl.float64), axis=0)
+            scale = head_scale.to(tl.float64)
+            if MASKED:
+                total = tl.sum(tokens, axis=0)
+            else:
+                total = steps * BT
+            store_vector_sums(
+                vector_partial + (i_p * heads + i_h) * (VECTOR_HEADER + HEAD_DIM), total, total * 0,
+                total_power * (scale * scale), total_output_power, vector_sums, HEAD_DIM, PIECES, COUNT,
+            )  # fmt: skip
+            are_finite = total_power + total_output_power < float("inf")  # False for NaN
+    return are_finite
 
 
 @triton.jit(
@@ -623,20 +895,27 @@ def stream_tokens(
         "skip_first",
         "tiles_per_program",
         "chunks",
-    ]
+        "vector_heads",
+        "vector_width",
+    ],
+    # They may lie anywhere in a larger buffer, and are read element by element.
+    do_not_specialize_on_alignment=["state", "vectors"],
 )
 def head_stats_kernel(
     x_table,  # addresses of x, one a layer of the group
     factor_table,  # addresses of the factors' buffers
     row_table,  # rows of the state, times SLOT
     state,  # float64 [PLANES, METRICS, state_rows, state_heads]; if WIDE RATIO_METRICS more
-    partial,  # float64 [layers, SUMS, chunks, batch, heads]: sums of |z|, sums of |z L|, valid tokens (where not all are);
-    #           with token_ratio RATIO_METRICS more: sums of |z L| * ratio and of its square
+    partial,  # float64, of each layer [SUMS, chunks, batch, heads] (not in TOKEN): sums of |z|, sums of |z L|, valid tokens
+    #           (where not all are); with token_ratio RATIO_METRICS more: sums of |z L| * ratio and of its square; behind
+    #           them with vectors [programs of a head, heads, VECTOR_HEADER + HEAD_DIM]: tokens whose squares are finite,
+    #           other tokens, sums of |z L|^2, of |z|^2 and of z
     norms,  # float32 [layers, 2, heads, batch * seq] (TOKEN)
     valid,  # uint8 [batch, seq]
     last_index,  # int64 [batch]
     token_scale,  # float32 [layers, batch, seq]
     token_ratio,  # likewise; not in TOKEN, whose moments are another kernel's
+    vectors,  # float64 [state_rows, vector_heads, vector_width], or None: counts (int64 bits), means of |z L|^2, |z|^2 and z
     stride_xb16,  # strides of x in units of 16 bytes
     stride_xs16,
     batch,
@@ -647,6 +926,8 @@ def head_stats_kernel(
     skip_first,
     tiles_per_program,
     chunks,
+    vector_heads,
+    vector_width,
     DTYPE: tl.constexpr,
     SIZE: tl.constexpr,  # entries in the tables
     MODE: tl.constexpr,
@@ -658,6 +939,7 @@ def head_stats_kernel(
     BT: tl.constexpr,
     HP: tl.constexpr,  # heads, padded to a power of two
     BB: tl.constexpr,  # rows of the batch in a block of the merge
+    VP: tl.constexpr,  # HEAD_DIM, padded to a power of two
     FAST: tl.constexpr,  # one pass for the heads whose flag is unset
     Z_PARTS: tl.constexpr,
     PARTS: tl.constexpr,  # of L in memory; two passes take all of them
@@ -682,7 +964,8 @@ def head_stats_kernel(
     p_scale = (p_factor + TICKET_BYTES).to(tl.pointer_type(tl.float32))
     p_flag = (p_factor + TICKET_BYTES + heads * 4).to(tl.pointer_type(tl.int32))
     WEIGHT: tl.constexpr = tl.bfloat16 if Z_PARTS == 3 else DTYPE
-    p_blocks = (p_factor + TICKET_BYTES + tl.cdiv(heads * 8, 128) * 128).to(tl.pointer_type(WEIGHT))
+    p_head_tickets = p_flag + heads
+    p_blocks = (p_factor + TICKET_BYTES + tl.cdiv(heads * 12, 128) * 128).to(tl.pointer_type(WEIGHT))
     p_blocks += i_h.to(tl.int64) * (PARTS * BLOCKS)
 
     if token_scale is not None:
@@ -690,29 +973,53 @@ def head_stats_kernel(
     RATIO: tl.constexpr = token_ratio is not None
     if RATIO:
         token_ratio += i_l.to(tl.int64) * batch * seq
+    VECTORS: tl.constexpr = vectors is not None
+    SAMPLE_SUMS: tl.constexpr = 0 if MODE == TOKEN else SUMS + RATIO_METRICS if RATIO else SUMS
+    programs = tl.num_programs(0) // heads
+    of_layer = SAMPLE_SUMS * chunks * batch * heads
+    vector_partial = None
+    if VECTORS:
+        partial += i_l.to(tl.int64) * (of_layer + programs * heads * (VECTOR_HEADER + HEAD_DIM))
+        vector_partial = partial + of_layer
+    elif MODE != TOKEN:
+        partial += i_l.to(tl.int64) * of_layer
     if MODE == TOKEN:
         norms += i_l.to(tl.int64) * 2 * heads * batch * seq
-    else:
-        partial += i_l.to(tl.int64) * (SUMS + RATIO_METRICS if RATIO else SUMS) * chunks * batch * heads
     one_pass = False
     if FAST:
         one_pass = tl.load(p_flag + i_h) == 0
     if one_pass:
-        stream_tokens(
-            p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale, token_ratio,
+        are_finite = stream_tokens(
+            p_x, p_blocks, p_scale + i_h, partial, vector_partial, norms, valid, last_index, token_scale, token_ratio,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, chunks,
             i_h, i_p,
             MODE, MASKED, HEAD_DIM, PIECES, COUNT, BT, 1, PARTS, False, TOGETHER,
             TMA, Z_PARTS, UPCAST, STAGES,
         )  # fmt: skip
     else:
-        stream_tokens(
-            p_x, p_blocks, p_scale + i_h, partial, norms, valid, last_index, token_scale, token_ratio,
+        are_finite = stream_tokens(
+            p_x, p_blocks, p_scale + i_h, partial, vector_partial, norms, valid, last_index, token_scale, token_ratio,
             stride_xb16, stride_xs16, batch, seq, heads, skip_first, tiles_per_program, chunks,
             i_h, i_p,
             MODE, MASKED, HEAD_DIM, PIECES, COUNT, BT, 2, PARTS, SIDE_BY_SIDE, TOGETHER,
             TMA, Z_PARTS, UPCAST, EXACT_STAGES,
         )  # fmt: skip
+
+    if VECTORS:
+        if MODE != LAST:
+            if are_finite == 0:
+                sum_finite_tokens(
+                    p_x, p_blocks, p_scale + i_h, vector_partial, valid, stride_xb16, stride_xs16, batch, seq, heads,
+                    skip_first, tiles_per_program, i_h, i_p,
+                    HEAD_DIM, PIECES, COUNT, BT, PARTS, SIDE_BY_SIDE, TOGETHER, Z_PARTS, UPCAST,
+                )  # fmt: skip
+        # Of each head the program that comes last merges it: one that did so for all heads would be waited for.
+        if arrived_last(p_head_tickets + i_h, programs):
+            row = entry(row_table, i_l, SIZE) // SLOT
+            merge_vectors(
+                vector_partial + i_h * (VECTOR_HEADER + HEAD_DIM), heads * (VECTOR_HEADER + HEAD_DIM), programs,
+                vectors + (row.to(tl.int64) * vector_heads + i_h) * vector_width, HEAD_DIM, VP,
+            )  # fmt: skip
 
     if MODE != TOKEN:
         if arrived_last(p_ticket, tl.num_programs(0)):

@@ -43,6 +43,7 @@ _TOKEN_PROGRAMS = 128
 _SLOT = int(kernel.SLOT.value)
 _PLANES, _SUMS = int(kernel.PLANES.value), int(kernel.SUMS.value)
 _METRICS, _RATIO_METRICS = int(kernel.METRICS.value), int(kernel.RATIO_METRICS.value)
+_VECTOR_HEADER = int(kernel.VECTOR_HEADER.value)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -127,6 +128,7 @@ def head_stats(
     skip_first: int = 0,
     scale: Tensor | None = None,
     ratio: Tensor | None = None,
+    vectors: Tensor | None = None,
 ) -> "Launch | None":
     """Merge the samples of a group of layers into `state`, in place, without waiting for the GPU.
 
@@ -142,8 +144,11 @@ def head_stats(
         skip_first: tokens at the start of each row that are left out; counts only where `valid` is None.
         scale: `[batch, seq]`, or `[layers, batch, seq]` with one for each input, multiplied into the norms of the contributions
             |W z| (not of |z|), token by token.
-        ratio: likewise: what |W z| (times `scale`) is multiplied with for the last two metrics, as c / |r| from `inverse_norms`.
+        ratio: likewise: what |W z| (times `scale`) is multiplied with for the last two metrics, as 1 / |r| from `inverse_norms`.
             Under "all" the ratio's square is float32: from 1.8e19 on a ratio makes the sample nonfinite.
+        vectors: float64 `[rows, max_heads, 4 + max_head_dim]`, the buffer of `fastheads.stats.mean_vectors.RunningMeanVectors`:
+            takes the valid tokens (under "last" the last of each sequence), in place. Counts of tokens, means of |W z|² (without
+            `scale`), of |z|² and of z; a token with a square beyond float32 counts as not finite, for that head.
 
     Returns:
         What makes these launches again for other inputs of the same form; None where each must be made anew.
@@ -152,6 +157,8 @@ def head_stats(
         ValueError: shapes, dtypes, devices or names that do not fit together.
     """
     _check(inputs, factors, state, rows, token_agg, ratio is not None)
+    if vectors is not None:
+        _check_vectors(vectors, factors[0], state, rows)
     if inputs[0].shape[0] == 0 or inputs[0].shape[1] == 0:
         return None
     mask, last = _as_kernel_reads(valid, token_agg)
@@ -162,14 +169,23 @@ def head_stats(
     loadable = [_loadable(x) for x in inputs]
     with _on(state.device):
         parts = _launch_groups(
-            loadable, factors, state, rows, token_agg, mask, last, skip_first, scale, ratio
+            loadable, factors, state, rows, token_agg, mask, last, skip_first, scale, ratio, vectors
         )
     if parts is None or len({(x.stride(), type(x)) for x in inputs}) > 1:
         return None
     if any(x is not given for x, given in zip(loadable, inputs, strict=True)):
         return None  # a copy must be made each time
     return Launch(
-        parts, inputs, factors, state, token_agg, valid, skip_first, scale is not None, ratio is not None
+        parts,
+        inputs,
+        factors,
+        state,
+        token_agg,
+        valid,
+        skip_first,
+        scale is not None,
+        ratio is not None,
+        vectors,
     )
 
 
@@ -236,6 +252,7 @@ class Launch:
         skip_first: int,
         is_scaled: bool,
         has_ratio: bool,
+        vectors: Tensor | None,
     ) -> None:
         """`inputs` are of one type, shape, strides and dtype; none was copied."""
         x = inputs[0]
@@ -250,6 +267,7 @@ class Launch:
         self._index = x.get_device()
         self._device, self._state_shape = state.device, state.shape
         self._token_agg = token_agg
+        self._vector_shape = None if vectors is None else vectors.shape
         self._form = (len(inputs), skip_first, is_scaled, has_ratio)
         self._valid_like = None if valid is None else (valid.shape, valid.device)
         self._scratch = max(part.partial for part in parts)
@@ -300,28 +318,43 @@ class Launch:
         scale: Tensor | None = None,
         ratio: Tensor | None = None,
         scratch: Tensor | None = None,
+        vectors: Tensor | None = None,
     ) -> bool:
         """Launch for the inputs at these addresses, which `matches` gave. False, and nothing was done, where the kernel cannot
-        read the state, the mask, the scale or the ratio.
+        read the state, the mask, the scale, the ratio or the mean vectors.
         """
         mask, last = _as_kernel_reads(valid, self._token_agg)
         scales, ratios = self._of_parts(scale, "scale"), self._of_parts(ratio, "ratio")
-        if state.shape != self._state_shape or state.device != self._device or not state.is_contiguous():
+        if state.shape != self._state_shape or not self._is_readable(state):
             return False
-        if any(
-            [
-                tensor is not None and tensor.data_ptr() & 15
-                for tensor in (state, mask, last, *scales, *ratios)
-            ]
-        ):
+        if (None if vectors is None else vectors.shape) != self._vector_shape:
+            return False
+        if vectors is not None and not self._is_readable(vectors):
+            return False
+        if any([tensor is not None and tensor.data_ptr() & 15 for tensor in (mask, last, *scales, *ratios)]):
             return False
         with _on(self._device):
             if scratch is None:
                 scratch = self.new_scratch()
             for part, *per_token in zip(self._parts, scales, ratios, strict=True):
                 table = (*addresses[part.inputs], *part.padding)
-                part.run(table, *part.tables, state, scratch, None, mask, last, *per_token, *part.numbers)
+                part.run(
+                    table,
+                    *part.tables,
+                    state,
+                    scratch,
+                    None,
+                    mask,
+                    last,
+                    *per_token,
+                    vectors,
+                    *part.numbers,
+                )
         return True
+
+    def _is_readable(self, state: Tensor) -> bool:
+        """Whether the kernel can read a state of the right shape. It may lie anywhere in a larger buffer."""
+        return state.is_contiguous() and state.dtype == torch.float64 and state.device == self._device
 
     def _of_parts(self, numbers: Tensor | None, name: str) -> list[Tensor | None]:
         """The scale or ratio of each launch."""
@@ -371,6 +404,19 @@ def _check(
         raise ValueError(f"{like.heads} heads and a state of {state.shape[3]}")
 
 
+def _check_vectors(vectors: Tensor, factor: KernelFactor, state: Tensor, rows: Sequence[int]) -> None:
+    least = (max(rows) + 1, factor.heads, _VECTOR_HEADER + factor.head_dim)
+    if vectors.dtype != torch.float64 or vectors.dim() != 3 or not vectors.is_contiguous():
+        raise ValueError(
+            f"expected contiguous float64 mean vectors [rows, heads, {_VECTOR_HEADER} + head_dim], got {vectors.dtype} "
+            f"{list(vectors.shape)}"
+        )
+    if any(size < needed for size, needed in zip(vectors.shape, least, strict=True)):
+        raise ValueError(f"expected mean vectors of at least {list(least)}, got {list(vectors.shape)}")
+    if vectors.device != state.device:
+        raise ValueError(f"mean vectors on {vectors.device}, state on {state.device}: expected one device")
+
+
 def _loadable(x: Tensor) -> Tensor:
     """X itself, or a copy where its elements or rows do not lie as 16-byte loads need them."""
     unit = 16 // x.element_size()
@@ -392,6 +438,7 @@ def _launch_groups(
     skip_first: int,
     scale: Tensor | None,
     ratio: Tensor | None,
+    vectors: Tensor | None,
 ) -> tuple[_Part, ...] | None:
     """Launch for layers with the same strides, no factor twice in one (its ticket counts one layer). Returns the launches, if
     each is of neighbours and can be made again.
@@ -416,9 +463,11 @@ def _launch_groups(
             of_group = (_at(scale, places), _at(ratio, places))
         part = None
         if token_agg == "token":
-            _launch_tokens(xs, fs, state, rs, valid, skip_first, *of_group)
+            _launch_tokens(xs, fs, state, rs, valid, skip_first, *of_group, vectors)
         else:
-            part = _launch_one(xs, fs, state, rs, token_agg, valid, last, skip_first, *of_group, None)
+            part = _launch_one(
+                xs, fs, state, rs, token_agg, valid, last, skip_first, *of_group, None, vectors
+            )
         first, stop = places[0], places[0] + len(places)
         if part is not None:
             part = replace(part, inputs=slice(first, stop)) if places == tuple(range(first, stop)) else None
@@ -468,6 +517,7 @@ def _launch_one(
     scale: Tensor | None,
     ratio: Tensor | None,
     norms: Tensor | None,
+    vectors: Tensor | None = None,
 ) -> _Part | None:
     batch, seq, _ = xs[0].shape
     factor = factors[0]
@@ -482,23 +532,28 @@ def _launch_one(
         tiles_per_program = _share(batch * tiles, len(xs) * heads, at_once)
         programs = _cdiv(batch * tiles, tiles_per_program)
         chunks = _most_programs(tiles, tiles_per_program)
-    partial = None
+    sums = 0  # of each layer
     if token_agg != "token":
-        sums = _SUMS if ratio is None else _SUMS + _RATIO_METRICS
-        partial = torch.empty(
-            len(xs) * sums * chunks * batch * heads, dtype=torch.float64, device=state.device
-        )
+        sums = (_SUMS if ratio is None else _SUMS + _RATIO_METRICS) * chunks * batch * heads
+    if vectors is not None:
+        sums += programs * heads * (_VECTOR_HEADER + factor.head_dim)
+    partial = torch.empty(len(xs) * sums, dtype=torch.float64, device=state.device) if sums else None
     size, addresses, factor_addresses, slots = _tables(xs, factors, rows)
     stride_b, stride_s = _strides(xs[0])
     unit = 16 // xs[0].element_size()
     padded_heads = max(16, _next_power_of_2(heads))
-    # Bulk copies see x as [batch * seq, width]: evenly spaced rows, and no piece that reaches into the next head.
+    masked = valid is not None or skip_first > 0 or seq % config.block_tokens > 0
+    # Bulk copies see x as [batch * seq, width]: evenly spaced rows, and no piece that reaches into the next head. They leave no
+    # token out.
     even = stride_s > 0 and (batch == 1 or stride_b == seq * stride_s)
     tma = config.tma and token_agg != "last" and even and sum(pieces) == factor.head_dim
+    tma = tma and not (masked and vectors is not None)
     # The bits of one bfloat16, as wide as what they are multiplied with.
     together = config.together and xs[0].dtype == torch.bfloat16 and len(set(pieces)) == 1
+    if vectors is not None and factor.precision == "exact":
+        together = False  # with the sums of z beside it, two reductions are faster
     grid = (heads * programs, len(xs), 1)  # all three: a compiled kernel asks for them
-    tensors = (state, partial, norms, valid, last, scale, ratio)
+    tensors = (state, partial, norms, valid, last, scale, ratio, vectors)
     numbers = (
         stride_b // unit,
         stride_s // unit,
@@ -510,12 +565,13 @@ def _launch_one(
         skip_first,
         tiles_per_program,
         chunks,
+        *((0, 0) if vectors is None else vectors.shape[1:]),
     )
     compiled_for = {
         "DTYPE": _TL_DTYPE[xs[0].dtype],
         "SIZE": size,
         "MODE": TOKEN_AGGS[token_agg],
-        "MASKED": valid is not None or skip_first > 0 or seq % config.block_tokens > 0,
+        "MASKED": masked,
         "HEAD_DIM": factor.head_dim,
         "PIECES": pieces,
         "COUNT": len(pieces),
@@ -523,6 +579,7 @@ def _launch_one(
         "BT": config.block_tokens,
         "HP": padded_heads,
         "BB": max(1, _MERGE_LANES * config.num_warps // padded_heads),
+        "VP": _next_power_of_2(factor.head_dim),
         "FAST": factor.precision == "fast",
         "Z_PARTS": 3 if xs[0].dtype == torch.float32 else 1,
         "PARTS": factor.parts,
@@ -541,7 +598,7 @@ def _launch_one(
         copy_context().run(_with_scratch, run)
         return None  # only large inputs, whose launches hide behind the GPU's work
     compiled = run()
-    if partial is None or any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors):
+    if token_agg == "token" or any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors[1:-1]):
         return None
     return _Part(
         bind(launcher, **options) if IS_INTERPRETED else compiled[grid],  # type: ignore[index]
@@ -549,7 +606,7 @@ def _launch_one(
         addresses[len(xs) :],
         (factor_addresses, slots),
         (*numbers, *compiled_for.values()),
-        partial.numel(),
+        len(xs) * sums,
     )
 
 
@@ -601,6 +658,7 @@ def _launch_tokens(
     skip_first: int,
     scale: Tensor | None,
     ratio: Tensor | None,
+    vectors: Tensor | None,
 ) -> None:
     """Token mode: norms into a workspace, then moments of them; a window of tokens at a time."""
     batch, seq, _ = xs[0].shape
@@ -622,6 +680,7 @@ def _launch_tokens(
                 None if scale is None else scale[:, *part].contiguous(),
                 None if ratio is None else ratio[:, *part].contiguous(),
                 norms,
+                vectors,
             )
 
 
@@ -677,10 +736,13 @@ def _launch_window(
     scale: Tensor | None,
     ratio: Tensor | None,
     norms: Tensor,
+    vectors: Tensor | None,
 ) -> None:
     batch, seq, _ = xs[0].shape
     heads = factors[0].heads
-    _launch_one(xs, factors, state, rows, "token", None, None, 0, scale, None, norms)
+    # The moments' kernel leaves tokens out; for the mean vectors the first one does.
+    mask, skip = (None, 0) if vectors is None else (valid, skip_first)
+    _launch_one(xs, factors, state, rows, "token", mask, None, skip, scale, None, norms, vectors)
     padded_heads = max(16, _next_power_of_2(heads))
     block_tokens = max(1, 2 * _MERGE_ELEMENTS // padded_heads)
     programs = min(_TOKEN_PROGRAMS, _cdiv(batch * seq, block_tokens))

@@ -1,4 +1,4 @@
-"""c / |r| of residual streams: one read of each, all layers in one launch. What `head_stats` takes as its ratio."""
+"""1 / |r| of residual streams: one read of each, all layers in one launch. What `head_stats` takes as its ratio."""
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
@@ -29,7 +29,6 @@ _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 @triton.jit(do_not_specialize=["stride_b", "stride_s", "seq", "tokens", "first_layer"])
 def inverse_norms_kernel(  # type: ignore[no-untyped-def]
     table,  # addresses of the residual streams, one a layer
-    multipliers,  # float32, one a layer; None: all are 1
     out,  # float32 [layers, tokens]
     stride_b,  # in units of UNIT elements
     stride_s,
@@ -64,8 +63,6 @@ def inverse_norms_kernel(  # type: ignore[no-untyped-def]
         r *= unit[:, None]
         square = tl.sum(r * r, axis=1)
     inverse = 1.0 / tl.sqrt(square)
-    if multipliers is not None:
-        inverse *= entry(multipliers, i_l, SIZE)
     tl.store(out + (first_layer + i_l).to(tl.int64) * tokens + o_t, inverse * unit, mask=o_t < tokens)
 
 
@@ -106,17 +103,14 @@ class _Launch:
         self._grid = (_cdiv(batch * seq, rows), count, 1)
         self._run: Callable[..., object] | None = None
 
-    def __call__(
-        self, addresses: list[int], multipliers: list[float] | None, out: Tensor, first_layer: int
-    ) -> None:
+    def __call__(self, addresses: list[int], out: Tensor, first_layer: int) -> None:
         """Addresses are multiples of 16; `out` is that of all launches, of which this writes the layers from `first_layer` on."""
         table = (*addresses, *addresses[:1] * self._padding)
-        factors = None if multipliers is None else (*multipliers, *multipliers[:1] * self._padding)
         if self._run is not None:
-            self._run(table, factors, out, *self._numbers, first_layer, *self._constants.values())
+            self._run(table, out, *self._numbers, first_layer, *self._constants.values())
             return
         launcher = inverse_norms_kernel[self._grid]
-        given = (table, factors, out, *self._numbers, first_layer)
+        given = (table, out, *self._numbers, first_layer)
         compiled = launcher(*given, **self._constants, num_warps=self._warps)
         self._run = launcher if IS_INTERPRETED else compiled[self._grid]
 
@@ -128,7 +122,6 @@ def _launch_of(
     strides: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
-    has_multipliers: bool,  # they are compiled apart
 ) -> _Launch:
     return _Launch(count, shape, strides, dtype, device)
 
@@ -140,13 +133,12 @@ def _readable(r: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def inverse_norms(residuals: Sequence[Tensor], multipliers: Sequence[float] | None = None) -> Tensor:
-    """Compute c / |r| of every token of residual streams: float32 `[layers, batch, seq]`, without waiting for the GPU.
+def inverse_norms(residuals: Sequence[Tensor]) -> Tensor:
+    """Compute 1 / |r| of every token of residual streams: float32 `[layers, batch, seq]`, without waiting for the GPU.
 
     Args:
         residuals: r `[batch, seq, hidden]` of each layer; one shape, dtype (bfloat16, float16, float32) and device. What does not
             lie in rows of neighbouring elements is copied.
-        multipliers: c of each layer, what the model multiplies its branch with; None: 1.
 
     Returns:
         Infinity where r is 0, and 0 where r holds infinity; squares beyond float32 do not matter.
@@ -157,10 +149,6 @@ def inverse_norms(residuals: Sequence[Tensor], multipliers: Sequence[float] | No
     count = len(residuals)
     if count == 0:
         raise ValueError("expected at least one residual stream")
-    if multipliers is not None and len(multipliers) != count:
-        raise ValueError(
-            f"expected a multiplier for each of {count} residual streams, got {len(multipliers)}"
-        )
     first = residuals[0]
     shape, dtype, device = first.shape, first.dtype, first.device
     if len(shape) != 3:
@@ -175,7 +163,6 @@ def inverse_norms(residuals: Sequence[Tensor], multipliers: Sequence[float] | No
     out = torch.empty(count, *shape[:2], dtype=torch.float32, device=device)
     if first.numel() == 0:
         return out.fill_(torch.inf)
-    factors = None if multipliers is None else list(map(float, multipliers))
     readable: Sequence[Tensor] = residuals
     addresses = list(map(Tensor.data_ptr, residuals))
     is_contiguous = all(map(Tensor.is_contiguous, residuals))
@@ -189,7 +176,7 @@ def inverse_norms(residuals: Sequence[Tensor], multipliers: Sequence[float] | No
             stop = min(start + _TABLE_SIZES[-1], count)
             # Neighbours with the same strides.
             stop = next((i for i in range(start, stop) if strides[i] != strides[start]), stop)
-            launch = _launch_of(stop - start, shape, strides[start], dtype, device, factors is not None)
-            launch(addresses[start:stop], None if factors is None else factors[start:stop], out, start)
+            launch = _launch_of(stop - start, shape, strides[start], dtype, device)
+            launch(addresses[start:stop], out, start)
             start = stop
     return out

@@ -16,6 +16,7 @@ TESTS = Path(__file__).parents[1]
 # numpy, which the interpreter computes with, says of NaN and infinity what a GPU does not
 QUIET = ["-W", "ignore:invalid value", "-W", "ignore:overflow", "-W", "ignore:divide by zero"]
 CASES = {
+    "backends/test_kernel_vectors.py": [],
     "backends/test_kernel_cases.py": [],
     "backends/test_kernel_ratio.py": [],
     # The manager with backend="triton" on CPU tensors. Squares beyond float32 are the torch paths' alone.
@@ -23,6 +24,7 @@ CASES = {
     "models/test_residual.py": ["-k", "triton and gemma2", *QUIET],
     "capture/test_repeated_launches.py": QUIET,
     "capture/test_packed.py": ["-k", "triton", *QUIET],
+    "capture/test_mean_vectors.py": ["-k", "triton", *QUIET],
 }
 
 

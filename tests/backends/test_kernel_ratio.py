@@ -370,10 +370,8 @@ def test_a_state_with_room_for_the_ratio_takes_samples_without_one(token_agg: st
     assert torch.equal(wide[:, WITHOUT:].view(torch.int64), untouched.view(torch.int64))
 
 
-def true_inverse(residuals: list[Tensor], multipliers: list[float] | None = None) -> Tensor:
-    c = torch.ones(len(residuals)) if multipliers is None else torch.tensor(multipliers)
-    norms = torch.stack([r.double().cpu().norm(dim=-1) for r in residuals])
-    return c.double()[:, None, None] / norms
+def true_inverse(residuals: list[Tensor]) -> Tensor:
+    return 1 / torch.stack([r.double().cpu().norm(dim=-1) for r in residuals])
 
 
 def check_inverse(got: Tensor, want: Tensor) -> None:
@@ -389,7 +387,6 @@ def test_inverse_norms(batch: int, seq: int, hidden: int, dtype: torch.dtype) ->
     torch.manual_seed(0)
     residuals = [torch.randn(batch, seq, hidden).to(DEVICE, dtype) * (layer + 1) for layer in range(3)]
     check_inverse(inverse_norms(residuals), true_inverse(residuals))
-    check_inverse(inverse_norms(residuals, [0.22, 1.0, 30.0]), true_inverse(residuals, [0.22, 1.0, 30.0]))
     torch.testing.assert_close(
         inverse_norms(residuals)[1].cpu(),
         1 / torch.linalg.vector_norm(residuals[1].cpu().float(), dim=-1),
@@ -417,7 +414,7 @@ def test_inverse_norms_of_nothing_too_large_too_small_and_not_finite() -> None:
     keep = [1, 2, 3, 5, 6, 7, 8]
     torch.testing.assert_close(got[keep], want[keep], rtol=1e-6, atol=2e-45, equal_nan=True)
     zeros = torch.zeros(1, 2, 64, dtype=torch.bfloat16, device=DEVICE)
-    assert (inverse_norms([zeros], [3.0]) == math.inf).all()
+    assert (inverse_norms([zeros]) == math.inf).all()
 
 
 def test_inverse_norms_of_any_layout() -> None:
@@ -443,19 +440,16 @@ def test_inverse_norms_of_any_layout() -> None:
             torch.randn(3, 64, 5, device=DEVICE).to(dtype).mT,
             torch.randn(shape, device=DEVICE).to(dtype),
         ]
-        multipliers = [0.5 + i for i in range(len(residuals))]
-        check_inverse(inverse_norms(residuals, multipliers), true_inverse(residuals, multipliers))
+        check_inverse(inverse_norms(residuals), true_inverse(residuals))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 9, 32, 33, 70])
 def test_inverse_norms_of_many_layers(layers: int) -> None:
     """Up to 32 a launch; a repeat has other addresses and the same launch."""
     torch.manual_seed(0)
-    multipliers = [0.5 + i for i in range(layers)]
     for repeat in range(3):
         residuals = [torch.randn(2, 3, 32, device=DEVICE).bfloat16() for _ in range(layers)]
         check_inverse(inverse_norms(residuals), true_inverse(residuals))
-        check_inverse(inverse_norms(residuals, multipliers), true_inverse(residuals, multipliers))
         if repeat == 0:
             made = residual_norms._launch_of.cache_info().misses
     assert residual_norms._launch_of.cache_info().misses == made
@@ -471,16 +465,15 @@ def test_inverse_norms_of_what_requires_grad_and_of_nothing() -> None:
 
 def test_inverse_norms_refuse_what_does_not_fit() -> None:
     r = torch.randn(2, 3, 16, device=DEVICE)
-    for residuals, multipliers, word in (
-        ([], None, "at least one"),
-        ([r[0]], None, "batch, seq, hidden"),
-        ([r, r[:, 1:]], None, "one shape"),
-        ([r, r.half()], None, "dtype"),
-        ([r.double()], None, "dtype"),
-        ([r], [1.0, 2.0], "multiplier"),
+    for residuals, word in (
+        ([], "at least one"),
+        ([r[0]], "batch, seq, hidden"),
+        ([r, r[:, 1:]], "one shape"),
+        ([r, r.half()], "dtype"),
+        ([r.double()], "dtype"),
     ):
         with pytest.raises(ValueError, match=word):
-            inverse_norms(residuals, multipliers)
+            inverse_norms(residuals)
 
 
 def test_the_ratio_of_residual_streams() -> None:
@@ -492,7 +485,7 @@ def test_the_ratio_of_residual_streams() -> None:
     valid[0, 5:] = False
     residuals[0][0, 6] = 0.0  # padding
     residuals[0][1, 6] = 0.0
-    ratio = inverse_norms(residuals, [0.22, 1.5])
+    ratio = inverse_norms(residuals)
     for token_agg in AGGS:
         state = new_state(WITH, 2, 3)
         head_stats(
@@ -505,5 +498,5 @@ def test_the_ratio_of_residual_streams() -> None:
             ratio=ratio,
         )
         for row, (x, weights, _) in enumerate(cases):
-            own = true_inverse(residuals, [0.22, 1.5])[row].to(DEVICE)
+            own = true_inverse(residuals)[row].to(DEVICE)
             check(state, row, true_samples(x, weights, valid, token_agg, None, own))

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from oracle import METRICS, UPDATE_METRIC, assert_results, equal_results
-from parallel_ranks import MASKS, RESULTS, measured
-from tiny_models import build
+from parallel_ranks import ABLATED, MASKS, RESULTS, measured
+from tiny_models import build, tokens
 from transformers import AutoModelForCausalLM
 
 import fastheads
@@ -51,7 +51,7 @@ REFUSED = {
 }
 OTHERS = (
     *("kv-heads-not-divisible", "error-on-both", "error-on-one", "errors-in-turn", "stale-on-one"),
-    *("one-sum", "changed-weight", "whole-job"),
+    *("one-sum", "changed-weight", "whole-job", "ablation"),
 )
 # Float32, in which the model itself sums in another order over ranks: 4e-7 was the most that was seen on a CPU.
 RTOL = {"cpu": 1e-6, "cuda": 5e-6}
@@ -306,3 +306,24 @@ def test_profiles_merge_with_those_of_one_process(device, seen, folder):
     merged = fastheads.HeadProfile.merge([parallel, one])
     assert merged.moments["head_output_norm"].count.unique().tolist() == [7]
     assert merged.metadata["sites"] == one.metadata["sites"]
+
+
+@pytest.mark.parametrize("checkpoint", ["llama", "olmo2", "gpt-oss"])
+def test_ablation_is_that_of_one_process(checkpoint, device, seen, folder):
+    ranks = seen("ablation")
+    model = alone(folder, device, checkpoint)
+    sites = {site.layer: site for site in fastheads.find_sites(model)}
+    with torch.no_grad():
+        for layer, head in ABLATED:
+            width = sites[layer].head_dim
+            sites[layer].module.weight[:, head * width : (head + 1) * width] = 0.0
+        want = model(
+            input_ids=tokens(3, 6, seed=0).to(device), attention_mask=torch.tensor(MASKS[0], device=device)
+        ).logits.cpu()
+    valid = torch.tensor(MASKS[0], dtype=torch.bool)
+    for rank in ranks:
+        torch.testing.assert_close(rank[checkpoint][valid], want[valid], rtol=0, atol=2e-6)
+        assert not torch.allclose(rank[f"{checkpoint} intact"][valid], want[valid], atol=1e-4)
+        silent = torch.argwhere(rank[f"{checkpoint} norms"] == 0).tolist()
+        assert [tuple(pair) for pair in silent] == ABLATED
+        assert "split over ranks by tensor parallelism" in rank["says"]

@@ -1,5 +1,6 @@
 """Mean vectors measured by the manager: against float64 over the tokens, in every way that an input is measured."""
 
+import os
 import threading
 
 import numpy as np
@@ -13,6 +14,12 @@ from fastheads.capture.collect import load_state, state
 from fastheads.capture.manager import recorder_of
 from fastheads.errors import CheckpointError, StaleFactorError
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    DEVICE, BACKENDS = "cpu", ("triton",)
+else:
+    DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    BACKENDS = ("loop", "einsum", "factored") if DEVICE == "cpu" else ("factored", "triton")
+
 MASKS = [torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0], [1] * 7]), None]
 
 
@@ -22,15 +29,15 @@ def tokens_of(x, mask, token_agg, skip_first=0):
     for b in range(x.shape[0]):
         valid = [s for s in range(x.shape[1]) if mask is None or mask[b][s]][skip_first:]
         found.append(x[b, valid[-1:] if token_agg == "last" else valid])
-    return torch.cat(found)
+    return torch.cat(found).cpu()
 
 
-def check(profile, sites, by_row, rtol, weights=None):
+def check(profile, sites, by_row, rtol):
     """The vectors of `profile` are those of the tokens `by_row`, `[n, width]` float64."""
     vectors = profile.vectors
     for row, (site, x) in enumerate(zip(sites, by_row, strict=True)):
         z = x.view(len(x), site.num_heads, site.head_dim)
-        weight = site.module.weight.detach().double() if weights is None else weights[row]
+        weight = site.module.weight.detach().double().cpu()
         written = torch.einsum("nhd,ohd->nho", z, weight.view(-1, site.num_heads, site.head_dim))
         good = z.isfinite().all(-1) & written.isfinite().all(-1)
         for h in range(site.num_heads):
@@ -50,7 +57,8 @@ def run(model, hooks, masks, token_agg, skip_first=0, call=None):
     call = model if call is None else call
     with captured_inputs([site.module for site in hooks.sites]) as inputs, torch.no_grad():
         for n, mask in enumerate(masks):
-            call(input_ids=tokens(3, 7, seed=n), attention_mask=mask)
+            mask = None if mask is None else mask.to(hooks.model.device)
+            call(input_ids=tokens(3, 7, seed=n).to(hooks.model.device), attention_mask=mask)
     by_row = [
         torch.cat([tokens_of(x, m, token_agg, skip_first) for x, m in zip(xs, masks, strict=True)])
         for xs in inputs
@@ -59,13 +67,14 @@ def run(model, hooks, masks, token_agg, skip_first=0, call=None):
 
 
 @pytest.mark.parametrize("token_agg", ["last", "all", "token"])
-@pytest.mark.parametrize("backend", ["loop", "einsum", "factored"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_they_are_those_of_the_valid_tokens(family, backend, token_agg):
-    model = build(family)
+    model = build(family, head_dim=16).to(DEVICE)
     with fastheads.HookManager(model, token_agg, vectors=True, backend=backend, skip_first=1) as hooks:
-        profile, by_row = run(model, hooks, MASKS, token_agg, skip_first=1)
-        check(profile, hooks.sites, by_row, 2e-6)
+        # Forwards of one form, which wait where the kernel measures them, and others between them.
+        profile, by_row = run(model, hooks, [None, None, *MASKS, None, None], token_agg, skip_first=1)
+        check(profile, hooks.sites, by_row, 5e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -78,17 +87,19 @@ def test_of_every_dtype_at_once_and_together(dtype, group_bytes):
 
 
 @pytest.mark.parametrize("token_agg", ["last", "all"])
-def test_of_packed_sequences(token_agg):
-    model = build()
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_of_packed_sequences(token_agg, backend):
+    model = build(head_dim=16).to(DEVICE)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]], device=DEVICE)
     with (
-        fastheads.HookManager(model, token_agg, vectors=True) as hooks,
+        fastheads.HookManager(model, token_agg, vectors=True, backend=backend) as hooks,
         captured_inputs([s.module for s in hooks.sites]) as inputs,
+        torch.no_grad(),
     ):
-        model(input_ids=tokens(1, 9), position_ids=positions)
+        model(input_ids=tokens(1, 9).to(DEVICE), position_ids=positions)
         chosen = [2, 6, 8] if token_agg == "last" else list(range(9))
         profile = hooks.to_profile()
-        check(profile, hooks.sites, [x[0][0, chosen] for x in inputs], 2e-6)
+        check(profile, hooks.sites, [x[0][0, chosen].cpu() for x in inputs], 5e-6)
 
 
 def test_under_compile():

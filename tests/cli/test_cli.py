@@ -57,8 +57,10 @@ def test_a_profile_is_measured_saved_drawn_and_shown(run, here, model):
     assert [(int(row[0]), int(row[1])) for row in rows] == found.rank(metric, descending=True)
     highest, first = found.rank(metric)[-1], rows[0]
     stats = found.results()[metric]
-    assert first[2] == f"{stats['mean'][highest]:.4g}"  # rows are layers here
-    assert first[3] == f"{stats['sem'][highest]:.2g}"
+    places = len(first[2].partition(".")[2])
+    assert first[2] == f"{stats['mean'][highest]:.{places}f}"  # rows are layers here
+    assert first[3] == f"{stats['sem'][highest]:.{places}f}"
+    assert {len(cell.partition(".")[2]) for row in rows for cell in row[2:]} == {places}
 
     code, again, err = run("show", "new/p.safetensors")
     assert (code, err) == (0, "")

@@ -105,7 +105,8 @@ def test_a_run_until_stable_measures_what_it_looks_at(run, here, model, monkeypa
     code, out, err = run("profile", model, "--data", "text.txt", "--until-stable", "--metrics", OUTPUT)
     assert (code, out) == (2, "")
     assert err == (
-        f"fastheads: until_stable looks at {RATIO_METRIC} or {RELATIVE}: name one of them in metrics too\n"
+        f"fastheads: until_stable looks at {RATIO_METRIC} or {RELATIVE} or kv_group_streaming_error_square: name one of them in "
+        "metrics too\n"
     )
 
 

@@ -365,7 +365,7 @@ def test_checkpoints_of_the_earlier_format_are_refused_by_version(model, checkpo
     arrays, document = read(checkpoint, CHECKPOINT_KEY)
     del document["sha256"]
     path.write_bytes(written(arrays, CHECKPOINT_KEY, document | {"format": 2}))
-    with pytest.raises(CheckpointError, match="its format is 2; this version reads 3. Leave out --resume"):
+    with pytest.raises(CheckpointError, match="its format is 2; this version reads 4. Leave out --resume"):
         profile(model, DATA, resume=True, **options(path))
 
 

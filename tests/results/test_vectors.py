@@ -29,7 +29,7 @@ from fastheads.results import vectors as vectors_of_models
 from fastheads.results.head_profile import FILE_KEY, HeadProfile
 from fastheads.results.mean_vectors import NAMES, MeanVectors
 from fastheads.results.vectors import EXACT_ERROR, FAST_ERROR, RATIO_METRIC
-from fastheads.stats.mean_vectors import RunningMeanVectors
+from fastheads.stats.mean_vectors import RunningMeanVectors, merged_buffers
 from fastheads.stats.metrics import METRICS
 from fastheads.stats.moments import Moments
 
@@ -97,7 +97,7 @@ def profile_of(model, calls, *, precision="exact", weights=True, ratio=True, row
             norm = contributions(z[row][valid], dense[row]).norm(dim=-1)
             wrong = 1 + noise * (2 * torch.rand(norm.shape, generator=generator, dtype=torch.float64) - 1)
             power[0, valid] = (norm * wrong).square()
-            state.update([row], z[row][None], power, valid)
+            state.update([row], z[row].flatten(0, 1)[None], power.flatten(1, 2), valid.flatten())
 
     def moments(values):
         found = Moments.of(values)
@@ -681,9 +681,9 @@ def test_a_narrower_row_has_nothing_beyond_its_width(head_dim):
         for i, width in enumerate((8, head_dim))
     ]
     state = RunningMeanVectors(2, 2, 8, torch.device("cpu"))
-    z = torch.randn(2, 1, 5, 2, 8)
+    z = torch.randn(2, 5, 2, 8)
     state.update([0, 1], z, z.square().sum(-1))
-    moments = {METRICS[0]: Moments.of(z[:, 0].norm(dim=-1).transpose(0, 1).double())}
+    moments = {METRICS[0]: Moments.of(z.norm(dim=-1).transpose(0, 1).double())}
     profile = HeadProfile(moments, {"sites": sites, "token_agg": "token"}, MeanVectors.of(state.views()))
     if head_dim == 8:
         profile.to_bytes()
@@ -754,12 +754,12 @@ def test_merged_as_the_running_state_merges(model):
     states = []
     for seed in range(2):
         state = RunningMeanVectors(2, 3, 4, torch.device("cpu"))
-        z = torch.randn(1, 2, 5, 3, 4, generator=torch.Generator().manual_seed(seed))
+        z = torch.randn(1, 10, 3, 4, generator=torch.Generator().manual_seed(seed))
         state.update([seed], z, z.square().sum(-1))
         state.update([0], z, z.square().sum(-1))
         states.append(state)
     arrays = [MeanVectors.of(state.views()) for state in states]
-    states[0].merge_(states[1].buffer)
+    states[0].buffer.copy_(merged_buffers(states[0].buffer, states[1].buffer))
     assert same(arrays[0].merged(arrays[1]), MeanVectors.of(states[0].views()))
 
 

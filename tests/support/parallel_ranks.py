@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from mean_profiles import drawn_profile
 from oracle import captured_inputs
 from tiny_models import tokens
 from torch import nn
@@ -48,6 +49,7 @@ RESULTS = {
     "gpt-oss": ("gpt-oss", "all", {}, ""),
 }
 
+ABLATED = [(0, 1), (1, 3), (2, 0)]
 # Padding on either side, and a row without a valid token.
 MASKS = [
     [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]],
@@ -185,6 +187,32 @@ class Rank:
         return self.refusal(
             peft.get_peft_model(self.load("llama"), peft.LoraConfig(target_modules=["o_proj"]))
         )
+
+    # ---------------------------------------------------------------- ablation
+
+    def ablation(self):
+        """Logits with heads of both ranks zeroed, norms that are measured meanwhile, and what is said of means."""
+        found = {}
+        for name in ("llama", "olmo2", "gpt-oss"):  # input split, whole, and all of it on every rank
+            model = self.load(name)
+            with (
+                fastheads.ablate(model, ABLATED),
+                fastheads.HookManager(model, "token") as hooks,
+                torch.no_grad(),
+            ):
+                found[name] = model(**next(batches(self.device))).logits.cpu()
+                found[f"{name} norms"] = hooks.get_results()["head_output_norm"]["max"]
+            with torch.no_grad():
+                found[f"{name} intact"] = model(**next(batches(self.device))).logits.cpu()
+        try:
+            fastheads.ablate(self.load("llama"), ABLATED, "mean", means=self.drawn())
+            found["says"] = "nothing"
+        except fastheads.FastheadsError as error:
+            found["says"] = f"{type(error).__name__}: {error}"
+        return found
+
+    def drawn(self):
+        return drawn_profile(self.load("llama", parallel=False))
 
     # ---------------------------------------------------------------- what goes wrong
 
