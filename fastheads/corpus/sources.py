@@ -154,7 +154,9 @@ def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat
             size = about.st_size
             sha256 = hashlib.file_digest(file, "sha256").hexdigest() if size <= HASHED_BYTES else None
     except OSError as error:
-        raise DataError(f"cannot read the data file {path}: {error.strerror}") from error
+        is_bare = isinstance(error, FileNotFoundError) and path.parent == Path() and not has_data_suffix(path)
+        hint = f"; a data set of the Hub is named owner/name, as in owner/{path}" if is_bare else ""
+        raise DataError(f"cannot read the data file {path}: {error.strerror}{hint}") from error
     if not size:
         raise DataError(f"the data file {path} is empty")
     version = () if sha256 is not None else (("modified_ns", about.st_mtime_ns),)

@@ -5,7 +5,8 @@ import tracemalloc
 
 import pytest
 
-from fastheads.corpus import readers
+from fastheads.corpus import in_memory, readers
+from fastheads.corpus.filesets import files_source
 from fastheads.corpus.opening import open_source
 from fastheads.errors import DataError
 
@@ -66,3 +67,21 @@ def test_a_number_of_thousands_of_digits_is_named_as_what_it_is(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": "x", "n": %s}\n' % ("1" * 5000))
     with pytest.raises(DataError, match=r"a\.jsonl, line 2 is not JSON: Exceeds the limit .*digits"):
         list(open_source(str(tmp_path / "a.jsonl")).items())
+
+
+def test_the_bare_name_of_a_data_set_is_answered_with_how_such_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        DataError, match="the data file wikitext: No such file .*owner/name, as in owner/wikitext"
+    ):
+        files_source(["wikitext"], None, "auto")
+    for name in ("a.txt", "/no/such"):
+        with pytest.raises(DataError, match="No such file or directory$"):
+            files_source([name], None, "auto")
+
+
+def test_the_splits_of_a_dict_of_data_sets_are_named():
+    datasets = pytest.importorskip("datasets")
+    one = datasets.Dataset.from_dict({"text": ["a"]})
+    with pytest.raises(DataError, match=r"choose one of data\['train'\], data\['test'\]$"):
+        in_memory.in_memory(datasets.DatasetDict(train=one, test=one), None, "auto")
