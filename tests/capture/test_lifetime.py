@@ -190,3 +190,28 @@ def test_a_projection_whose_forward_nnsight_replaced_is_refused_with_the_reason(
 def test_what_is_no_module_is_refused_with_how_to_load_one(manager, model):
     with pytest.raises(OptionError, match=r"torch\.nn\.Module, not .*from_pretrained"):
         manager(model)
+
+
+def test_a_decoder_whose_forward_is_called_directly_is_refused_with_what_to_call():
+    model = build()
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc = model.model
+
+        def forward(self, ids):
+            return self.enc.forward(ids)
+
+    wrapper = Wrapper()
+    with fastheads.HookManager(wrapper), torch.no_grad():
+        with pytest.raises(
+            ForwardError, match=r"LlamaModel\.forward\(\) was called directly.*LlamaModel\(\.\.\.\)"
+        ):
+            wrapper(tokens(2, 6))
+    with fastheads.HookManager(wrapper.enc) as hooks, torch.no_grad():
+        wrapper(tokens(2, 6))
+        with pytest.warns(RuntimeWarning, match=r"model\.forward\(\) runs no hooks"):
+            hooks.get_results()
+        wrapper.enc(tokens(2, 6))
+        assert (hooks.get_results()["head_output_norm"]["count"] == 2).all()
