@@ -88,8 +88,9 @@ class Feed(Protocol):
 def padding_id(tokenizer: Any, embeddings: int | None) -> int:
     """Return the token id that fills a batch: the tokenizer's, if the model embeds it: on the right any id does."""
     given = getattr(tokenizer, "pad_token_id", None)
-    fits = isinstance(given, int) and given >= 0 and (embeddings is None or given < embeddings)
-    return given if fits else 0
+    if isinstance(given, int) and given >= 0 and (embeddings is None or given < embeddings):
+        return given
+    return 0
 
 
 @dataclass
