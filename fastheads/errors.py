@@ -4,11 +4,12 @@ All derive from `FastheadsError` and from the built-in exception that fits, so t
 missing, or cannot be written, raise the system's OSError.
 
     before a run     OptionError, DataError, LoadError, NoSitesError, UnsupportedWeightError, BackendError, MissingExtraError,
-                     CheckpointError
+                     CheckpointError, FileInUseError
     in a forward     ForwardError, with StaleFactorError and VerificationError; TokensError
     in a run         TokenizerError; JobError, RankLostError; ProfileInterrupted and AblationInterrupted, interrupts, which
                      derive from KeyboardInterrupt alone
     of its results   ResultsError, StaleFactorError
+    of its objects   NotCopyableError
     of profiles      ProfileError, with ProfileFileError; MergeError
     of pruning       PlanError, PruningError
     of ablations     AblationFileError
@@ -18,10 +19,31 @@ missing, or cannot be written, raise the system's OSError.
 import signal
 from pathlib import Path
 from typing import Any
+from unicodedata import category
+
+LONGEST_MESSAGE = 4000  # characters; a message may repeat text from a file
+
+
+def printable(text: str, limit: int = LONGEST_MESSAGE) -> str:
+    """Escape what could control a terminal (escape sequences, directions of writing) or not be printed, and shorten to `limit`
+    characters. Lines, tabs and blanks stay.
+    """
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in _KEPT or category(c) == "Zs" else ascii(c)[1:-1] for c in text
+    )
+
+
+_KEPT = "\n\t"
 
 
 class FastheadsError(Exception):
-    """The base of the errors below."""
+    """The base of the errors below. Their messages may repeat text from a file, and are always printable."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NoSitesError(FastheadsError, ValueError):
@@ -54,6 +76,14 @@ class VerificationError(ForwardError):
 
 class ResultsError(FastheadsError, RuntimeError):
     """The results would be wrong or incomplete, so none are returned."""
+
+
+class NotCopyableError(FastheadsError, TypeError):
+    """A HookManager, or a model with its hooks on, can be neither copied nor pickled."""
+
+
+class FileInUseError(FastheadsError, OSError):
+    """Another run is writing the output or the checkpoint."""
 
 
 class DataError(FastheadsError, ValueError):
@@ -149,5 +179,5 @@ class RankLostError(FastheadsError, RuntimeError):
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """Return an error's message in one line (its class if it has none), shortened to `limit` characters with an ellipsis."""
-    line = " ".join(str(error).split()) or type(error).__name__
+    line = printable(" ".join(str(error).split())) or type(error).__name__
     return line if limit is None or len(line) <= limit else line[: limit - 3] + "..."

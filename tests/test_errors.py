@@ -8,6 +8,7 @@ import pytest
 
 import fastheads
 from fastheads import errors
+from fastheads.cli import messages
 
 PACKAGE = Path(fastheads.__file__).parent
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -30,6 +31,7 @@ OTHERS = {
     ("signals.py", "KeyboardInterrupt"): "Ctrl-C once more",
     ("container.py", "ContainerError"): "inside: head_profile.py and checkpoint.py say of which file",
     ("files.py", "UnreadableError"): "inside: the same",
+    ("plausible.py", "_BrokenError"): "inside: a LoadError is made of it",
     ("channels.py", "UnknownUpdateError"): "inside: the metric is NaN, and the metadata say why",
     ("residual.py", "UnknownUpdateError"): "inside: the same",
     ("residual_stream.py", "UnknownStreamError"): "inside: the same, of the ratio",
@@ -120,3 +122,35 @@ def test_the_readme_and_the_module_list_every_error():
 )
 def test_one_line_of_an_error(error, limit, line):
     assert errors.one_line(error, limit) == line
+
+
+FOREIGN = "name\x1b]0;owned\x07\x1b[2J\r\x9b31m\u202e\u2066\ud800\0 \u00e9\u3000\u4e2d\n"
+SAFE = r"name\x1b]0;owned\x07\x1b[2J\r\x9b31m\u202e\u2066\ud800\x00" + " \u00e9\u3000\u4e2d\n"
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name
+        for name in OURS - {"MissingExtraError"}
+        if issubclass(getattr(errors, name), errors.FastheadsError)
+    ),
+)
+def test_no_message_controls_a_terminal_or_fills_it(name):
+    kind = getattr(errors, name)
+    assert str(kind(FOREIGN)) == SAFE
+    assert errors.one_line(kind(FOREIGN)) == " ".join(SAFE.split())
+    assert len(str(kind("x" * 10**7))) == errors.LONGEST_MESSAGE
+    assert str(kind("as it is")) == "as it is"
+    "".join(map(str, [kind(FOREIGN)])).encode()
+
+
+def test_nor_do_the_lines_of_the_command_line(capsys):
+    for show in (messages.note, messages.show_warning):
+        show(FOREIGN)
+        show("x" * 10**7)
+    messages.note(messages.message(FileNotFoundError(2, "No such file", FOREIGN)))
+    err = capsys.readouterr().err
+    assert not set(err) & set("\x1b\x07\r\x9b\u202e")
+    assert r"\x1b]0;owned\x07" in err
+    assert len(err) < 5 * errors.LONGEST_MESSAGE

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from threading import get_ident
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +164,12 @@ def _name_owner(hook: Callable[..., None]) -> None:
 
 def _marking_changes(recorder: Recorder) -> Callable[..., None]:
     """Make the hook that runs after each optimizer step: fused optimizers change weights without raising their version."""
+    held = ref(recorder)  # torch keeps this hook for ever: it must not keep the model
 
     def step_hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        recorder = held()
+        if recorder is None:
+            return
         own = {id(parameter) for p in recorder.profiled for parameter in p.site.module.parameters()}
         own |= {id(p) for update in recorder.scope.normed.values() for p in update.parameters()}
         if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):

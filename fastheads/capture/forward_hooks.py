@@ -10,14 +10,14 @@ forward is given, and a forward counts only when no hook of others can fail any 
 import threading
 from functools import partial
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
 from fastheads.capture.forward import frame_of_call, on_stack
 from fastheads.capture.tracing import plain_or_traced
-from fastheads.errors import ForwardError
+from fastheads.errors import ForwardError, NotCopyableError
 
 
 class Boundary(Protocol):
@@ -64,9 +64,22 @@ class _Shared:
     def __deepcopy__(self, memo: Any) -> "_Shared":
         return self
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise NotCopyableError(
+            "a model with the hooks of a HookManager on it cannot be pickled or saved whole: call the manager's remove() first, "
+            "or save model.state_dict()"
+        )
 
-_shared: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
+
+# The module's hooks hold it. Held here it would never be freed, nor the module: it leads to the recorder, and so to the model.
+_shared: WeakKeyDictionary[nn.Module, "ref[_Shared]"] = WeakKeyDictionary()
 _lock = threading.RLock()  # of `_shared` and of which managers are on a module
+
+
+def _shared_of(module: nn.Module) -> _Shared | None:
+    """Return the boundaries on the module; None if no manager is on it."""
+    held = _shared.get(module)
+    return None if held is None else held()
 
 
 def _keep_last(hooks: Any, own: int) -> bool:
@@ -190,7 +203,7 @@ class _Handle:
 
     def remove(self) -> None:
         with _lock:
-            shared = _shared.get(self._module)
+            shared = _shared_of(self._module)
             if shared is None:
                 return
             shared.boundaries = tuple(other for other in shared.boundaries if other is not self._boundary)
@@ -199,15 +212,16 @@ class _Handle:
                     handle.remove()
                 shared.handles = []
                 shared.given.clear()
-                del _shared[self._module]
+                _shared.pop(self._module, None)
 
 
 def register(boundary: Boundary, module: nn.Module) -> _Handle:
     """Call `boundary` at the start and end of each call of `module`, until the returned handle is removed."""
     with _lock:
-        shared = _shared.get(module)
+        shared = _shared_of(module)
         if shared is None:
-            shared = _shared[module] = _Shared(module)
+            shared = _Shared(module)
+            _shared[module] = ref(shared)
             # partial and not a function around them: that would be a frame that Dynamo compiles.
             shared.handles = [
                 module.register_forward_pre_hook(partial(_start, shared), with_kwargs=True),

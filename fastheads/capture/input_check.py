@@ -1,5 +1,7 @@
 """Check that a projection's input has its site's width, and the tokens of the decoder's call."""
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from fastheads.capture.forward import Forward
 from fastheads.capture.profiled import Profiled, TracedSite
 from fastheads.errors import ForwardError
-from fastheads.models.sites import HeadSite, attention_of, has_known_layout
+from fastheads.models.sites import HeadSite, attention_of, decoder_of, has_known_layout
 from fastheads.stats.token_layout import TokenLayout
 
 
@@ -30,6 +32,14 @@ class InputCheck:
         """Raise ForwardError if an input cannot be measured correctly."""
         layout = forward.layout
         if layout is None:
+            decoder = decoder_of(self._model)
+            if not torch.compiler.is_compiling() and _forward_is_running(decoder):
+                kind = type(decoder).__name__
+                raise ForwardError(
+                    f"{site.name}: {kind}.forward() was called directly, which runs no hooks, so that its valid tokens are not "
+                    f"known. Call the module itself, as {kind}(...) does; where that code is not yours, profile the {kind} alone "
+                    "and call it with the same inputs"
+                )
             raise ForwardError(
                 f"{site.name} ran outside the decoder's own call: its valid tokens are not known. "
                 "Profile a tower as a model of its own"
@@ -63,6 +73,16 @@ class InputCheck:
             return True
         self.unknown.add(row)  # somebody replaced its forward since: from now on each input is looked at
         return False
+
+
+def _forward_is_running(module: nn.Module) -> bool:
+    """True if `module.forward` is on this thread's stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _check_shape(site: Profiled | TracedSite, x: Tensor, layout: TokenLayout) -> None:

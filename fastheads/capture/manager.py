@@ -1,10 +1,11 @@
 """The HookManager: the public face of the capture."""
 
+import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from torch import nn
 
@@ -14,6 +15,7 @@ from fastheads.capture.recorder import Recorder
 from fastheads.capture.scope import scope_of
 from fastheads.capture.stats import LaunchStats
 from fastheads.capture.verify import Finding, SelfCheck
+from fastheads.errors import NotCopyableError
 from fastheads.models.fingerprint import fingerprint
 from fastheads.models.sites import HeadSite, unwrapped
 from fastheads.results.head_profile import HeadProfile, warn_where_empty
@@ -24,8 +26,8 @@ from fastheads.stats.token_layout import TokenMask
 class HookManager:
     """Profiles every attention head of `model` while it runs, without changing the run.
 
-    Attaches in the constructor; `remove()`, or leaving the `with` block, detaches. Of a batch nothing is held but small
-    inputs that are still to be measured (`group_bytes`).
+    Attaches in the constructor; `remove()`, or leaving the `with` block, detaches, and so does forgetting the manager. Of a batch
+    nothing is held but small inputs that are still to be measured (`group_bytes`).
 
     Of a tensor-parallel model (`from_pretrained(..., tp_plan="auto")`) each rank measures its own heads. Attaching, forwards,
     `reset()`, `get_results()` and `to_profile()` are then for every rank alike, as the model's own calls are: a rank that leaves
@@ -221,6 +223,9 @@ class HookManager:
         """Take every hook off the model. The results stay as they are, also if a CUDA graph that was captured with the hooks is
         replayed; calling it again does nothing.
         """
+        self._detach(is_forgotten=False)
+
+    def _detach(self, *, is_forgotten: bool) -> None:
         recorder = self._recorder
         with recorder.lock:
             if recorder.check is not None:
@@ -233,7 +238,18 @@ class HookManager:
             recorder.attached = (
                 False  # not before: forwards after Ctrl-C in the loop must show that sites are missing
             )
-            recorder.close()
+            recorder.close(is_forgotten=is_forgotten)
+
+    def __del__(self) -> None:
+        # Nobody can ask for its results any more: the model must not go on paying for them, nor be kept.
+        if sys.is_finalizing() or not getattr(self, "_handles", None):
+            return
+        self._detach(is_forgotten=True)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise NotCopyableError(
+            "a HookManager cannot be copied or pickled, since its hooks are on one model: keep to_profile(), or get_results()"
+        )
 
     def __enter__(self) -> Self:
         return self

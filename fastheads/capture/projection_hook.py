@@ -71,7 +71,9 @@ class RetraceHandle:
         """Give each module its own class again, if this is the last manager on it."""
         fresh = Subclasses()
         for module in self._modules:
-            own, count = _attached.pop(module)
+            own, count = _attached.pop(module, (None, 0))
+            if own is None:
+                continue  # the module is being freed, with the manager
             if type(module) not in _made:
                 pass  # a parametrization, say, made a class of its own from ours: it needs it
             elif count > 1:

@@ -477,11 +477,17 @@ class Recorder:
         queues: list[DeviceQueue[Any]] = [*self.queues, *self.forwards.queues_beside()]
         return self.counter.read(self.deferred.waiting(), [x for queue in queues for x in queue.held()])
 
-    def close(self) -> None:
-        """End the forwards under way, after the hooks were removed, and move the moments to where no CUDA graph writes."""
+    def close(self, *, is_forgotten: bool = False) -> None:
+        """End the forwards under way, after the hooks were removed, and move the moments to where no CUDA graph writes; if the
+        manager `is_forgotten`, nobody will ask for them.
+        """
         self.graph.release()
         for handle in self._late_handles:
             handle.remove()
+        if is_forgotten:
+            self.deferred.clear_backlogs()
+            self.forwards.drop_all()
+            return
         self.scope.updates.close()
         try:
             self.deferred.catch_up_all()

@@ -88,8 +88,9 @@ class Scope:
 
 def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
     """Find the sites of `model` for these options, and make their channels; reads the weight of every profiled projection."""
-    sites = find_sites(model, options.include)
-    chosen = sites_of_layers(sites, options.layer_list())
+    layers = options.layer_list()
+    sites = find_sites(model, options.include, layers=layers)
+    chosen = sites_of_layers(sites, layers)
     ranks = tensor_parallel.ranks_of(chosen)
     if ranks is not None:
         if options.verify or options.measures(KV_GROUP) or options.streaming is not None:

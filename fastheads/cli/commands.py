@@ -255,6 +255,7 @@ def profile(
         with doing("starting", terminal) if terminal.is_terminal else nullcontext():
             from fastheads.corpus import opening, sources
             from fastheads.corpus.filesets import files_source
+            from fastheads.results.locks import locked
             from fastheads.run import loading
             from fastheads.run.job import Job
             from fastheads.stats.confidence import check_token_agg
@@ -309,7 +310,7 @@ def profile(
             else:
                 text = files_source(names, field, kind)
             found = loading.find_model(model)
-        with job:
+        with job, locked(output) if first else nullcontext():
             with doing(f"loading {found.name}", terminal) if first else nullcontext():
                 loaded, tokenizer = loading.load(
                     found,

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from fastheads.errors import one_line
+from fastheads.errors import one_line, printable
 
 
 def tell_of_replaced(output: Path, checkpoint: Path | None = None) -> None:
@@ -22,7 +22,8 @@ def tell_of_replaced(output: Path, checkpoint: Path | None = None) -> None:
 
 
 def note(line: str) -> None:
-    typer.echo(f"fastheads: {line}", err=True)
+    """Print a line, which may repeat text from a file."""
+    typer.echo(f"fastheads: {printable(line)}", err=True)
 
 
 @contextmanager
@@ -53,4 +54,4 @@ def message(error: Exception) -> str:
 
 def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning as one line, without its location in the source."""
-    typer.echo(f"fastheads: warning: {message}", err=True)
+    typer.echo(f"fastheads: warning: {printable(str(message))}", err=True)

@@ -135,9 +135,8 @@ def _table_columns(data: Any) -> tuple[list[Any], Callable[[str], Any], str] | N
         return list(data.schema.names), data.column, "the table"
     if isinstance(data, Mapping) and "input_ids" not in data:
         if _is_instance(data, "datasets", "DatasetDict", "IterableDatasetDict"):
-            raise DataError(
-                f"a {_type_name(data)} has several splits: choose one, such as data[{next(iter(data), '')!r}]"
-            )
+            names = ", ".join(f"data[{str(name)[:40]!r}]" for name in [*data][:8]) or "it has none"
+            raise DataError(f"a {_type_name(data)} has several splits: choose one of {names}")
         return list(data), lambda name: data[name], "the dict of columns"
     if (
         hasattr(data, "columns")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fastheads.errors import DataError
+from fastheads.errors import DataError, one_line
 
 Document = str | list[dict[str, str]]
 Chat = Literal["auto"] | bool
@@ -25,6 +25,9 @@ CHAT_FIELDS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant"}
 
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.GzipFile, ".bz2": bz2.BZ2File, ".xz": lzma.LZMAFile}
+
+# Bytes of a line of a file, and of a row of a table: a document is at most as long. A small compressed file may hold any length.
+LONGEST_DOCUMENT = 2**26
 
 # A stream is tokenized in chunks of one to two times as many bytes.
 CHUNK_BYTES = 2**16
@@ -58,8 +61,21 @@ class FileReader:
             raise DataError(f"cannot read the data file {self.name}: {error}") from error
 
     def line_of_bytes(self) -> bytes:
-        line: bytes = self._try(self.file.readline)
+        line: bytes = self._try(self.file.readline, LONGEST_DOCUMENT + 1)
+        self._check_length(len(line))
         return line
+
+    def _check_length(self, length: int) -> None:
+        if length > LONGEST_DOCUMENT:
+            raise DataError(
+                f"{self.where}: a document of more than {LONGEST_DOCUMENT:,} bytes is not read: split it, or give the file as "
+                "plain text (.txt)"
+            )
+
+    @property
+    def where(self) -> str:
+        """The file and the place in it that is being read, for a message."""
+        return f"{self.name}, near byte {self.file.tell():,}"
 
     def position(self) -> dict[str, Any]:
         return {"byte": self.file.tell()}
@@ -71,7 +87,22 @@ class FileReader:
         try:
             return content.decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.name} is not UTF-8 text: {error.reason}") from error
+            place = self._place_of(self.position()["byte"] - len(content) + error.start)
+            raise DataError(
+                f"{self.name} is not UTF-8 text: {error.reason} 0x{content[error.start]:02x} in {place}; convert it, as with "
+                "iconv -f ISO-8859-1 -t UTF-8"
+            ) from error
+
+    def _place_of(self, byte: int) -> str:
+        """Return the line of a byte of the file; the byte, where the file cannot be read again."""
+        lines = 1
+        try:
+            self.file.seek(0)
+            while byte > 0 and (content := self.file.read(min(byte, 2**20))):
+                lines, byte = lines + content.count(b"\n"), byte - len(content)
+        except (OSError, ValueError):
+            return f"byte {byte:,}"
+        return f"line {lines:,}"
 
 
 class TextChunks(FileReader):
@@ -145,7 +176,9 @@ class JsonLinesReader(FileReader):
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "it is nested too deeply"
+                reason = "it is nested too deeply"
+                if isinstance(error, ValueError):
+                    reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error, 100)
                 raise DataError(f"{self.where} is not JSON: {reason}") from error
             if not isinstance(record, dict):
                 field = self.field or "text"
@@ -179,8 +212,8 @@ class CsvReader(FileReader):
     ) -> None:
         super().__init__(raw, name, None)
         # Documents exceed the default of 128 KiB. The limit can be set only for the whole process.
-        csv.field_size_limit(2**31 - 1)
-        self.line = 0
+        csv.field_size_limit(2**31 - 1)  # `LONGEST_DOCUMENT` of a row is less
+        self.line = self._row_bytes = 0
         self.rows = csv.reader(self._lines(), delimiter=delimiter, strict=True)
         header = self._row()
         if header is None:
@@ -207,14 +240,24 @@ class CsvReader(FileReader):
     def _row(self) -> list[str] | None:
         """Return the next row that is not blank; None at the end."""
         try:
-            return next((row for row in self.rows if row), None)
+            for row in self.rows:
+                self._row_bytes = 0
+                if row:
+                    return row
         except csv.Error as error:
             raise DataError(f"{self.name}, line {self.line} is not CSV: {error}") from error
+        return None
 
     def _lines(self) -> Iterator[str]:
         while content := self.line_of_bytes():
             self.line += 1
+            self._row_bytes += len(content)
+            self._check_length(self._row_bytes)
             yield self.text(content)
+
+    @property
+    def where(self) -> str:
+        return f"{self.name}, line {self.line}"
 
 
 class InMemoryReader:

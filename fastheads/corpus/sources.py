@@ -20,6 +20,7 @@ from typing import Any, Literal
 from fastheads.corpus import hf_datasets, readers
 from fastheads.corpus.readers import Chat, Document, Reader
 from fastheads.errors import DataError, OptionError
+from fastheads.stats.options import check_whole
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -153,7 +154,9 @@ def text_file(path: str | os.PathLike[str], field: str | None = None, chat: Chat
             size = about.st_size
             sha256 = hashlib.file_digest(file, "sha256").hexdigest() if size <= HASHED_BYTES else None
     except OSError as error:
-        raise DataError(f"cannot read the data file {path}: {error.strerror}") from error
+        is_bare = isinstance(error, FileNotFoundError) and path.parent == Path() and not has_data_suffix(path)
+        hint = f"; a data set of the Hub is named owner/name, as in owner/{path}" if is_bare else ""
+        raise DataError(f"cannot read the data file {path}: {error.strerror}{hint}") from error
     if not size:
         raise DataError(f"the data file {path} is empty")
     version = () if sha256 is not None else (("modified_ns", about.st_mtime_ns),)
@@ -227,7 +230,10 @@ def default_text() -> TextSource:
 
 
 def check_lengths(seq_len: int, max_tokens: int | None) -> None:
-    """Raise OptionError if `seq_len` or `max_tokens` is below 1."""
+    """Raise OptionError unless `seq_len` and `max_tokens` are whole numbers from 1 on."""
+    check_whole("seq_len", seq_len)
+    if max_tokens is not None:
+        check_whole("max_tokens", max_tokens)
     if seq_len < 1:
         raise OptionError(f"seq_len must be at least 1 token, not {seq_len}")
     if max_tokens is not None and max_tokens < 1:

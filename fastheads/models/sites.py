@@ -5,9 +5,10 @@ The usual names are in the tables at the top; what a family does otherwise is in
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from os import PathLike
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from fastheads.errors import NoSitesError, OptionError
 from fastheads.models.families import any_registered, family_of, refusal_of, registered_family
 from fastheads.models.geometry import WRAPPED, declared_head_dim, describe, head_dim_of, input_width
 from fastheads.models.geometry import num_kv_heads as declared_num_kv_heads
+from fastheads.stats.options import checked_names
 
 # Paths from an attention module to its output projection; the first that exists is used. ".." is the parent, if that is an
 # attention module too: BERT keeps the projection beside the attention.
@@ -45,6 +47,36 @@ CROSS_ATTENTION = re.compile(r"\b(encoder_attn|crossattention|EncDecAttention)\b
 # Packages whose attention passes [batch, seq, width]; packages of wrappers that may lie between an attention and its projection.
 BATCH_FIRST = ("transformers.",)
 WRAPPER_PACKAGES = ("torch.", "peft.", "fastheads.")
+
+
+# Wrappers of other packages, by package and class among the bases, which replace what the model's modules compute.
+FOREIGN_WRAPPERS = {
+    ("nnsight", "Envoy"): "nnsight replaces the forward of every module",
+    (
+        "transformer_lens",
+        "TransformerBridge",
+    ): "TransformerLens replaces the projections of the model that it bridges",
+    ("transformer_lens", "HookedRootModule"): "TransformerLens keeps weights of its own, in other shapes",
+}
+
+
+def check_module(model: object) -> None:
+    """Raise NoSitesError for a wrapper of another package, which runs the model in another way, and OptionError for what is no
+    module.
+    """
+    how = "transformers.AutoModelForCausalLM.from_pretrained(...)"
+    for kind in type(model).__mro__:
+        why = FOREIGN_WRAPPERS.get((kind.__module__.partition(".")[0], kind.__name__))
+        if why is not None:
+            raise NoSitesError(
+                f"{type(model).__name__} cannot be profiled: {why}. Profile a model of its own, loaded with {how}"
+            )
+    if not isinstance(model, nn.Module):
+        what = f"{model!r:.100}" if isinstance(model, str | PathLike) else f"a {type(model).__name__}"
+        raise OptionError(
+            f"model must be a torch.nn.Module, not {what}: load it first, as with {how}; fastheads.profile() also takes the "
+            "name of a folder, a GGUF file or a Hub id"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,8 +125,14 @@ def known_num_kv_heads(model: nn.Module, site: HeadSite) -> int:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DataParallel, DistributedDataParallel and torch.compile's wrappers."""
+    """Return the model inside DataParallel, DistributedDataParallel and torch.compile's wrappers.
+
+    Raises:
+        NoSitesError: it is a wrapper of another package, which runs the model in another way.
+        OptionError: it is no module.
+    """
     while True:
+        check_module(model)
         inner = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in ("DataParallel", "DistributedDataParallel"):
             inner = model.module
@@ -125,16 +163,6 @@ def _decoder_within(module: nn.Module) -> nn.Module | None:
     if not isinstance(decoder, nn.Module) or all(decoder is not inside for inside in module.modules()):
         return None
     return decoder if next(decoder.children(), None) is not None else None  # ModernBERT names its head so
-
-
-def checked_layers(layers: Iterable[int] | None) -> list[int] | None:
-    """Return `layers` sorted, without duplicates. Raises OptionError if they are no integers."""
-    if layers is None:
-        return None
-    chosen = list(layers) if isinstance(layers, Iterable) else [None]
-    if any(isinstance(n, bool) or not isinstance(n, int) for n in chosen):
-        raise OptionError(f"layers must be whole numbers in a list, not {layers!r}")
-    return sorted(set(chosen))
 
 
 def sites_of_layers(sites: list[HeadSite], layers: list[int] | None) -> dict[int, HeadSite]:
@@ -201,23 +229,29 @@ def registered_attention_of(model: nn.Module, site: HeadSite) -> tuple[nn.Module
     return None
 
 
-def find_sites(model: nn.Module, include: str | Iterable[str] = ()) -> list[HeadSite]:
+def find_sites(
+    model: nn.Module, include: str | Iterable[str] = (), *, layers: Collection[int] | None = None
+) -> list[HeadSite]:
     """Find the attention output projections of `model`'s decoder, in the order of its modules.
 
     Vision and audio towers, linear attention, and attention to an encoder that the model does not have are left out. `include`
     adds them: `fnmatch` patterns (a "*" matches dots too) for the names of attention modules or projections in
-    `model.named_modules()`, such as "*.linear_attn" or "vision_tower.*". Matches that cannot be profiled are skipped.
+    `model.named_modules()`, such as "*.linear_attn" or "vision_tower.*". Matches that cannot be profiled are skipped. With
+    `layers`, attention of other layers is left out if it cannot be profiled.
 
     Raises:
         NoSitesError: there is no site, a pattern matches none, or some attention cannot be profiled; the message says why.
-        OptionError: a registered family does not fit the model.
+        OptionError: a registered family does not fit the model, or it is no module.
     """
-    patterns = [include] if isinstance(include, str) else list(include)
+    check_module(model)
+    patterns = checked_names("include", include)
     attentions = list(_attentions(model))
     included: set[str] = set()
     for pattern in patterns:
         included |= _matching(pattern, attentions, type(model).__name__)
     chosen = [a for a in attentions if a.by_default or a.path in included]
+    if layers is not None:
+        chosen = [a for a in chosen if a.layer in layers or a.is_profilable(chosen)]
     for attention in chosen:
         attention.check_profilable()
     # Keyed by projection: one that several modules share is one site, which fires for each of them.
@@ -273,6 +307,28 @@ class _Attention:
             kind = type(self.owner).__name__
             raise NoSitesError(f"{self.path or 'the model'} ({kind}) cannot be profiled: {why}")
 
+    @property
+    def layer(self) -> int:
+        return _layer(self.name or self.path, self.owner)
+
+    def is_profilable(self, chosen: "list[_Attention]") -> bool:
+        """True if neither its site nor a missing projection among `chosen` is an error."""
+        try:
+            self.check_profilable()
+            if self.projection is not None:
+                self.site()
+        except NoSitesError:
+            return False
+        return self.is_served(chosen)
+
+    def is_served(self, chosen: "list[_Attention]") -> bool:
+        """True if it has a projection, or contains or is inside attention that has one."""
+        return any(
+            a.projection is not None
+            and (f"{self.path}.".startswith(f"{a.path}.") or a.name.startswith(f"{self.path}."))
+            for a in chosen
+        )
+
     def site(self) -> HeadSite:
         assert self.projection is not None
         width = input_width(self.projection) or 0
@@ -283,9 +339,7 @@ class _Attention:
                 f"projections of {type(self.owner).__name__}: it has {describe(self.owner)}"
             )
         # From the width, never from the configuration: layers and ranks may differ.
-        return HeadSite(
-            self.name, _layer(self.name, self.owner), width // head_dim, head_dim, self.projection
-        )
+        return HeadSite(self.name, self.layer, width // head_dim, head_dim, self.projection)
 
 
 def _attentions(model: nn.Module) -> Iterator[_Attention]:
@@ -347,11 +401,8 @@ def _layer(name: str, owner: nn.Module) -> int:
 
 def _check_complete(chosen: list[_Attention]) -> None:
     """Raise NoSitesError if an attention module has no projection, and neither contains nor is inside one that has."""
-    served = [a for a in chosen if a.projection is not None]
     for attention in chosen:
-        inside = any(f"{attention.path}.".startswith(f"{a.path}.") for a in served)
-        outside = any(a.name.startswith(f"{attention.path}.") for a in served)
-        if not (inside or outside):
+        if not attention.is_served(chosen):
             raise NoSitesError(
                 f"{attention.path} ({type(attention.owner).__name__}) has no linear layer called "
                 f"{', '.join(PROJECTION_PATHS)}: the profile would lack its heads"

@@ -107,7 +107,7 @@ def key_reader(site: HeadSite) -> Callable[[], Parts]:
             ):  # else addresses of quantized tensors take microseconds each
                 try:
                     return _key(parts())
-                except NotDenseError:
+                except (NotDenseError, NotImplementedError):
                     return (None,)  # a changed key: `dense_weight` then raises the error
 
         return read
@@ -118,7 +118,10 @@ def key_reader(site: HeadSite) -> Callable[[], Parts]:
             return (None,)
         # As _tensor_key, inlined: this runs for each projection in each forward.
         version = None if weight.is_inference() else weight._version
-        return (weight.untyped_storage()._cdata, weight.data_ptr(), version, weight.dtype)
+        try:
+            return (weight.untyped_storage()._cdata, weight.data_ptr(), version, weight.dtype)
+        except NotImplementedError:
+            return (None,)  # it became sparse
 
     return plain
 
@@ -208,6 +211,11 @@ def _format_ignoring_transpose(module: nn.Module) -> WeightFormat:
     if is_dtensor(weight):
         sharding.check_layout(module)
         return LOCAL
+    if weight.layout is not torch.strided:
+        raise NotDenseError(
+            f"has a weight of layout {weight.layout}, which is not read: make it dense, as with "
+            "module.weight = torch.nn.Parameter(module.weight.to_dense())"
+        )
     if type(weight) is nn.Parameter or type(weight) is Tensor:
         return PLAIN
     weight_format = TENSORS.get(qualified_name(type(weight)))
@@ -232,6 +240,8 @@ def _check_own_forward(module: nn.Module) -> None:
         )  # __name__ may be that of a wrapped function
         name = type(own).__name__ if code is None else code.co_qualname
         hint = ": load it with dequantize=True" if hasattr(module, "quantization_scheme") else ""
+        if type(own).__module__.startswith("nnsight."):
+            hint = ": nnsight put it there; profile a model that is loaded anew"
         raise NotDenseError(f"runs a forward of its own ({name}), which may be more than its weight{hint}")
 
 

@@ -12,6 +12,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -28,6 +29,7 @@ Array = NDArray[Any]
 
 DIGEST_KEY = "sha256"
 MAX_DEPTH = 64  # levels of lists and objects in a document
+MAX_NESTS = 2**20  # lists and objects
 _DTYPES = ("F64", "I64")
 _LENGTH = struct.Struct("<Q")
 
@@ -139,14 +141,14 @@ def _check_array(name: str, array: Any) -> None:
 
 
 def _json(text: str) -> Any:
-    """Parse JSON. Raise ContainerError for invalid JSON, duplicate keys, NaN, infinite numbers and deep nesting."""
+    """Parse JSON. Raise ContainerError for invalid JSON, duplicate keys, NaN, infinite numbers, deep nesting, and more lists and
+    objects than any run writes.
+    """
+    if text.count("{") + text.count("[") > MAX_NESTS:  # each takes memory, and a call of Python
+        raise ContainerError(f"its metadata hold more than {MAX_NESTS:,} lists and objects")
 
     def refuse(constant: str) -> NoReturn:
         raise ContainerError(f"its metadata hold {constant}")
-
-    def number(digits: str) -> float:
-        value = float(digits)
-        return value if math.isfinite(value) else refuse(digits[:40])
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -155,7 +157,7 @@ def _json(text: str) -> Any:
         return found
 
     try:
-        value = json.loads(text, parse_constant=refuse, parse_float=number, object_pairs_hook=unique)
+        value = json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
     except RecursionError as error:
         raise ContainerError("its metadata are nested too deeply") from error
     except ContainerError:
@@ -165,11 +167,17 @@ def _json(text: str) -> Any:
     level = [value]
     for _ in range(MAX_DEPTH):
         nests = [
-            outer.values() if isinstance(outer, dict) else outer
-            for outer in level
-            if isinstance(outer, dict | list)
+            outer.values() if type(outer) is dict else outer for outer in level if type(outer) in (dict, list)
         ]
-        level = [inner for nest in nests for inner in nest]
+        # Lists may hold millions of numbers, of which nothing is kept but what is wrong: a number such as 1e999 is infinite.
+        level = [
+            inner
+            for nest in nests
+            for inner in nest
+            if (kind := type(inner)) is dict or kind is list or (kind is float and not isfinite(inner))
+        ]
+        if float in map(type, level):
+            raise ContainerError("its metadata hold a number that is too large")
     if level:
         raise ContainerError("its metadata are nested too deeply")
     return value

@@ -339,7 +339,7 @@ def warn_where_empty(profile: HeadProfile) -> None:
     if not any(bool((m.count + m.nonfinite).any()) for m in profile.arrays.values()):
         warnings.warn(
             "nothing was measured: no forward of the model has ended normally since the hooks were attached or reset, or "
-            "skip_first left none of its tokens",
+            "skip_first left none of its tokens (a direct call of model.forward() runs no hooks: call the model itself)",
             RuntimeWarning,
             stacklevel=3,
         )

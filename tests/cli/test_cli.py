@@ -432,7 +432,7 @@ WRONG_USAGE = {
         (["{model}", "--streaming"], "--streaming is for data sets of the Hub, owner/name"),
         (
             ["{model}", "-o", "taken.safetensors"],
-            "taken.safetensors.checkpoint is a folder; name a file in it",
+            "taken.safetensors.checkpoint: it is a folder; name a file in it",
         ),
         (["{model}", "--max-tokens", "0"], "max_tokens must be at least 1, not 0: nothing would be measured"),
         (["{model}", "--seq-len", "0"], "seq_len must be at least 1 token, not 0"),

@@ -513,3 +513,32 @@ def test_metadata_that_are_no_counts_are_refused(good, tmp_path):
     twice = resealed(good, FILE_KEY, lambda d: d["metrics"].append(d["metrics"][0]))
     assert not loads(tmp_path / "p", twice)
     assert loads(tmp_path / "p", written(*((a := read(good, FILE_KEY))[0], FILE_KEY, sealed(*a))))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        "[" + "0," * 2_000_000 + "0]",
+        "[" + "0.5," * 1_500_000 + "0]",
+        "[" + "[]," * 2_000_000 + "0]",
+        "[" + "{}," * 2_000_000 + "0]",
+    ],
+)
+def test_large_metadata_are_read_or_refused_within_seconds(inner, tmp_path):
+    """As large as a header may be, or nearly so; a list of 60 MB in a checkpoint took half a minute before that was limited."""
+    for key, load in ((FILE_KEY, HeadProfile.load), (CHECKPOINT_KEY, lambda path: Checkpoint(path).load())):
+        document = json.dumps({key: EMPTY.replace("{}", f'{{"x":{inner}}}')})
+        (tmp_path / "p").write_bytes(raw(held(f'"__metadata__":{document}', array()), NUMBER))
+        began = time.process_time()
+        with pytest.raises((ProfileFileError, CheckpointError)):
+            load(tmp_path / "p")
+        assert time.process_time() - began < 5
+
+
+def test_a_header_larger_than_any_run_writes_is_refused_and_not_written(tmp_path, capsys):
+    (tmp_path / "c").write_bytes(struct.pack("<Q", 2**24 + 1) + b" " * (2**24 + 1))
+    with pytest.raises(CheckpointError, match="header is too large"):
+        Checkpoint(tmp_path / "c").load()
+    assert not Checkpoint(tmp_path / "new").save({}, {"position": "x" * 2**24})
+    assert "larger than what is read again" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["c"]

@@ -113,7 +113,7 @@ def test_a_damaged_gguf_is_one_line(tmp_path):
     path.write_bytes(b"GGUF" + b"\xff" * 60)
     source = loading.find_model(str(path))
     assert (source.folder, source.gguf_file) == (str(tmp_path), "a.gguf")
-    with pytest.raises(LoadError, match="cannot load the model of") as error:
+    with pytest.raises(LoadError, match="is a damaged GGUF file") as error:
         loading.load_model(source)
     one_line(error)
 
