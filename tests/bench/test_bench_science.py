@@ -104,6 +104,26 @@ def test_draws_within_layers(bench):
     assert {head for of in drawn for row, head in of if row == 0} == set(range(5))
 
 
+@pytest.mark.parametrize("needs", [True, False])
+def test_sequences_begin_with_bos_if_the_model_needs_it(bench, needs):
+    """Whether or not the tokenizer adds it: the model predicts the next token well only with, or only without it."""
+    tokenizer = ascii_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "\x01"})
+
+    class Model:
+        device = torch.device("cpu")
+
+        def __call__(self, input_ids, **_):
+            has = bool((input_ids[:, 0] == tokenizer.bos_token_id).all())
+            right = torch.nn.functional.one_hot(input_ids.roll(-1, 1), 130).float()
+            return argparse.Namespace(logits=right * (9.0 if has == needs else 1.0))
+
+    windows = bench.science.Windows(Model(), tokenizer, "What a text this is. " * 99)
+    assert windows.bos == (tokenizer.bos_token_id if needs else None)
+    rows = windows.of("Another one. " * 99, 0.5, 1.0, 3, 10)
+    assert rows.shape == (3, 10) and (rows[:, 0] == tokenizer.bos_token_id).all() == needs
+
+
 def test_the_whole_on_a_tiny_model(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench.science, "RESAMPLES", 20)
     monkeypatch.setattr(bench.science, "CODE", ("this", "textwrap"))
