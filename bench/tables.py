@@ -137,15 +137,15 @@ def science(name: str = "science-smollm2") -> str:
     options, machine = report["options"], report["machine"]
     lines += [
         "",
-        f"Rise in loss, nats per token, of {report['model']} with these heads zeroed: {options['sequences']} held-out sequences of "
-        f"{options['seq_len']} tokens of English text, intact loss {curves['base']['mean']:.3f}. `python bench/science.py`, "
+        f"Rise in loss, nats per token, of {report['model']} with these heads zeroed: {options['sequences']} held-out "
+        f"sequences of {options['seq_len']} tokens of English text, intact loss {curves['base']['mean']:.3f}. `python bench/science.py`, "
         f"{machine['gpu']}, {machine['date']}, commit {machine['commit'][:7]}.",
     ]
     return "\n".join(lines)
 
 
 def science_gemma() -> str:
-    return science("science-gemma3-270m")
+    return science("science-gemma3-270m") if (RESULTS / "science-gemma3-270m.json").exists() else ""
 
 
 def science_correlations() -> str:
@@ -165,8 +165,8 @@ def science_correlations() -> str:
     )
     lines += [
         "",
-        f"Spearman's correlation with the effect of a single head, over {len(report['single_heads'])} heads of {report['model']}, with "
-        "95 % bootstrap intervals over heads and sequences.",
+        f"Spearman's correlation with the effect of a single head, over {len(report['single_heads'])} heads of {report['model']}, "
+        "with 95 % bootstrap intervals over heads and sequences.",
     ]
     return "\n".join(lines)
 
@@ -195,9 +195,9 @@ def kv() -> str:
     held = report["held out"]
     lines += [
         "",
-        f"Rise in loss, nats per token, of SmolLM2-135M when {report['streaming KV groups']} of {report['of']} KV groups see only "
-        f"{report['sink']} first and {report['window']} last tokens: on text beyond the window, and on a segment of {held['segment']} "
-        f"random tokens that is repeated; {held['sequences']} sequences of {held['tokens each']:,} tokens. `python bench/kv.py`.",
+        f"Rise in loss, nats per token, of SmolLM2-135M when {report['streaming KV groups']} of {report['of']} KV groups see "
+        f"only {report['sink']} first and {report['window']} last tokens: on text beyond the window, and on a segment of "
+        f"{held['segment']} random tokens that is repeated; {held['sequences']} sequences of {held['tokens each']:,} tokens. `python bench/kv.py`.",
     ]
     return "\n".join(lines)
 
@@ -218,8 +218,8 @@ def runner() -> str:
     lines += [
         "",
         f"Speeds as ratios, medians of {report['rows'][0]['rounds']} rounds on one {machine['gpu']} (`python bench/runner.py`, "
-        f"{machine['date']}, commit {machine['commit'][:7]}). {row['processes']} GPUs were {row['all_over_one']:.2f} times as fast as one "
-        f"({row['model']}: {row['one_tokens_s']:,.0f} and {row['all_tokens_s']:,.0f} tokens a second).",
+        f"{machine['date']}, commit {machine['commit'][:7]}). {row['processes']} GPUs were {row['all_over_one']:.2f} times as fast "
+        f"as one ({row['model']}: {row['one_tokens_s']:,.0f} and {row['all_tokens_s']:,.0f} tokens a second).",
     ]
     return "\n".join(lines)
 
