@@ -138,7 +138,8 @@ def science(name: str = "science-smollm2") -> str:
     lines += [
         "",
         f"Rise in loss, nats per token, of {report['model']} with these heads zeroed: {options['sequences']} held-out "
-        f"sequences of {options['seq_len']} tokens of English text, intact loss {curves['base']['mean']:.3f}. `python bench/science.py`, "
+        f"sequences of {options['seq_len']} tokens of English text, intact loss {curves['base']['mean']:.3f}. "
+        f"`python bench/science.py`, "
         f"{machine['gpu']}, {machine['date']}, commit {machine['commit'][:7]}.",
     ]
     return "\n".join(lines)
@@ -165,8 +166,8 @@ def science_correlations() -> str:
     )
     lines += [
         "",
-        f"Spearman's correlation with the effect of a single head, over {len(report['single_heads'])} heads of {report['model']}, "
-        "with 95 % bootstrap intervals over heads and sequences.",
+        f"Spearman's correlation with the effect of a single head, over {len(report['single_heads'])} heads of "
+        f"{report['model']}, with 95 % bootstrap intervals over heads and sequences.",
     ]
     return "\n".join(lines)
 
@@ -197,7 +198,8 @@ def kv() -> str:
         "",
         f"Rise in loss, nats per token, of SmolLM2-135M when {report['streaming KV groups']} of {report['of']} KV groups see "
         f"only {report['sink']} first and {report['window']} last tokens: on text beyond the window, and on a segment of "
-        f"{held['segment']} random tokens that is repeated; {held['sequences']} sequences of {held['tokens each']:,} tokens. `python bench/kv.py`.",
+        f"{held['segment']} random tokens that is repeated; {held['sequences']} sequences of {held['tokens each']:,} "
+        "tokens. `python bench/kv.py`.",
     ]
     return "\n".join(lines)
 
@@ -218,8 +220,8 @@ def runner() -> str:
     lines += [
         "",
         f"Speeds as ratios, medians of {report['rows'][0]['rounds']} rounds on one {machine['gpu']} (`python bench/runner.py`, "
-        f"{machine['date']}, commit {machine['commit'][:7]}). {row['processes']} GPUs were {row['all_over_one']:.2f} times as fast "
-        f"as one ({row['model']}: {row['one_tokens_s']:,.0f} and {row['all_tokens_s']:,.0f} tokens a second).",
+        f"{machine['date']}, commit {machine['commit'][:7]}). {row['processes']} GPUs were {row['all_over_one']:.2f} times "
+        f"as fast as one ({row['model']}: {row['one_tokens_s']:,.0f} and {row['all_tokens_s']:,.0f} tokens a second).",
     ]
     return "\n".join(lines)
 
