@@ -135,8 +135,9 @@ def _table_columns(data: Any) -> tuple[list[Any], Callable[[str], Any], str] | N
         return list(data.schema.names), data.column, "the table"
     if isinstance(data, Mapping) and "input_ids" not in data:
         if _is_instance(data, "datasets", "DatasetDict", "IterableDatasetDict"):
-            names = ", ".join(f"data[{str(name)[:40]!r}]" for name in [*data][:8]) or "it has none"
-            raise DataError(f"a {_type_name(data)} has several splits: choose one of {names}")
+            names = ", ".join(f"data[{str(name)[:40]!r}]" for name in [*data][:8])
+            advice = f"choose one of {names}" if names else "this one is empty"
+            raise DataError(f"a {_type_name(data)} is a dict of splits: {advice}")
         return list(data), lambda name: data[name], "the dict of columns"
     if (
         hasattr(data, "columns")

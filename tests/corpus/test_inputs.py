@@ -236,7 +236,7 @@ REFUSED = [
     (pyarrow.table({"a": ["x"]}), "the table has no field 'text'"),
     (
         datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["x"]})}),
-        "choose one, such as data.'train'.",
+        "a dict of splits: choose one of data.'train'.",
     ),
     (DataLoader(TensorDataset(torch.ones(2, 3).long())), "not list"),
     (DataLoader(["one", "two"], batch_size=2), "a list of str"),
