@@ -21,7 +21,7 @@ from fastheads.capture.verify import Finding
 from fastheads.errors import OptionError
 from fastheads.models.families import rows_of_ids
 from fastheads.models.fingerprint import fingerprint
-from fastheads.models.metadata import describe
+from fastheads.models.metadata import describe, kv_heads_of
 from fastheads.models.sites import HeadSite, decoder_of, find_sites, unwrapped
 from fastheads.models.stream import StreamSource
 from fastheads.models.weights import dense_weight
@@ -65,6 +65,7 @@ class HookManager:
         self.model = unwrapped(model)
         self.token_agg = token_agg
         self.sites = find_sites(self.model)
+        self._kv_heads = kv_heads_of(self.model, self.sites)
         self._updates = Updates(self.model, dict(enumerate(self.sites)))
         self._residuals = ResidualStreams(self.model, dict(enumerate(self.sites)), self._updates)
         self._residual_norms: dict[int, Tensor] = {}  # ‖r‖ of each token [batch, seq], by row
@@ -211,6 +212,7 @@ class HookManager:
         about = describe(
             self.model,
             self.sites,
+            self._kv_heads,
             **options,
             layers=None,
             residual_update=updates,

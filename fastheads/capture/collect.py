@@ -175,6 +175,7 @@ def _metadata(recorder: Recorder, weights: dict[str, Any] | None) -> dict[str, A
     return describe(
         scope.model,
         scope.sites,
+        scope.kv_heads,
         **scope.options.metadata(backend="+".join(used) if used else accumulator.backend),
         residual_update=scope.updates.describe(range(len(scope.sites))),
         **(

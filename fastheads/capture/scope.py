@@ -21,6 +21,7 @@ from fastheads.capture.engine import TransformersEngine
 from fastheads.capture.residual_stream import ResidualStreams
 from fastheads.capture.streaming import StreamingErrors
 from fastheads.errors import OptionError
+from fastheads.models.metadata import kv_heads_of
 from fastheads.models.residual import Update
 from fastheads.models.sites import HeadSite, find_sites, sites_of_layers
 from fastheads.stats.metric import HEAD_METRICS, KV_GROUP, RATIOS, UPDATE
@@ -44,6 +45,7 @@ class Scope:
     streaming: StreamingErrors | None  # None: they are not measured
     channels: tuple[Channel, ...]
     at_input: tuple[Channel, ...]  # channels that need only the projection's input
+    kv_heads: list[int | None]  # of the attentions of `sites`
 
     @property
     def accumulator(self) -> Accumulator:
@@ -129,4 +131,5 @@ def scope_of(model: nn.Module, options: MeasureOptions) -> Scope:
         streaming=streaming,
         channels=tuple(channels),
         at_input=at_input,
+        kv_heads=kv_heads_of(model, sites),
     )

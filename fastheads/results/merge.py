@@ -83,10 +83,14 @@ def merged_vectors(profiles: Sequence[Profile], names: Sequence[str]) -> MeanVec
     return merged
 
 
+# Options that profiles to be merged must share.
+SAME_OPTIONS = ("token_agg", "skip_first", "streaming")
+
+
 def _kind(profile: Profile) -> str:
     """Return a text of all that `_difference` compares: profiles with one text do not differ."""
     metadata = profile.metadata
-    compared = [metadata.get(key) for key in ("model", "weights", "sites", "token_agg", "skip_first")]
+    compared = [metadata.get(key) for key in ("model", "weights", "sites", *SAME_OPTIONS)]
     return json.dumps([*compared, sorted(profile.metrics), _updates(profile)], sort_keys=True, default=id)
 
 
@@ -101,7 +105,7 @@ def _difference(a: Profile, b: Profile) -> str | None:
         return weights
     if one["sites"] != two["sites"]:
         return f"sites: {_difference_of_sites(one['sites'], two['sites'])}"
-    for key in ("token_agg", "skip_first", "streaming"):
+    for key in SAME_OPTIONS:
         if one.get(key) != two.get(key):
             return f"{key}: {one.get(key)!r} and {two.get(key)!r}"
     if set(a.metrics) != set(b.metrics):
