@@ -22,7 +22,7 @@ from fastheads.errors import (
     UnsupportedWeightError,
 )
 from fastheads.models.fingerprint import fingerprint
-from fastheads.models.metadata import describe
+from fastheads.models.metadata import describe, kv_heads_of
 from fastheads.models.residual import UnknownUpdateError, update_of
 from fastheads.models.sites import find_sites
 from fastheads.results import vectors as vectors_of_models
@@ -108,7 +108,15 @@ def profile_of(model, calls, *, precision="exact", weights=True, ratio=True, row
     by_metric = {CONTRIBUTION: moments(samples)}
     if ratio:
         by_metric[RATIO_METRIC] = moments(samples / 3 + 0.1)
-    about = describe(model, sites, token_agg="token", skip_first=0, precision=precision, backend="factored")
+    about = describe(
+        model,
+        sites,
+        kv_heads_of(model, sites),
+        token_agg="token",
+        skip_first=0,
+        precision=precision,
+        backend="factored",
+    )
     about["layers"] = None if rows is None else list(rows)
     about["residual_update"] = [said(model, site) for site in sites]
     about["weights"] = fingerprint(model) if weights is True else weights

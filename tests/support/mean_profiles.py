@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fastheads.models.fingerprint import fingerprint
-from fastheads.models.metadata import describe
+from fastheads.models.metadata import describe, kv_heads_of
 from fastheads.models.sites import find_sites
 from fastheads.results.head_profile import HeadProfile
 from fastheads.results.mean_vectors import MeanVectors
@@ -41,7 +41,15 @@ def drawn_profile(model, *, seed=0, unmeasured=(), vectors=True, data=None):
             )
         )
 
-    about = describe(model, sites, token_agg="token", skip_first=0, precision="exact", backend="factored")
+    about = describe(
+        model,
+        sites,
+        kv_heads_of(model, sites),
+        token_agg="token",
+        skip_first=0,
+        precision="exact",
+        backend="factored",
+    )
     about |= {"weights": fingerprint(model)} | ({} if data is None else {"data": data})
     return HeadProfile(
         {RATIO: moments(samples), CONTRIBUTION: moments(samples.flip(0) * 3)},
