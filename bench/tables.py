@@ -173,7 +173,7 @@ def science_correlations() -> str:
 
 
 def kv() -> str:
-    """What half of the KV groups cost when they stream, chosen by the map, by attention mass, or at random."""
+    """Make the table of the rise in loss when half of the KV groups stream, by how they were chosen."""
     report = load("kv-smollm2-h200")["losses"]
     labels = {
         "rms": "`kv_group_streaming_error`, root mean square (`fastheads kv`)",

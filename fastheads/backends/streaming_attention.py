@@ -29,7 +29,7 @@ ALIGNED = 16  # keys: torch pads other masks, at each call
 
 @dataclass(frozen=True)
 class Window:
-    """What a streaming head sees: the first `sink` tokens of the sequence, and the last `window`, its own included.
+    """The window of a streaming head: the first `sink` tokens of the sequence, and the last `window`, its own included.
 
     Raises OptionError for numbers that are none of tokens.
     """
@@ -51,7 +51,7 @@ class Window:
 
 @dataclass(eq=False)
 class TokenPlaces:
-    """Where the tokens of a call are in their sequences, for all layers of the call; `places_of` makes it.
+    """The positions of a call's tokens in their sequences, shared by all layers of the call; `places_of` makes it.
 
     Tensors are in compact order: each row's valid tokens first, in order. `order` `[B, S]` are their indices among all tokens of
     the row, None if that is the same order.
@@ -262,8 +262,8 @@ class _Blocks:
         return torch.cat([sinks, near], dim=3).flatten(0, 1)
 
     def mask(self, part: slice) -> tuple[Tensor, Tensor | None]:
-        """What the queries of these blocks see, bool `[B or 1, n, Q, sink + W]`, and what is added to their scores, `[B or 1,
-        H or 1, n, Q, sink + W]`, or None. A query sees at least itself.
+        """Return the keys that the queries of these blocks see, bool `[B or 1, n, Q, sink + W]`, and the mask added to their
+        scores, `[B or 1, H or 1, n, Q, sink + W]`, or None. A query sees at least itself.
         """
         key = (part.start, part.stop, id(self._call.mask))
         known = self._places.masks.get(key)

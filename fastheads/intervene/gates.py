@@ -23,7 +23,7 @@ from fastheads.errors import ForwardError
 
 
 class Gate(NamedTuple):
-    """What replaces heads of one projection's input, `[..., heads * head_dim]`."""
+    """A mask of heads and their replacement, for one projection's input `[..., heads * head_dim]`."""
 
     mask: Tensor  # bool: True for heads that are replaced. [heads, 1], or of rows [batch, 1, heads, 1] or [1, batch, heads, 1]
     fill: Tensor | None  # [heads, head_dim] in the projection's dtype; None: zero

@@ -1,6 +1,5 @@
 """Let chosen KV groups see only the first tokens of a sequence and the last ones, in the forward of the model itself."""
 
-import math
 import threading
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -207,27 +206,27 @@ class AttentionMass(Tapped):
     """
 
     def __init__(self, model: nn.Module, window: Window) -> None:
-        """Of all layers whose attention can be seen. Raises NoSitesError if the model has nothing to profile."""
+        """Take every layer whose attention function can be tapped. Raises NoSitesError if the model has nothing to profile."""
         model = unwrapped(model)
         sites = {site.layer: site for site in find_sites(model)}
         seen = {layer: s for layer, s in sites.items() if cannot_stream(attention_of(model, s)) is None}
         super().__init__(model, seen, window)
         self._sums: dict[int, Tensor] = {}
-        self._tokens: dict[int, int] = {}
+        self._tokens: dict[int, Tensor] = {}
 
     def _take(self, layer: int, call: AttentionCall, output: Tensor, places: TokenPlaces) -> None:
         with torch.no_grad():
             share = attention_beyond(call, places, self.window)
-            total = torch.where(places.beyond[:, :, None], share, 0.0).double().sum(dim=(0, 1)).cpu()
-        self._sums[layer] = self._sums.get(layer, 0) + total
-        self._tokens[layer] = self._tokens.get(layer, 0) + int(places.beyond.sum())
+            total = torch.where(places.beyond[:, :, None], share, 0.0).double().sum(dim=(0, 1))
+            # On their device, so that no call waits for it.
+            self._sums[layer] = self._sums.get(layer, 0) + total
+            self._tokens[layer] = self._tokens.get(layer, 0) + places.beyond.sum()
 
     def of_kv_groups(self) -> dict[tuple[int, int], float]:
         """Return the mean over the query heads of each KV group, by (layer, KV group); NaN without tokens."""
         found = {}
         for layer, total in self._sums.items():
             groups = known_num_kv_heads(self._model, self._sites[layer])
-            means = total.view(groups, -1).mean(dim=1) / max(self._tokens[layer], 1)
-            for group in range(groups):
-                found[layer, group] = float(means[group]) if self._tokens[layer] else math.nan
+            means = total.cpu().view(groups, -1).mean(dim=1) / int(self._tokens[layer])  # 0/0 is NaN
+            found.update({(layer, group): mean for group, mean in enumerate(means.tolist())})
         return found
