@@ -30,7 +30,7 @@ OF_HEADS, OF_KV_GROUPS = STREAMING[:2], STREAMING[2:]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loss:
-    """The output z of an attention, kept to recognize the projection's input, and its difference z − z_w from the windowed one."""
+    """The output z of an attention, to recognize the projection's input by, and its difference z − z_w from the windowed one."""
 
     output: Tensor  # [batch, seq, heads, head_dim]
     difference: Tensor | None  # [batch, seq, heads * head_dim]; None: no token is beyond sink + window
